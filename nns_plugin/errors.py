@@ -1,0 +1,67 @@
+"""Every error that nns-plugin raises on purpose, under one base class.
+
+Messages name the module, group or file, what was found, what was expected and what to do about it.
+"""
+
+
+class NNSError(Exception):
+    """Base class of all errors raised by nns-plugin."""
+
+
+class GroupError(NNSError, ValueError):
+    """A unit group or one of its ports is malformed."""
+
+
+class CalibrationError(NNSError, ValueError):
+    """The calibration data, or what the model did with it, cannot be used."""
+
+
+class StatisticsError(NNSError, ValueError):
+    """Statistics do not fit the model, the groups or each other."""
+
+
+class StaleStatisticsError(StatisticsError):
+    """The model has changed since the statistics were collected."""
+
+
+class LabelError(NNSError, ValueError):
+    """A label is unknown, out of range or was never seen in the calibration data."""
+
+
+class CriterionError(NNSError, ValueError):
+    """A criterion is unknown, misconfigured or broke the score contract."""
+
+
+class SelectionError(NNSError, ValueError):
+    """A ratio, threshold or rounding is out of range."""
+
+
+class PruningError(NNSError, RuntimeError):
+    """Units could not be removed from a model."""
+
+
+class ExportError(NNSError, RuntimeError):
+    """A model could not be exported to, or loaded from, ONNX."""
+
+
+class ProviderError(NNSError, RuntimeError):
+    """A session did not get the execution provider that was asked for."""
+
+
+class RecipeError(NNSError, ValueError):
+    """A recipe is wrong: the message names the field, what was found and what is allowed."""
+
+
+class MissingExtraError(NNSError, ImportError):
+    """An optional dependency is not installed; the message has the exact command."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(
+            f"{module!r} is not installed, but this part of nns-plugin needs it: "
+            f'run pip install "nns-plugin[{extra}]"'
+        )
+        self.module = module
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
+        return type(self), (self.module, self.extra)
