@@ -1,0 +1,15 @@
+"""Importance criteria for structured pruning that torch-pruning and NNI lack, with evidence for what they keep."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from nns_plugin.errors import NNSError
+from nns_plugin.observe import calibrate
+from nns_plugin.statistics import Statistics
+from nns_plugin.units import Port, UnitGroup
+
+try:
+    __version__ = version("nns-plugin")
+except PackageNotFoundError:  # the source tree, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["NNSError", "Port", "Statistics", "UnitGroup", "__version__", "calibrate"]

@@ -1,0 +1,89 @@
+"""Feed batches to a model: what a loader may yield, and how it reaches the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.errors import CalibrationError
+
+
+class Batch(NamedTuple):
+    """One batch of a loader.
+
+    Attributes:
+        inputs: A tensor, or a tuple or mapping of tensors for a model with several inputs.
+        labels: ``[N]`` int64, or ``None`` if the loader yields inputs alone.
+        size: N, the length of dimension 0.
+    """
+
+    inputs: Any
+    labels: Tensor | None
+    size: int
+
+
+def parse_batch(item: Any, number: int) -> Batch:
+    """Take apart what a loader yielded.
+
+    Args:
+        item: ``inputs``, ``[inputs]`` or ``(inputs, labels)``, where ``inputs`` is a tensor, or a tuple or mapping
+            of tensors, and ``labels`` integers ``[N]``.
+        number: Number of the batch, for messages.
+
+    Raises:
+        CalibrationError: If it is anything else.
+    """
+    expected = "expected (inputs, labels), with integer labels of shape [N], or inputs alone"
+    inputs, labels = item, None
+    if isinstance(item, (tuple, list)):
+        if len(item) not in (1, 2):
+            raise CalibrationError(f"batch {number} of the loader has {len(item)} parts; {expected}")
+        inputs, labels = item[0], item[1] if len(item) == 2 else None
+    tensors = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    tensors = list(tensors) if isinstance(tensors, (tuple, list)) else [tensors]
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in tensors):
+        raise CalibrationError(f"batch {number} of the loader has inputs of type {type(inputs).__name__}; {expected}")
+    size = tensors[0].shape[0]
+    if any(tensor.shape[0] != size for tensor in tensors):
+        lengths = [tensor.shape[0] for tensor in tensors]
+        raise CalibrationError(f"batch {number} of the loader has inputs of lengths {lengths}; {expected}")
+    if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise CalibrationError(
+                f"batch {number} of the loader has labels of type {type(labels).__name__}; {expected}"
+            )
+        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise CalibrationError(
+                f"batch {number} of the loader has labels of shape {list(labels.shape)} and type {labels.dtype}; "
+                f"{expected}"
+            )
+        if labels.shape[0] != size:
+            raise CalibrationError(f"batch {number} of the loader has {size} inputs and {labels.shape[0]} labels")
+    return Batch(inputs, None if labels is None else labels.long(), size)
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call the model on a tensor, a tuple of tensors (positional) or a mapping of tensors (by keyword)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """The same inputs on another device."""
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(value.to(device) for value in inputs)
+    return inputs.to(device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives; the CPU for a model without parameters."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,358 @@
+"""Calibration: a forward-only pass that collects statistics; the only file that registers calibration hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import CalibrationError, LabelError
+from nns_plugin.fingerprint import fingerprint
+from nns_plugin.forward import Batch, device_of, parse_batch, run_model, to_device
+from nns_plugin.preserve import preserved
+from nns_plugin.statistics import Key, Layout, Record, Statistics, distributed_sum, layout_of
+from nns_plugin.units import UnitGroup
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    groups: Sequence[UnitGroup],
+    *,
+    labels: Sequence[str] | int | None = None,
+    threshold: float = 0.0,
+    progress: bool = False,
+) -> Statistics:
+    """Run the model over calibration data and collect what its units did.
+
+    The model runs in evaluation mode without gradients and is left exactly as it was found, random number
+    generators included, also when its forward raises. Under ``torch.distributed`` the sums of all processes are
+    reduced. Memory is O(labels x units), whatever the number of inputs. Dimension 0 of every observed activation
+    must be the batch, or a whole multiple of it (windows, heads) with the inputs in order.
+
+    Args:
+        model: The model; runs on the device of its first parameter.
+        loader: Yields ``(inputs, labels)`` or ``inputs``; ``inputs`` is a tensor ``[N, ...]``, or a tuple or
+            mapping of such tensors; ``labels`` is an integer tensor ``[N]``.
+        groups: The unit groups to observe, from an adapter.
+        labels: Names of the labels, or their number; by default as many as the model's output has columns.
+        threshold: A position is active where it exceeds this.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        CalibrationError: If the loader is empty or yields something else, if an activation is not finite or does
+            not have the batch in front, or if there is nothing to observe.
+        LabelError: If a label is out of range.
+    """
+    if not groups:
+        raise CalibrationError("there are no unit groups to observe: nothing in this model can be pruned")
+    modules = dict(model.named_modules())
+    keys = list(dict.fromkeys((group.side, port.name) for group in groups for port in group.ports))
+    for _, name in keys:
+        if name not in modules:
+            raise CalibrationError(f"the model has no module {name!r}, which the unit groups name")
+    names = _label_names(labels)
+    run = _Run(_collectors(modules, keys, groups), threshold, None if names is None else len(names))
+    failure: Exception | None = None
+    try:
+        _observe(model, modules, loader, run, progress)
+        statistics = _finish(run, groups, names, threshold, fingerprint(model))
+    except Exception as error:
+        failure = error
+    if _distributed():
+        _agree(failure)
+    if failure is not None:
+        raise failure
+    return statistics.all_reduce() if _distributed() else statistics
+
+
+def _observe(
+    model: nn.Module, modules: Mapping[str, nn.Module], loader: Iterable[Any], run: _Run, progress: bool
+) -> None:
+    device = device_of(model)
+    with preserved(model), torch.inference_mode(False), torch.no_grad(), _hooked(modules, run):
+        model.eval()
+        for number, item in enumerate(tqdm(loader, desc="calibrating", disable=not progress, leave=False)):
+            batch = parse_batch(item, number)
+            if batch.size:
+                run.forward(model, batch, number, device)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _agree(failure: Exception | None) -> None:
+    """Let every process fail when one does, instead of waiting for its sums for ever."""
+    failures = int(distributed_sum(torch.tensor(int(failure is not None))))
+    if failure is None and failures:
+        raise CalibrationError(f"calibration failed in {failures} other processes; see their errors")
+
+
+@dataclass
+class _Collector:
+    """Reduces one observed axis to sums by channel."""
+
+    name: str
+    layout: Layout
+    rows_first: Callable[[Tensor], Tensor]  # to [rows, positions, samples]
+    record: Record | None = None
+
+
+@dataclass
+class _Run:
+    """State of one calibration: the batch in flight and the sums so far."""
+
+    collectors: Mapping[Key, _Collector]
+    threshold: float
+    label_count: int | None
+    labelled: bool | None = None
+    number: int = 0
+    size: int = 0
+    reduced: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
+    pending: list[tuple[_Collector, Sums]] = field(default_factory=list)
+
+    def forward(self, model: nn.Module, batch: Batch, number: int, device: torch.device) -> None:
+        if self.labelled is None:
+            self.labelled = batch.labels is not None
+        if self.labelled != (batch.labels is not None):
+            raise CalibrationError(f"batch {number} of the loader changes between labelled and unlabelled inputs")
+        self.size, self.number = batch.size, number
+        output = run_model(model, to_device(batch.inputs, device))
+        labels = batch.labels
+        if labels is None:
+            self.label_count, labels = 1, torch.zeros(batch.size, dtype=torch.int64)
+        else:
+            self._check_labels(labels, output)
+        self._accumulate(labels)
+
+    def observe(self, collector: _Collector, activation: Any) -> None:
+        """Reduce one activation; called by the hooks, possibly several times a forward for a reused module."""
+        if not isinstance(activation, Tensor) or activation.shape[0] % self.size or not activation.is_floating_point():
+            found = f"{activation.dtype}{list(activation.shape)}" if isinstance(activation, Tensor) else type(activation)
+            raise CalibrationError(
+                f"module {collector.name!r} works on {found}; expected a floating-point tensor whose dimension 0 is "
+                f"the batch of {self.size} or a whole multiple of it"
+            )
+        # Readers of one tensor are reduced once; the weak reference proves that an identity was not used again.
+        key = (id(activation), activation._version, id(collector.layout))
+        known, sums = self.reduced.get(key, (None, None))
+        if known is None or known() is not activation or sums is None:
+            sums = reduce_activation(collector.rows_first(activation), collector.layout, self.size, self.threshold)
+            self.reduced[key] = (weakref.ref(activation), sums)
+        self.pending.append((collector, sums))
+
+    def _accumulate(self, labels: Tensor) -> None:
+        finite = torch.stack([torch.isfinite(sums.total).all().cpu() for _, sums in self.pending])
+        if not bool(finite.all()):
+            name = self.pending[int((~finite).nonzero()[0])][0].name
+            raise CalibrationError(
+                f"module {name!r} works on NaN or infinite activations in batch {self.number}; check the inputs and "
+                "the weights before it"
+            )
+        for collector, sums in self.pending:
+            if collector.record is None:
+                device = torch.device("cpu") if sums.total.device.type == "mps" else sums.total.device
+                collector.record = Record.empty(collector.layout, self.label_count or 1, device)
+            add_batch(collector.record, labels, sums)
+        self.reduced.clear()
+        self.pending.clear()
+
+    def _check_labels(self, labels: Tensor, output: Any) -> None:
+        if self.label_count is None:
+            if not isinstance(output, Tensor) or output.dim() != 2:
+                raise LabelError(
+                    "cannot tell how many labels there are, since the model's output is no [N, labels] tensor; "
+                    "pass labels=<number or names> to calibrate"
+                )
+            self.label_count = output.shape[1]
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.label_count:
+            raise LabelError(
+                f"batch {self.number} of the loader has labels {low}..{high}; expected 0..{self.label_count - 1}"
+            )
+
+
+class Sums(NamedTuple):
+    """What one activation adds to a record, by input: N inputs, C channels, S slots.
+
+    Attributes:
+        total: ``[N, C]`` sum of activations.
+        magnitude: ``[N, C]`` sum of absolute activations.
+        square: ``[N, C]`` sum of squared activations.
+        active: ``[N, S]`` bool, whether any position of the slot exceeds the threshold.
+        samples: Number of samples per input.
+    """
+
+    total: Tensor
+    magnitude: Tensor
+    square: Tensor
+    active: Tensor
+    samples: int
+
+
+def reduce_activation(rows: Tensor, layout: Layout, size: int, threshold: float) -> Sums:
+    """Sums of one activation by input and channel.
+
+    Args:
+        rows: ``[N * k, positions, P]`` activations.
+        layout: How the positions pool to C channels and S slots.
+        size: N, number of inputs.
+        threshold: A position is active where it exceeds this.
+
+    Returns:
+        The sums; an input has k * P samples.
+    """
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    total = rows.sum(2)
+    square = torch.linalg.vector_norm(rows, dim=2).square()
+    peak = rows.amax(2)
+    # After a ReLU, the usual case, magnitudes are the activations: the minimum costs less than a second sum.
+    magnitude = total if bool(rows.amin() >= 0) else torch.linalg.vector_norm(rows, 1, dim=2)
+    sums = [_by_input(value, size).sum(1) for value in (total, square, magnitude)]
+    peak = _by_input(peak, size).amax(1)
+    channels = layout.slot.numel()
+    if channels != layout.channel.numel():
+        channel = layout.channel.to(rows.device)
+        sums = [value.new_zeros(size, channels).index_add_(1, channel, value) for value in sums]
+    if layout.slots != layout.channel.numel():
+        slot = layout.slot[layout.channel].to(rows.device).expand(size, -1)
+        peak = peak.new_full((size, layout.slots), -torch.inf).scatter_reduce_(1, slot, peak, "amax")
+    total, square, magnitude = sums
+    return Sums(total, magnitude, square, peak > threshold, rows.shape[0] // size * rows.shape[2])
+
+
+def add_batch(record: Record, labels: Tensor, sums: Sums) -> None:
+    """Add the sums of one activation to a record, in place; ``labels`` is ``[N]`` int64, one of each input."""
+    labels = labels.to(record.total.device)
+    counts = torch.bincount(labels, minlength=record.inputs.numel())
+    record.inputs.add_(counts)
+    record.samples.add_(counts * sums.samples)
+    for name in ("total", "magnitude", "square", "active"):
+        goal = getattr(record, name)
+        goal.index_add_(0, labels, getattr(sums, name).to(goal.device, goal.dtype))
+
+
+def _by_input(value: Tensor, size: int) -> Tensor:
+    return value.reshape(size, -1, value.shape[-1])
+
+
+def _collectors(
+    modules: Mapping[str, nn.Module], keys: Sequence[Key], groups: Sequence[UnitGroup]
+) -> dict[Key, _Collector]:
+    layouts: list[Layout] = []
+    collectors = {}
+    for side, name in keys:
+        module = modules[name]
+        pool = side == "in" and isinstance(module, nn.Linear)
+        layout = layout_of(groups, (side, name), axis_length(module, side, name), pool)
+        layout = next((known for known in layouts if known.same(layout)), layout)
+        layouts.append(layout)
+        collectors[side, name] = _Collector(name, layout, _rows_first(module, name))
+    return collectors
+
+
+def axis_length(module: nn.Module, side: str, name: str) -> int:
+    """Number of positions on a module's in or out axis.
+
+    Raises:
+        CalibrationError: If units cannot be observed at a module of this type.
+    """
+    attributes = {
+        "in": ("in_channels", "in_features", "input_size"),
+        "out": ("out_channels", "out_features", "hidden_size", "embed_dim", "embedding_dim"),
+    }
+    for attribute in attributes[side]:
+        length = getattr(module, attribute, None)
+        if isinstance(length, int):
+            both_ways = side == "out" and getattr(module, "bidirectional", False)
+            return 2 * length if both_ways else length
+    raise CalibrationError(
+        f"module {name!r} is a {type(module).__name__}; units can be observed at linear, convolutional, recurrent, "
+        "attention and embedding layers"
+    )
+
+
+def _rows_first(module: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """How a module's activation becomes ``[rows, positions, samples]``."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        dimensions = len(module.kernel_size) + 2
+
+        def channels_second(activation: Tensor) -> Tensor:
+            if activation.dim() != dimensions:
+                raise CalibrationError(
+                    f"convolution {name!r} works on a tensor of shape {list(activation.shape)}; "
+                    f"expected {dimensions} dimensions with the batch first"
+                )
+            return activation.flatten(2)
+
+        return channels_second
+
+    return lambda activation: activation.reshape(activation.shape[0], -1, activation.shape[-1]).transpose(1, 2)
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], run: _Run) -> Iterator[None]:
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for (side, name), collector in run.collectors.items():
+            handles.append(_hook(modules[name], side, collector, run))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, side: str, collector: _Collector, run: _Run) -> torch.utils.hooks.RemovableHandle:
+    time_first = getattr(module, "batch_first", True) is False
+
+    def observe(activation: Any) -> None:
+        run.observe(collector, activation.transpose(0, 1) if time_first else activation)
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observe(args[0] if args else kwargs.get("input"))
+
+    def write(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        observe(output[0] if isinstance(output, tuple) else output)
+
+    if side == "in":
+        return module.register_forward_pre_hook(read, with_kwargs=True)
+    return module.register_forward_hook(write)
+
+
+def _label_names(labels: Sequence[str] | int | None) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    if isinstance(labels, int):
+        labels = [str(label) for label in range(labels)]
+    names = tuple(labels)
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        raise LabelError(f"labels must be a positive number or distinct names, found {labels!r}")
+    return names
+
+
+def _finish(
+    run: _Run,
+    groups: Sequence[UnitGroup],
+    names: tuple[str, ...] | None,
+    threshold: float,
+    weights: Mapping[str, str],
+) -> Statistics:
+    missing = [collector.name for collector in run.collectors.values() if collector.record is None]
+    if len(missing) == len(run.collectors):
+        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
+    if missing:
+        raise CalibrationError(f"module {missing[0]!r} never ran during calibration; its units cannot be observed")
+    if run.labelled and names is None:
+        names = tuple(str(label) for label in range(run.label_count or 0))
+    records = {key: collector.record.cpu() for key, collector in run.collectors.items() if collector.record}
+    return Statistics(records, tuple(groups), names if run.labelled else None, threshold, weights)

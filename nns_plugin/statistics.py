@@ -1,0 +1,290 @@
+"""Statistics: mergeable sums about what units did on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.errors import StatisticsError
+from nns_plugin.fingerprint import difference
+from nns_plugin.units import Port, UnitGroup, narrow_groups
+
+Key = tuple[str, str]  # side ("in" or "out") and module name
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the positions of one observed axis are pooled.
+
+    Attributes:
+        channel: ``[positions]`` int64, the channel of each position. Positions that a flatten made out of one
+            map share a channel; elsewhere every position is a channel of its own.
+        slot: ``[C]`` int64, the slot of each channel. Channels of one unit share a slot.
+    """
+
+    channel: Tensor
+    slot: Tensor
+
+    @property
+    def positions_per_channel(self) -> Tensor:
+        """``[C]`` int64, how many positions each channel pools."""
+        return torch.bincount(self.channel, minlength=self.slot.numel())
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return int(self.slot.max()) + 1
+
+    def same(self, other: Layout) -> bool:
+        """Whether two layouts pool alike."""
+        return torch.equal(self.channel, other.channel) and torch.equal(self.slot, other.slot)
+
+    def narrow(self, kept_positions: Tensor) -> Layout:
+        """The layout after only ``kept_positions`` (int64, ascending) are left."""
+        channels, channel = self.channel[kept_positions].unique(return_inverse=True)
+        _, slot = self.slot[channels].unique(return_inverse=True)
+        return Layout(channel, slot)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Sums about one observed axis; L labels (one row if the data is unlabelled), C channels, S slots.
+
+    Attributes:
+        layout: How positions were pooled.
+        inputs: ``[L]`` int64, number of inputs.
+        samples: ``[L]`` int64, number of (input, position) pairs; a pooled channel has
+            ``layout.positions_per_channel`` times as many.
+        total: ``[L, C]`` float64, sum of activations.
+        magnitude: ``[L, C]`` float64, sum of absolute activations.
+        square: ``[L, C]`` float64, sum of squared activations.
+        active: ``[L, S]`` int64, inputs for which any position of the slot exceeds the threshold.
+        gram: ``None``, or the Gram matrix of the channels extended by a constant 1, over inputs and positions.
+    """
+
+    layout: Layout
+    inputs: Tensor
+    samples: Tensor
+    total: Tensor
+    magnitude: Tensor
+    square: Tensor
+    active: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def empty(cls, layout: Layout, labels: int, device: torch.device | None = None) -> Record:
+        """A record of nothing."""
+        shape = (labels, layout.slot.numel())
+        return cls(
+            layout,
+            torch.zeros(labels, dtype=torch.int64, device=device),
+            torch.zeros(labels, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros(labels, layout.slots, dtype=torch.int64, device=device),
+        )
+
+    def sums(self) -> dict[str, Tensor]:
+        """Everything that merges by addition, by name."""
+        named = {name: getattr(self, name) for name in SUMS}
+        return named if self.gram is None else {**named, "gram": self.gram}
+
+    def cpu(self) -> Record:
+        """The record on the CPU, where statistics live."""
+        return replace(self, **{name: value.cpu() for name, value in self.sums().items()})
+
+    def merge(self, other: Record) -> Record:
+        """The record of both calibrations together.
+
+        Raises:
+            StatisticsError: If the two records were not collected alike.
+        """
+        mine, theirs = self.sums(), other.sums()
+        if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
+            raise StatisticsError(
+                f"records hold {_shapes(mine)} and {_shapes(theirs)}; only records of the same model, groups and "
+                "labels can be merged"
+            )
+        return replace(self, **{name: mine[name] + theirs[name] for name in mine})
+
+    def narrow(self, kept_positions: Tensor) -> Record:
+        """The record after only ``kept_positions`` (int64, ascending) of the axis are left."""
+        channels = self.layout.channel[kept_positions].unique()
+        slots = self.layout.slot[channels].unique()
+        layout = self.layout.narrow(kept_positions)
+        gram = self.gram
+        if gram is not None:
+            gram = _narrow_gram(gram, channels)
+        return replace(
+            self,
+            layout=layout,
+            total=self.total[:, channels],
+            magnitude=self.magnitude[:, channels],
+            square=self.square[:, channels],
+            active=self.active[:, slots],
+            gram=gram,
+        )
+
+
+SUMS = ("inputs", "samples", "total", "magnitude", "square", "active")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What :func:`nns_plugin.calibrate` returns: collect once, prune for any label set, ratio and criterion.
+
+    Attributes:
+        records: One record per observed axis, keyed by side and module name.
+        groups: The unit groups that the records were collected for.
+        labels: Names of the labels, or ``None`` if the data carried none.
+        threshold: A position is active where it exceeds this.
+        fingerprint: Of the model's weights, see :func:`nns_plugin.fingerprint.fingerprint`.
+    """
+
+    records: Mapping[Key, Record]
+    groups: tuple[UnitGroup, ...]
+    labels: tuple[str, ...] | None
+    threshold: float
+    fingerprint: Mapping[str, str]
+
+    def record(self, group: UnitGroup, port: Port) -> Record | None:
+        """The record that a port of a group is observed by, or ``None`` if it was not observed."""
+        return self.records.get((group.side, port.name))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both calibrations together, whatever their order.
+
+        Raises:
+            StatisticsError: If they belong to different models, groups, labels or thresholds.
+        """
+        differs = difference(self.fingerprint, other.fingerprint)
+        if differs:
+            raise StatisticsError(f"statistics of different weights cannot be merged: {differs}")
+        if self.labels != other.labels or self.threshold != other.threshold or self.records.keys() != other.records.keys():
+            raise StatisticsError(
+                f"statistics cannot be merged: labels {self.labels} and {other.labels}, thresholds {self.threshold} "
+                f"and {other.threshold}, {len(self.records)} and {len(other.records)} records; they must be equal"
+            )
+        for key, record in self.records.items():
+            if not record.layout.same(other.records[key].layout):
+                raise StatisticsError(f"statistics cannot be merged: the units of {key[1]!r} differ")
+        merged = {key: record.merge(other.records[key]) for key, record in self.records.items()}
+        return replace(self, records=merged)
+
+    def narrow(self, kept: Mapping[str, Tensor]) -> Statistics:
+        """The statistics after units have been removed; the fingerprint is dropped, since weights changed shape.
+
+        Args:
+            kept: For each pruned group's name the kept units, ``[k]`` int64 ascending; other groups keep all.
+
+        Returns:
+            Statistics of the smaller model; exact for everything that the removal itself does not change.
+
+        Raises:
+            StatisticsError: If a group is unknown or a unit out of range.
+        """
+        sizes = {group.name: group.size for group in self.groups}
+        for name, units in kept.items():
+            if name not in sizes:
+                raise StatisticsError(f"no group {name!r} in these statistics; they have {', '.join(sizes)}")
+            if units.numel() == 0 or int(units.min()) < 0 or int(units.max()) >= sizes[name]:
+                raise StatisticsError(f"kept units of group {name!r} must be some of 0..{sizes[name] - 1}")
+        removed: dict[Key, list[Tensor]] = {}
+        for group in self.groups:
+            if group.name in kept:
+                for side, ports in (("in", group.consumers), ("out", group.producers)):
+                    for port in ports:
+                        gone = port.index[~torch.isin(port.unit, kept[group.name])]
+                        removed.setdefault((side, port.name), []).append(gone)
+        records = {}
+        for key, record in self.records.items():
+            stays = torch.ones(record.layout.channel.numel(), dtype=torch.bool)
+            for gone in removed.get(key, []):
+                stays[gone] = False
+            records[key] = record.narrow(stays.nonzero().flatten())
+        return replace(self, records=records, groups=narrow_groups(self.groups, dict(kept)), fingerprint={})
+
+    def all_reduce(self) -> Statistics:
+        """The sums of all processes of the default ``torch.distributed`` group, in every process."""
+        records = {}
+        for key, record in self.records.items():
+            sums = {name: distributed_sum(value) for name, value in record.sums().items()}
+            records[key] = replace(record, **sums)
+        return replace(self, records=records)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with a JSON header; never pickle. See :meth:`load`."""
+        from nns_plugin.statistics_file import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            model: If given, the model that the statistics must belong to.
+
+        Raises:
+            StatisticsError: If the file is missing, damaged or foreign, or belongs to another model.
+        """
+        from nns_plugin.statistics_file import load
+
+        return load(Path(path), model)
+
+
+def distributed_sum(value: Tensor) -> Tensor:
+    """The sum of a CPU tensor over all processes of the default ``torch.distributed`` group, on the CPU."""
+    on_gpu = "nccl" in torch.distributed.get_backend()
+    summed = value.to("cuda" if on_gpu else "cpu", copy=True)
+    torch.distributed.all_reduce(summed)
+    return summed.cpu()
+
+
+def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: bool) -> Layout:
+    """The layout of one observed axis.
+
+    Args:
+        groups: All groups of the model.
+        key: Side and module name of the axis.
+        axis_length: Number of positions.
+        pool: Whether runs of adjacent positions of one unit are one channel (a Linear behind a flatten).
+
+    Returns:
+        The layout; positions that no group owns are channels and slots of their own.
+    """
+    side, name = key
+    owner = torch.full((axis_length,), -1, dtype=torch.int64)
+    offset = 0
+    for group in groups:
+        for port in group.consumers if side == "in" else group.producers:
+            if port.name == name:
+                owner[port.index] = port.unit + offset
+        offset += group.size
+    free = owner < 0
+    owner[free] = offset + torch.arange(int(free.sum()))
+    channel = torch.arange(axis_length)
+    if pool:
+        starts = torch.ones(axis_length, dtype=torch.bool)
+        starts[1:] = owner[1:] != owner[:-1]
+        channel = starts.cumsum(0) - 1
+    first = torch.full((int(channel.max()) + 1,), -1, dtype=torch.int64)
+    first[channel] = owner
+    _, slot = first.unique(return_inverse=True)
+    return Layout(channel, slot)
+
+
+def _narrow_gram(gram: Tensor, channels: Tensor) -> Tensor:
+    """Sub-matrix of the kept channels and the constant, which stands last."""
+    index = torch.cat([channels, torch.tensor([gram.shape[-1] - 1])])
+    return gram[..., index, :][..., index]
+
+
+def _shapes(sums: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name}{list(value.shape)}" for name, value in sums.items())
