@@ -1,0 +1,218 @@
+"""Criteria as torch-pruning importances: pass one as ``importance=`` to any of its pruners."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from nns_plugin.adapters.dependency_graph import (
+    UnusableGroupWarning,
+    graph_groups,
+    trace_group,
+    unit_groups,
+    writes_output,
+)
+from nns_plugin.adapters.pruning_history import FollowedStatistics
+from nns_plugin.criteria.contract import Criterion, score
+from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
+from nns_plugin.errors import CriterionError, GroupError
+from nns_plugin.observe import calibrate
+from nns_plugin.preserve import preserved
+from nns_plugin.statistics import Statistics
+
+
+class CriterionImportance(tp.importance.Importance):
+    """Any criterion as a torch-pruning importance.
+
+    Equal scores are told apart by the smallest steps that single precision knows, lower units above higher ones,
+    because global pruning removes everything at or under its threshold.
+    """
+
+    def __init__(self, criterion: Criterion, followed: FollowedStatistics | None = None) -> None:
+        self._criterion = criterion
+        self._followed = followed
+        self._ordinals: dict[str, int] = {}
+
+    @torch.no_grad()
+    def __call__(self, group: tp.dependency.Group) -> Tensor | None:
+        """Scores of a full group, one a root position, float64 on the CPU.
+
+        Returns:
+            The scores, or ``None`` (after a warning that names the group) if the group is malformed, writes the
+            model's output, or cannot be scored by the criterion. torch-pruning leaves such a group alone.
+
+        Raises:
+            StaleStatisticsError: If the model has changed in a way that the statistics cannot follow.
+            CriterionError: If the criterion breaks the score contract.
+        """
+        try:
+            traced = trace_group(group)
+        except GroupError as error:
+            warnings.warn(f"left alone: {error}", UnusableGroupWarning, stacklevel=2)
+            return None
+        if writes_output(group):
+            warnings.warn(
+                f"left alone: group {traced.group.name!r} writes the model's output; list it in ignored_layers",
+                UnusableGroupWarning,
+                stacklevel=2,
+            )
+            return None
+        scores = score(self._current(group), traced.group)
+        if self._followed is not None:
+            self._followed.saw(group, traced)
+        if scores is None:
+            return None
+        ordinal = self._ordinals.setdefault(traced.group.name, len(self._ordinals))
+        return separate_ties(scores, ordinal)[traced.unit_of_root]
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        if self._followed is None:
+            return self._criterion
+        statistics = self._followed.current(group._DG)
+        if getattr(self._criterion, "statistics", None) is not statistics:
+            self._criterion = dataclasses.replace(self._criterion, statistics=statistics)  # type: ignore[type-var]
+        return self._criterion
+
+
+class SemanticImportance(CriterionImportance):
+    """Label-driven activity of units as a torch-pruning importance.
+
+    Args:
+        statistics: Labelled statistics from :func:`nns_plugin.calibrate`.
+        labels: The labels to keep, by index or name; all of them by default.
+        measure: ``"mean"`` or ``"frequency"``.
+        contrast: ``None`` or ``"rest"``.
+
+    Raises:
+        LabelError: If a label is unknown or was never seen.
+        CriterionError: If an option is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.Semantic`.
+
+    Example:
+        >>> import torch, torch_pruning as tp
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> loader = [(torch.randn(16, 4), torch.arange(16) % 3)]
+        >>> importance = SemanticImportance.from_loader(model, torch.randn(2, 4), loader, labels=[0, 2])
+        >>> pruner = tp.pruner.BasePruner(
+        ...     model, torch.randn(2, 4), importance=importance, pruning_ratio=0.5, ignored_layers=[model[2]]
+        ... )
+        >>> pruner.step()
+        >>> model[0].out_features
+        4
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        labels: Sequence[int | str] | None = None,
+        measure: Measure = "mean",
+        contrast: Contrast | None = None,
+    ) -> None:
+        super().__init__(Semantic(statistics, labels, measure, contrast), FollowedStatistics(statistics))
+
+    @classmethod
+    def from_loader(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        labels: Sequence[int | str] | None = None,
+        measure: Measure = "mean",
+        contrast: Contrast | None = None,
+        **options: Any,
+    ) -> SemanticImportance:
+        """Calibrate now, and again by itself whenever the model has changed.
+
+        Args:
+            model: The model that is going to be pruned.
+            example_inputs: As for torch-pruning.
+            loader: Yields ``(inputs, labels)``; must yield anew each time it is iterated.
+            labels: See the class.
+            measure: See the class.
+            contrast: See the class.
+            **options: Further options of :func:`nns_plugin.calibrate`.
+        """
+        statistics = calibrate(model, loader, unit_groups(model, example_inputs), **options)
+
+        def recollect(graph: tp.DependencyGraph) -> Statistics:
+            return calibrate(graph.model, loader, graph_groups(graph), **options)
+
+        importance = cls(statistics, labels, measure, contrast)
+        importance._followed = FollowedStatistics(statistics, recollect)
+        return importance
+
+
+def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
+    """Tell equal scores apart, within a group and between groups, keeping the order of different ones.
+
+    Args:
+        scores: ``[U]`` float64.
+        ordinal: Number of the group, below 65536: groups of other numbers get other scores.
+
+    Returns:
+        ``[U]`` float64, all different. Equal scores are raised by steps of single precision, the last unit least,
+        and the groups stand between two such steps. Both are far above the rounding of double precision, so that
+        they survive averaging. Scores nearer to 0 than 1e-30 count as 0.
+
+    Example:
+        >>> separate_ties(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).tolist()
+        [1.0000001192092896, 1.0, 2.0]
+    """
+    step, between, floor = 1 << 29, 1 << 13, int(np.float64(1e-30).view(np.int64))
+    values = scores.numpy()
+    # The bits of a double, read as an integer, are in the order of the doubles.
+    rank = np.maximum(np.abs(values).view(np.int64) - floor, 0) * np.sign(values).astype(np.int64)
+    order = np.lexsort((-np.arange(rank.size), rank))
+    steps = step * np.arange(rank.size)
+    raised = np.empty_like(rank)
+    raised[order] = np.maximum.accumulate(rank[order] - steps) + steps + between * ordinal
+    separated = np.where(raised == 0, 0.0, np.copysign((np.abs(raised) + floor).view(np.float64), raised))
+    return torch.from_numpy(separated)
+
+
+def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Multiply-accumulate operations for one input, and parameters, as torch-pruning counts them.
+
+    Args:
+        model: The model; left as it was found.
+        example_inputs: A tensor, or a tuple or mapping of tensors; the host averages over their batch.
+
+    Returns:
+        MACs for one input, and the number of parameters.
+    """
+    with preserved(model), torch.no_grad():
+        operations, _ = tp.utils.count_ops_and_params(model, example_inputs)
+    return round(operations), sum(parameter.numel() for parameter in model.parameters())
+
+
+IMPORTANCES: dict[str, type[CriterionImportance]] = {"SemanticImportance": SemanticImportance}
+
+
+def install() -> None:
+    """Add our importances to ``torch_pruning.importance``, for tools that look them up by name there.
+
+    Raises:
+        CriterionError: If something else has one of the names already; nothing is added then.
+    """
+    for name, importance in IMPORTANCES.items():
+        if getattr(tp.importance, name, importance) is not importance:
+            raise CriterionError(f"torch_pruning.importance has a {name!r} of its own already; it is left alone")
+    for name, importance in IMPORTANCES.items():
+        setattr(tp.importance, name, importance)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; does nothing where it was not called."""
+    for name, importance in IMPORTANCES.items():
+        if getattr(tp.importance, name, None) is importance:
+            delattr(tp.importance, name)
