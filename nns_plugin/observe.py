@@ -75,6 +75,54 @@ def calibrate(
     return statistics.all_reduce() if _distributed() else statistics
 
 
+def collect_inputs(
+    model: nn.Module, name: str, loader: Iterable[Any], progress: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """What one module works on, input by input; memory grows with the data, unlike :func:`calibrate`.
+
+    Args:
+        model: The model; left exactly as it was found.
+        name: Name of the module, whose input must be ``[N, features]``.
+        loader: As for :func:`calibrate`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``[N, features]`` inputs of the module, and ``[N]`` int64 labels or ``None``, both on the CPU.
+
+    Raises:
+        CalibrationError: If the loader is empty, or the module's input is not ``[N, features]`` and finite.
+    """
+    features: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    module, device = model.get_submodule(name), device_of(model)
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        features.append(args[0].detach().cpu())
+
+    with preserved(model), torch.inference_mode(False), torch.no_grad():
+        handle = module.register_forward_pre_hook(keep)
+        try:
+            model.eval()
+            for number, item in enumerate(tqdm(loader, desc="collecting features", disable=not progress, leave=False)):
+                batch = parse_batch(item, number)
+                run_model(model, to_device(batch.inputs, device))
+                labels.append(batch.labels)
+                if features[-1].dim() != 2 or features[-1].shape[0] != batch.size:
+                    raise CalibrationError(
+                        f"module {name!r} works on a tensor of shape {list(features[-1].shape)}; expected "
+                        f"[{batch.size}, features]"
+                    )
+        finally:
+            handle.remove()
+    if not features:
+        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
+    joined = torch.cat(features)
+    if not bool(torch.isfinite(joined).all()):
+        raise CalibrationError(f"module {name!r} works on NaN or infinite activations")
+    known = [label for label in labels if label is not None]
+    return joined, torch.cat(known) if len(known) == len(labels) else None
+
+
 def _observe(
     model: nn.Module, modules: Mapping[str, nn.Module], loader: Iterable[Any], run: _Run, progress: bool
 ) -> None:

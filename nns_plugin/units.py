@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ def check_port(port: Port, size: int, axis_length: int | None = None) -> None:
         GroupError: If positions are out of range or not distinct, if units are out of range, or if the units
             that the port mentions do not own equally many positions.
     """
-    if port.index.dtype != torch.int64 or port.unit.dtype != torch.int64 or port.index.shape != port.unit.shape:
+    well_typed = port.index.dtype == port.unit.dtype == torch.int64 and port.index.dim() == 1
+    if not well_typed or port.index.shape != port.unit.shape:
         raise GroupError(
             f"port {port.name!r}: index and unit must be int64 vectors of one length, found "
             f"{port.index.dtype}{list(port.index.shape)} and {port.unit.dtype}{list(port.unit.shape)}"
@@ -113,7 +115,8 @@ def check_group(group: UnitGroup) -> None:
     """Check that every unit of a group is written somewhere and, if anything reads the group, read somewhere.
 
     Raises:
-        GroupError: If a port is malformed (see :func:`check_port`) or a unit is incomplete.
+        GroupError: If a port is malformed (see :func:`check_port`), two ports claim one position, or a unit is
+            incomplete.
     """
     if group.size < 1 or not group.producers:
         raise GroupError(
@@ -125,6 +128,10 @@ def check_group(group: UnitGroup) -> None:
     for role, ports in (("written", group.producers), ("read", group.consumers)):
         if not ports:
             continue
+        counts = Counter((port.name, place) for port in ports for place in port.index.tolist())
+        (name, place), times = counts.most_common(1)[0]
+        if times > 1:
+            raise GroupError(f"group {group.name!r}: position {place} of {name!r} is {role} twice")
         seen = torch.cat([port.unit for port in ports]).unique().numel()
         if seen != group.size:
             raise GroupError(

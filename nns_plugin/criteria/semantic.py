@@ -106,6 +106,7 @@ class Semantic:
     contrast: Contrast | None = None
 
     requires: ClassVar[tuple[str, ...]] = ("statistics",)
+    accepts_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.measure not in get_args(Measure):

@@ -1,0 +1,58 @@
+"""Re-estimate batch norms after removal: their statistics describe the model before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+from nns_plugin.preserve import preserved_rng
+
+
+def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Recompute the running mean and variance of every batch norm with ``torch.optim.swa_utils.update_bn``.
+
+    Only batch norms run in training mode meanwhile, so that dropout does not disturb the estimate. Nothing else
+    about the model changes.
+
+    Args:
+        model: The model.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with preserved_rng(), torch.no_grad():
+            model.eval()
+            update_bn(_inputs(model, loader), _OnlyBatchNorms(model))
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+class _OnlyBatchNorms(nn.Module):
+    """Puts only the batch norms of a model into training mode, and feeds it whatever inputs it takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def train(self, mode: bool = True) -> _OnlyBatchNorms:
+        self.training = mode
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = mode
+        return self
+
+    def forward(self, inputs: Any) -> Any:
+        return run_model(self.model, inputs)
+
+
+def _inputs(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:
+    device = device_of(model)
+    for number, item in enumerate(loader):
+        # update_bn takes the first part of a list.
+        yield [to_device(parse_batch(item, number).inputs, device)]

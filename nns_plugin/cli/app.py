@@ -1,0 +1,117 @@
+"""Commands of ``nns`` and their options."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nns_plugin import __version__
+from nns_plugin.cli import tables
+
+app = typer.Typer(
+    name="nns",
+    help="Keep what some labels need of a classifier, remove the rest, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nns-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe in YAML; without one, scikit-learn's handwritten digits.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels to keep, by name or index, separated by commas: 3,5.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of units to remove, in [0, 1).")] = None,
+    zeta: Annotated[float | None, typer.Option(help="Keep units that score at least this, in place of a ratio.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
+    head: Annotated[str | None, typer.Option(help="keep, closed or open.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Keep a multiple of this many units in each group.")] = None,
+    fine_tune: Annotated[int | None, typer.Option(help="Epochs of fine-tuning after removal.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of training and measurement.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("nns-output"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
+    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.recipe import load_recipe
+
+    given: dict[str, Any] = {
+        "labels": None if labels is None else [_label(part) for part in labels.split(",")],
+        "ratio": ratio,
+        "zeta": zeta,
+        "criterion.name": criterion,
+        "head": head,
+        "round_to": round_to,
+        "fine_tune.epochs": fine_tune,
+        "seed": seed,
+    }
+    sys.path.insert(0, "")  # factories may lie in the folder that the command is called from
+    checked = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    console = Console()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = run_job(checked, output, progress=not quiet)
+    for message in dict.fromkeys(str(entry.message) for entry in caught if _is_ours(entry.category)):
+        console.print(f"note: {message}", style="yellow", highlight=False, markup=False)
+    console.print(tables.comparison(report))
+    console.print(tables.per_label(report))
+    console.print(tables.kept_units(report))
+    console.print(f"written to {output}: baseline.onnx, subnet.onnx, subnet.safetensors, report.json", highlight=False)
+    if not (report.baseline.parity.passed and report.subnet.parity.passed):
+        console.print("parity FAILED: an ONNX file does not answer as its model does", style="bold red")
+        raise typer.Exit(3)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, missing extras and the execution providers that a session really gets."""
+    from nns_plugin.criteria import available, broken
+    from nns_plugin.errors import MissingExtraError
+    from nns_plugin.jobs.environment import hosts, providers
+
+    console = Console()
+    console.print(tables.hosts(hosts()))
+    try:
+        console.print(tables.providers(providers()))
+    except MissingExtraError as error:
+        console.print(str(error), highlight=False, markup=False)
+    failures = broken()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken plug-ins are listed below
+        console.print(f"criteria: {', '.join(sorted(available()))}", highlight=False)
+    for name, failure in failures.items():
+        console.print(f"broken criterion plug-in {name!r}: {failure}", style="red", highlight=False, markup=False)
+
+
+def _label(text: str) -> int | str:
+    text = text.strip()
+    return int(text) if text.isdigit() else text
+
+
+def _is_ours(category: type[Warning]) -> bool:
+    return category.__module__.startswith("nns_plugin.")

@@ -1,0 +1,99 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.table import Table
+
+from nns_plugin.jobs.environment import Host
+from nns_plugin.jobs.evaluation import LabelResult
+from nns_plugin.jobs.report import ModelReport, Report
+
+
+def comparison(report: Report) -> Table:
+    """Size, accuracy and latency of the dense model beside the subnet."""
+    table = Table(title=f"labels {', '.join(report.labels)} on {report.baseline.evaluation.inputs} held-out inputs")
+    for column in ("", "dense", "subnet", "dense / subnet"):
+        table.add_column(column, justify="left" if not column else "right")
+    dense, subnet, latency = report.baseline, report.subnet, report.latency
+    for name, field in (("parameters", "parameters"), ("MACs for one input", "macs"), ("ONNX file, bytes", "file_bytes")):
+        left, right = getattr(dense, field), getattr(subnet, field)
+        table.add_row(name, f"{left:,}", f"{right:,}", f"{left / right:.2f}")
+    for name, left, right in (
+        ("p50", latency.baseline.p50_ms, latency.candidate.p50_ms),
+        ("p90", latency.baseline.p90_ms, latency.candidate.p90_ms),
+    ):
+        if left is not None and right is not None:
+            interval = f" [{latency.ratio_low:.2f}, {latency.ratio_high:.2f}]" if name == "p50" else ""
+            ratio = latency.ratio if name == "p50" else left / right
+            table.add_row(f"latency {name}, ms", f"{left:.4f}", f"{right:.4f}", f"{ratio:.2f}{interval}")
+    for name, field in (
+        ("mean balanced accuracy, %", "mean_balanced_accuracy"),
+        ("closed-set accuracy, %", "closed_set_accuracy"),
+        ("open-set accuracy, %", "open_set_accuracy"),
+    ):
+        values = (getattr(dense.evaluation, field), getattr(subnet.evaluation, field))
+        table.add_row(name, *(_percent(value) for value in values), "")
+    table.add_row("largest error of ONNX", f"{dense.parity.max_absolute_error:.1e}", f"{subnet.parity.max_absolute_error:.1e}", "")
+    table.add_row("parity", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
+    table.caption = (
+        f"latency: ONNX Runtime, {latency.provider}, batch {latency.batch}, {latency.threads} thread(s), "
+        f"{latency.samples} samples each, interleaved; [95 % interval]"
+    )
+    return table
+
+
+def per_label(report: Report) -> Table:
+    """Recall, false-positive rate and balanced accuracy of each label, dense beside subnet."""
+    table = Table(title="per label, %: dense -> subnet")
+    table.add_column("label")
+    for column in ("inputs", "recall", "false-positive rate", "precision", "balanced accuracy", "AUROC"):
+        table.add_column(column, justify="right")
+    for dense, subnet in _pairs(report.baseline, report.subnet):
+        cells = [
+            f"{_percent(getattr(dense, field))} -> {_percent(getattr(subnet, field))}"
+            for field in ("recall", "false_positive_rate", "precision", "balanced_accuracy", "auroc")
+        ]
+        table.add_row(dense.label, str(subnet.inputs), *cells)
+    table.caption = f"worst label of the subnet: {report.subnet.evaluation.worst_label}"
+    return table
+
+
+def kept_units(report: Report) -> Table:
+    """How many units of each group are left."""
+    table = Table(title="units")
+    table.add_column("group")
+    for column in ("dense", "kept"):
+        table.add_column(column, justify="right")
+    for name, size in report.units.items():
+        table.add_row(name, str(size), str(len(report.kept_units[name])) if name in report.kept_units else "all")
+    return table
+
+
+def hosts(found: Iterable[Host]) -> Table:
+    """Versions of the hosts, and how to install what is missing."""
+    table = Table(title="hosts")
+    for column in ("package", "version", "to install"):
+        table.add_column(column, overflow="fold")
+    for host in found:
+        table.add_row(host.name, host.version or "missing", host.install.replace("[", "\\["))
+    return table
+
+
+def providers(found: Mapping[str, list[str]]) -> Table:
+    """Execution providers that were asked for, and those that the session got."""
+    table = Table(title="ONNX Runtime execution providers")
+    for column in ("asked for", "the session gets"):
+        table.add_column(column, overflow="fold")
+    for asked, got in found.items():
+        table.add_row(asked, ", ".join(got))
+    return table
+
+
+def _pairs(dense: ModelReport, subnet: ModelReport) -> Iterable[tuple[LabelResult, LabelResult]]:
+    return zip(dense.evaluation.labels, subnet.evaluation.labels, strict=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

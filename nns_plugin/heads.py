@@ -1,0 +1,100 @@
+"""Heads of label subnets: the rows of the kept labels, and the output "other" for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.errors import CalibrationError, PruningError
+
+OTHER = "other"
+
+
+def fit_other(features: Tensor, kept_logits: Tensor, is_other: Tensor, ridge: float = 1.0) -> tuple[Tensor, float]:
+    """Fit one more output for inputs of no kept label, by multinomial logistic regression with the others fixed.
+
+    With a = logsumexp of the kept logits and o = w x + b, the log-likelihood of the multinomial model depends on
+    (w, b) only through ``log sigmoid(o - a)`` for inputs of other labels and ``log sigmoid(a - o)`` for the rest: a
+    convex binary problem with an offset. Both sides weigh the same, since the share of other inputs at run time
+    is unknown.
+
+    Args:
+        features: ``[N, C]`` inputs of the head.
+        kept_logits: ``[N, K]`` outputs of the kept rows.
+        is_other: ``[N]`` bool, inputs of no kept label.
+        ridge: Weight of the squared norm of w on standardised features, as against the sum over N inputs.
+
+    Returns:
+        w ``[C]`` float64 and b.
+
+    Raises:
+        CalibrationError: If all inputs are of one side.
+    """
+    count = int(is_other.sum())
+    if count in (0, is_other.numel()):
+        raise CalibrationError(
+            f"head 'open' needs calibration inputs of kept and of other labels; {count} of {is_other.numel()} are of "
+            "other labels"
+        )
+    x = features.double()
+    mean, scale = x.mean(0), x.std(0, unbiased=False)
+    scale = torch.where(scale > 1e-12, scale, 1.0)
+    x = (x - mean) / scale
+    offset = torch.logsumexp(kept_logits.double(), 1)
+    sign = torch.where(is_other, 1.0, -1.0).double()
+    share = torch.where(is_other, 0.5 / count, 0.5 / (is_other.numel() - count)).double()
+    weight = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        weight[-1] = offset.mean()
+    solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        other = x @ weight[:-1] + weight[-1]
+        penalty = ridge / x.shape[0] * weight[:-1].square().sum() / 2
+        value = -(share * nn.functional.logsigmoid(sign * (other - offset))).sum() + penalty
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    fitted = weight.detach()
+    if not bool(torch.isfinite(fitted).all()):
+        raise CalibrationError("the output 'other' could not be fitted: the logistic regression did not converge")
+    unscaled = fitted[:-1] / scale
+    return unscaled, float(fitted[-1] - unscaled @ mean)
+
+
+def close_head(head: nn.Linear, rows: Sequence[int]) -> None:
+    """Keep only the given rows of a head, in their order, in place."""
+    index = torch.tensor(list(rows), device=head.weight.device)
+    _set(head, head.weight.detach()[index], None if head.bias is None else head.bias.detach()[index])
+
+
+def open_head(head: nn.Linear, weight: Tensor, bias: float) -> None:
+    """Append one output to a head, in place."""
+    old = head.bias.detach() if head.bias is not None else head.weight.new_zeros(head.out_features)
+    row = weight.to(head.weight)[None]
+    _set(head, torch.cat([head.weight.detach(), row]), torch.cat([old, old.new_tensor([bias])]))
+
+
+def linear_head(model: nn.Module, name: str) -> nn.Linear:
+    """The head of a model, which must be a linear layer to be shrunk.
+
+    Raises:
+        PruningError: If it is something else.
+    """
+    head = model.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        raise PruningError(f"head {name!r} is a {type(head).__name__}; only nn.Linear can be shrunk: use head 'keep'")
+    return head
+
+
+def _set(head: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    trainable = head.weight.requires_grad
+    head.weight = nn.Parameter(weight.clone(), requires_grad=trainable)
+    if bias is not None:
+        head.bias = nn.Parameter(bias.clone(), requires_grad=trainable)
+    head.out_features = weight.shape[0]

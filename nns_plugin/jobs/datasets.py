@@ -1,0 +1,80 @@
+"""The data of a job, and scikit-learn's handwritten digits as the default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, TensorDataset
+
+from nns_plugin.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a data factory returns, as such or as a mapping with these keys.
+
+    Attributes:
+        calibration: Batches ``(inputs, labels)`` that units are scored on; must yield anew each time.
+        test: Held-out batches ``(inputs, labels)`` that every reported number is computed on.
+        example_inputs: A batch of inputs for tracing and export: a tensor, or a tuple or mapping of tensors.
+        label_names: Names of the labels, in the order of the model's outputs.
+        train: Batches ``(inputs, labels)`` for training and fine-tuning, if the recipe asks for any.
+    """
+
+    calibration: Iterable[Any]
+    test: Iterable[Any]
+    example_inputs: Any
+    label_names: tuple[str, ...]
+    train: Iterable[Any] | None = None
+
+    @classmethod
+    def parse(cls, made: Any, factory: str) -> Datasets:
+        """Check what a data factory returned.
+
+        Raises:
+            RecipeError: If it is neither a :class:`Datasets` nor a mapping with its keys.
+        """
+        if isinstance(made, Mapping):
+            known = set(cls.__dataclass_fields__)
+            wrong = sorted(set(made) - known) + sorted(known - {"train"} - set(made))
+            if wrong:
+                raise RecipeError(f"data.factory: {factory} returned the keys {sorted(made)}; expected {sorted(known)}")
+            made = cls(**made)
+        if not isinstance(made, cls):
+            raise RecipeError(f"data.factory: {factory} returned a {type(made).__name__}; expected Datasets or a mapping")
+        names = tuple(str(name) for name in made.label_names)
+        if not names or len(set(names)) != len(names):
+            raise RecipeError(f"data.factory: {factory} returned the label names {names}; they must be distinct")
+        return cls(made.calibration, made.test, made.example_inputs, names, made.train)
+
+
+def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Datasets:
+    """The 1 797 handwritten digits of scikit-learn, 8x8 pixels, split by label into training and held-out data.
+
+    Args:
+        seed: Of the split and of the order of the training batches.
+        batch_size: Inputs a batch.
+        test_share: Share of the digits held out.
+    """
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    places = range(len(labels))
+    train, test = train_test_split(places, test_size=test_share, stratify=labels, random_state=seed)
+    targets = torch.tensor(labels)
+
+    def subset(chosen: list[int]) -> TensorDataset:
+        return TensorDataset(images[chosen], targets[chosen])
+
+    order = torch.Generator().manual_seed(seed)
+    return Datasets(
+        calibration=DataLoader(subset(train), batch_size),
+        test=DataLoader(subset(test), batch_size),
+        example_inputs=images[train[:2]],
+        label_names=tuple(str(digit) for digit in range(10)),
+        train=DataLoader(subset(train), batch_size, shuffle=True, generator=order),
+    )

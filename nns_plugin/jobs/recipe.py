@@ -1,0 +1,228 @@
+"""The recipe of a job: what the user may write, checked before anything runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nns_plugin.criteria import available
+from nns_plugin.errors import NNSError, RecipeError
+
+Head = Literal["keep", "closed", "open"]
+Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Where the model comes from."""
+
+    factory: Factory
+    arguments: dict[str, Any] = {}
+    checkpoint: Path | None = None
+
+
+class DataSection(Section):
+    """Where the data comes from."""
+
+    factory: Factory
+    arguments: dict[str, Any] = {}
+
+
+class CriterionSection(Section):
+    """Which criterion scores the units, and its options."""
+
+    name: str = "semantic"
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        names = available()
+        if name not in names:
+            raise ValueError(f"expected one of {', '.join(sorted(names))}")
+        return name
+
+
+class TrainingSection(Section):
+    """Training with AdamW and a one-cycle schedule."""
+
+    epochs: int = Field(0, ge=0)
+    learning_rate: float = Field(0.003, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class ExportSection(Section):
+    """How the models become ONNX files."""
+
+    opset: int | None = Field(None, ge=18)
+
+
+class MeasureSection(Section):
+    """How parity and latency are measured."""
+
+    provider: str = "cpu"
+    threads: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1)
+    samples: int = Field(300, ge=20)
+    rtol: float = Field(1e-3, ge=0)
+    atol: float = Field(1e-5, ge=0)
+
+
+class Recipe(Section):
+    """A whole job. Exactly one of ``ratio`` and ``zeta`` decides how much goes; a ratio of 0.5 by default."""
+
+    model: ModelSection
+    data: DataSection
+    labels: list[int | str] | None = Field(None, min_length=1)
+    criterion: CriterionSection = CriterionSection()
+    ratio: float | None = Field(None, ge=0, lt=1)
+    zeta: float | None = Field(None, ge=0, le=1)
+    across_groups: bool = False
+    round_to: int = Field(1, ge=1)
+    ignored_layers: list[str] = []
+    reestimate_batch_norms: bool = True
+    head: Head | None = None
+    train: TrainingSection = TrainingSection()
+    fine_tune: TrainingSection = TrainingSection(learning_rate=0.001)
+    export: ExportSection = ExportSection()
+    measure: MeasureSection = MeasureSection()
+    seed: int = Field(0, ge=0)
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _short_criterion(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.ratio is not None and self.zeta is not None:
+            raise ValueError("ratio and zeta exclude each other; give one of them")
+        if self.labels is None and self.head in ("closed", "open"):
+            raise ValueError(f"head {self.head!r} needs labels; name some, or use head: keep")
+        if self.across_groups and self.zeta is not None:
+            raise ValueError("across_groups goes with ratio, not with zeta")
+        return self
+
+    @property
+    def effective_head(self) -> Head:
+        """The head to make: ``open`` with a label set and ``keep`` without, unless one is named."""
+        return self.head or ("keep" if self.labels is None else "open")
+
+
+def default_recipe() -> dict[str, Any]:
+    """The recipe of ``nns run`` without one: digits that come with scikit-learn, labels 3 and 5."""
+    return {
+        "model": {"factory": "nns_plugin.jobs.models:digits_classifier"},
+        "data": {"factory": "nns_plugin.jobs.datasets:digits"},
+        "labels": ["3", "5"],
+        "ratio": 0.4,
+        "train": {"epochs": 6},
+    }
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe, or take the default one, and apply overrides.
+
+    Args:
+        path: A YAML file; relative checkpoint paths in it are relative to its folder.
+        overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio`` or
+            ``zeta`` replaces the other.
+
+    Raises:
+        RecipeError: One line that names the field, what was found and what is allowed.
+    """
+    source = "recipe" if path is None else str(path)
+    content = default_recipe() if path is None else _read(path)
+    if "criterion" in content and isinstance(content["criterion"], str):
+        content["criterion"] = {"name": content["criterion"]}
+    for name, value in (overrides or {}).items():
+        for one, other in (("ratio", "zeta"), ("zeta", "ratio")):
+            if name == one:
+                content.pop(other, None)
+        _set(content, name.split("."), value, source)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_describe(error)}") from None
+    if recipe.ratio is None and recipe.zeta is None:
+        recipe = recipe.model_copy(update={"ratio": 0.5})
+    checkpoint = recipe.model.checkpoint
+    if path is not None and checkpoint is not None and not checkpoint.is_absolute():
+        model = recipe.model.model_copy(update={"checkpoint": path.parent / checkpoint})
+        recipe = recipe.model_copy(update={"model": model})
+    return recipe
+
+
+def call_factory(field: str, reference: str, arguments: Mapping[str, Any]) -> Any:
+    """Import ``package.module:callable`` and call it.
+
+    Raises:
+        RecipeError: If it cannot be imported, is not callable, or raises.
+    """
+    module_name, _, path = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except Exception as error:  # importing runs the user's code
+        raise RecipeError(f"{field}: {reference!r} cannot be imported: {_one_line(error)}") from error
+    if not isinstance(found, Callable):  # type: ignore[arg-type]
+        raise RecipeError(f"{field}: {reference!r} is a {type(found).__name__}; expected a callable")
+    try:
+        return found(**arguments)
+    except NNSError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{field}: {reference!r} called with {dict(arguments)} raised {_one_line(error)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: holds a {type(content).__name__}; expected fields such as model, data, labels")
+    return content
+
+
+def _set(content: dict[str, Any], path: list[str], value: Any, source: str) -> None:
+    for name in path[:-1]:
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"{source}: field {name!r}: found {content!r}; expected a section")
+    content[path[-1]] = value
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"field {field!r}: found nothing; it is required"
+    if first["type"] == "extra_forbidden":
+        return f"field {field!r}: found {_short(first['input'])}; there is no such field"
+    if first["type"] == "value_error" and not first["loc"]:
+        return message
+    return f"field {field!r}: found {_short(first['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

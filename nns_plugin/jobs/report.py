@@ -1,0 +1,73 @@
+"""The report of a job: every number that it measured, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
+from nns_plugin.jobs.evaluation import Evaluation
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What was measured of one model.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulate operations for one input.
+        file_bytes: Size of its ONNX file.
+        outputs: Names of its outputs.
+        evaluation: On held-out data.
+        parity: Of its ONNX file with the torch model.
+    """
+
+    parameters: int
+    macs: int
+    file_bytes: int
+    outputs: tuple[str, ...]
+    evaluation: Evaluation
+    parity: ParityReport
+
+    @classmethod
+    def of(
+        cls,
+        evaluation: Evaluation,
+        operations: tuple[int, int],
+        path: Path,
+        outputs: Sequence[str],
+        parity: ParityReport,
+    ) -> ModelReport:
+        """Put together what was measured; ``operations`` are MACs and parameters."""
+        macs, parameters = operations
+        return cls(parameters, macs, path.stat().st_size, tuple(outputs), evaluation, parity)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did and measured.
+
+    Attributes:
+        recipe: The recipe, as checked.
+        labels: Names of the labels of the set.
+        units: Number of units of each group of the dense model.
+        kept_units: The units that are left, for each pruned group.
+        baseline: The dense model.
+        subnet: The pruned model.
+        latency: Of both ONNX files, measured in turn.
+        versions: Of Python and the packages involved.
+    """
+
+    recipe: dict[str, Any]
+    labels: tuple[str, ...]
+    units: dict[str, int]
+    kept_units: dict[str, tuple[int, ...]]
+    baseline: ModelReport
+    subnet: ModelReport
+    latency: LatencyComparison
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return asdict(self)

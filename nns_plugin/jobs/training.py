@@ -1,0 +1,72 @@
+"""Training of a classifier, for the default job and for optional fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import CalibrationError, RecipeError
+from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+
+
+def train_classifier(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    target_of_label: Tensor | None = None,
+    title: str = "training",
+    progress: bool = False,
+) -> None:
+    """Train with cross-entropy, AdamW and a one-cycle schedule; the model is left in evaluation mode.
+
+    Args:
+        model: Gives logits ``[N, outputs]``.
+        loader: Yields ``(inputs, labels)``; must yield anew each epoch.
+        epochs: Number of epochs.
+        learning_rate: Highest learning rate of the cycle.
+        weight_decay: Of AdamW.
+        target_of_label: ``[L]`` int64, the output that each label belongs to, or -1 to leave its inputs out; the
+            label itself by default.
+        title: Title of the progress bar.
+        progress: Whether to show it.
+
+    Raises:
+        CalibrationError: If the loader yields no labelled inputs.
+        RecipeError: If the loss is no longer finite.
+    """
+    batches = sum(1 for _ in loader)
+    if batches == 0:
+        raise CalibrationError("the training loader is empty; it must yield at least one batch")
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches + 1)
+    device = device_of(model)
+    model.train()
+    with tqdm(total=epochs * batches, desc=title, disable=not progress, leave=False) as bar:
+        for _ in range(epochs):
+            for number, item in enumerate(loader):
+                batch = parse_batch(item, number)
+                if batch.labels is None:
+                    raise CalibrationError("the training loader yields inputs alone; expected (inputs, labels)")
+                targets = batch.labels if target_of_label is None else target_of_label[batch.labels]
+                targets = targets.to(device)
+                logits = run_model(model, to_device(batch.inputs, device))
+                loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1)
+                if not bool((targets >= 0).any()):
+                    loss = logits.sum() * 0  # nothing of the label set in this batch
+                if not bool(torch.isfinite(loss)):
+                    raise RecipeError(f"{title}: the loss is {loss.item()}; lower the learning rate")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    optimizer.zero_grad()
+    model.eval()
