@@ -130,6 +130,18 @@ def writes_output(host_group: tp.dependency.Group) -> bool:
     return any(not item.dep.target.outputs for item in host_group)
 
 
+def output_layers(graph: tp.DependencyGraph) -> tuple[str, ...]:
+    """Names of the layers whose positions are the model's outputs."""
+    return tuple(
+        port.name
+        for host_group in graph.get_all_groups(ignored_layers=[], root_module_types=list(ROOTS))
+        if writes_output(host_group)
+        for item in host_group
+        for role, port in _ports(graph, item)
+        if role == "out"
+    )
+
+
 def trace_group(host_group: tp.dependency.Group) -> TracedGroup:
     """Translate a full group of torch-pruning into a unit group.
 

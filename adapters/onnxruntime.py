@@ -7,11 +7,9 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -24,8 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError
+from nns_plugin.forward import device_of
+from nns_plugin.preserve import preserved
 
 try:
     import onnx
@@ -86,41 +87,28 @@ class _Arguments(NamedTuple):
     def doubled(self) -> _Arguments:
         return self.map(lambda tensor: torch.cat([tensor, tensor]))
 
-    def on_device_of(self, model: nn.Module) -> _Arguments:
-        for held in (*model.parameters(), *model.buffers()):
-            return self.map(lambda tensor: tensor.to(held.device))
-        return self
+    def to(self, device: torch.device) -> _Arguments:
+        return self.map(lambda tensor: tensor.to(device))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients; on exit it is again exactly what it was, RNG state included."""
+    """Put a model into eval mode without gradients; on exit it is again exactly what it was."""
+    # A forward that keeps its activations (self.x = x, self.seen.append(x)) would leave the exporter's fake tensors.
     attributes = [(module, dict(vars(module))) for module in model.modules()]
-    containers = [
-        (value, value.copy())
-        for _, held in attributes
-        for value in held.values()
-        if type(value) in (dict, OrderedDict, list)
-    ]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
+    values = [value for _, held in attributes for value in held.values()]
+    containers = [(value, value.copy()) for value in values if type(value) in (dict, list)]
+    with preserved(model), torch.inference_mode(False), torch.no_grad():
         try:
             model.eval()
             yield
         finally:
-            for module, held in attributes:  # a forward that sets self.x leaves the exporter's fake tensors there
+            for module, held in attributes:
                 vars(module).clear()
                 vars(module).update(held)
             for container, content in containers:
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
-            for buffer, content in buffers:
-                if not torch.equal(buffer, content):
-                    buffer.copy_(content)
 
 
 @contextmanager
@@ -139,7 +127,8 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _ieee_float32() -> Iterator[None]:
     """Compute float32 as float32 on GPUs too; their TF32 default is off by 1e-3."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     precisions = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -151,11 +140,13 @@ def _ieee_float32() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error at the root of a chain: exporters wrap it in pages of advice."""
+    """The error at the root of a chain, in one line: exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    first, _, rest = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")
+    if first.endswith(":"):  # a heading
+        first += " " + rest.strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 # Export ---------------------------------------------------------------------------------------------------------
@@ -247,7 +238,7 @@ def _trace(
     output_names: Sequence[str] | None,
 ) -> Any:
     """Run PyTorch's exporter; returns its program."""
-    example = (arguments.doubled() if arguments.batch == 1 else arguments).on_device_of(model)
+    example = (arguments.doubled() if arguments.batch == 1 else arguments).to(device_of(model))
     # A name makes the axis dynamic or the export fail; a torch.export.Dim is dropped for a constant in silence.
     axes = {0: "batch"}
     try:
@@ -293,12 +284,11 @@ def _check_program(
                 "give one name for each"
             )
     if label_names is not None:
-        shape = graph.outputs[0].shape
-        labels = shape[1] if len(shape) > 1 else None
-        if labels != len(label_names):
+        shape = list(graph.outputs[0].shape)
+        if len(shape) < 2 or shape[1] != len(label_names):
             raise ExportError(
-                f"label_names has {len(label_names)} names, but the first output of {model_name} is {list(shape)}; "
-                "expected one name for each position of its dimension 1"
+                f"label_names has {len(label_names)} names, but the first output of {model_name} is "
+                f"[{', '.join(map(str, shape))}]; expected one name for each position of its dimension 1"
             )
 
 
@@ -360,7 +350,7 @@ def _open(model: str | bytes, provider: str, threads: int | None, allow_spinning
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised as well
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(allow_spinning)))
     settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
     try:
@@ -378,7 +368,7 @@ def _no_provider(provider: str, found: str) -> str:
     available = ", ".join(onnxruntime.get_available_providers())
     advice = "choose one of these"
     if provider == "CUDAExecutionProvider":
-        advice = "run pip uninstall onnxruntime, then pip install onnxruntime-gpu, with the CUDA and cuDNN it was built for"
+        advice = "run pip uninstall onnxruntime, then pip install onnxruntime-gpu, and install its CUDA and cuDNN"
     return f"asked ONNX Runtime for {provider}, got {found}; this build offers {available}: {advice}"
 
 
@@ -518,8 +508,9 @@ def check_parity(
     errors: list[tuple[str, _Errors]] = []
     agreement = None
     for batch in (other, arguments):
+        feed = _feed(session, batch, path)
         expected = _model_outputs(model, batch)
-        found = _run(session, _feed(session, batch, path), path)
+        found = _run(session, feed, path)
         shapes = [list(value.shape) for value in expected], [list(value.shape) for value in found]
         if shapes[0] != shapes[1]:
             raise ExportError(
@@ -549,10 +540,16 @@ def check_parity(
 
 
 def _model_outputs(model: nn.Module, arguments: _Arguments) -> list[npt.NDArray[Any]]:
-    here = arguments.on_device_of(model)
-    with _evaluating(model), _ieee_float32():
-        outputs = model(*here.args, **here.kwargs)
-    return [tensor.cpu().numpy() for tensor in _tensors(outputs)]
+    here = arguments.to(device_of(model))
+    try:
+        with _evaluating(model), _ieee_float32():
+            outputs = model(*here.args, **here.kwargs)
+        return [tensor.cpu().numpy() for tensor in _tensors(outputs)]
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot run on a batch of {here.batch} ({_reason(error)}); its forward must accept "
+            "the inputs in eval mode at any batch size"
+        ) from error
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
@@ -640,7 +637,7 @@ class LatencyComparison:
 
 
 def measure_latency(
-    paths: Mapping[str, Path],
+    paths: Mapping[str, str | os.PathLike[str]],
     inputs: Inputs,
     *,
     samples: int = 200,
@@ -661,7 +658,7 @@ def measure_latency(
         threads: Threads within an operator, in each session.
         provider: Execution provider of both sessions.
         seed: Seed of the order of runs and of the bootstrap.
-        progress: Whether to report progress on standard error.
+        progress: Whether to show a progress bar.
 
     Returns:
         The comparison.
@@ -673,9 +670,7 @@ def measure_latency(
     if len(paths) != 2:
         raise ExportError(f"paths holds {list(paths)}; expected two files, the baseline and then the candidate")
     if samples < 2 or warmup < 0 or threads < 1:
-        raise ExportError(
-            f"samples is {samples}, warmup {warmup} and threads {threads}; expected at least 2, 0 and 1"
-        )
+        raise ExportError(f"samples is {samples}, warmup {warmup} and threads {threads}; expected at least 2, 0 and 1")
     arguments = _Arguments.of(inputs)
     runs = []
     for path in paths.values():
@@ -687,11 +682,8 @@ def measure_latency(
     rounds = [_time_round(runs, rng) for _ in range(min(warmup, 2 * _WARMUP_WINDOW))]
     while len(rounds) < warmup and not _is_stable(rounds):
         rounds.append(_time_round(runs, rng))
-    timed = []
-    for done in range(samples):
-        timed.append(_time_round(runs, rng))
-        if progress and (done + 1) * 10 // samples > done * 10 // samples:
-            print(f"measured {done + 1} of {samples} rounds", file=sys.stderr)
+    bar = tqdm(range(samples), desc="measuring", disable=not progress, leave=False)
+    timed = [_time_round(runs, rng) for _ in bar]
     baseline_ms, candidate_ms = np.array(timed).T / 1e6
     ratio, low, high = median_ratio(baseline_ms, candidate_ms, seed=seed)
     baseline_name, candidate_name = paths
@@ -742,8 +734,8 @@ def latency_report(name: str, times_ms: _Floats) -> LatencyReport:
         The report.
 
     Example:
-        >>> latency_report("dense", np.arange(1.0, 101.0))
-        LatencyReport(name='dense', samples=100, p50_ms=50.5, p90_ms=90.1, p99_ms=None)
+        >>> latency_report("dense", np.arange(1.0, 102.0))
+        LatencyReport(name='dense', samples=101, p50_ms=51.0, p90_ms=91.0, p99_ms=None)
     """
     samples = len(times_ms)
     return LatencyReport(
@@ -770,7 +762,8 @@ def median_ratio(baseline_ms: _Floats, candidate_ms: _Floats, *, seed: int = 0) 
         Median of the baseline over median of the candidate, and the lower and upper end of the interval.
 
     Example:
-        >>> median_ratio(np.array([4.0, 6.0, 4.0]), np.array([2.0, 3.0, 2.0]))
+        >>> ratio, low, high = median_ratio(np.array([4.0, 6.0, 4.0]), np.array([2.0, 3.0, 2.0]))
+        >>> round(ratio, 6), round(low, 6), round(high, 6)
         (2.0, 2.0, 2.0)
     """
     times = np.stack([baseline_ms, candidate_ms])

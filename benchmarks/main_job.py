@@ -24,7 +24,15 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=None, help="default: the default recipe's")
     options = parser.parse_args()
     table = Table(title=f"nns run --labels {options.labels}, held-out digits; balanced accuracy in %")
-    for column in ("seed", "parameters kept, %", "dense, mean", "subnet, mean", "mean drop", "worst label's drop", "speed-up"):
+    for column in (
+        "seed",
+        "parameters kept, %",
+        "dense, mean",
+        "subnet, mean",
+        "mean drop",
+        "worst label's drop",
+        "speed-up",
+    ):
         table.add_column(column, justify="right")
     rows = []
     for seed in options.seeds:
@@ -46,9 +54,24 @@ def main() -> None:
     table.add_section()
     table.add_row("mean", *(f"{value:.2f}" for value in values.mean(0)))
     table.add_row("sd", *(f"{value:.2f}" for value in values.std(0, ddof=1 if len(rows) > 1 else 0)))
-    table.add_row("worst", *(f"{value:.2f}" for value in (values[:, 0].max(), values[:, 1].min(), values[:, 2].min(), values[:, 3].max(), values[:, 4].max(), values[:, 5].min())))
+    table.add_row(
+        "worst",
+        *(
+            f"{value:.2f}"
+            for value in (
+                values[:, 0].max(),
+                values[:, 1].min(),
+                values[:, 2].min(),
+                values[:, 3].max(),
+                values[:, 4].max(),
+                values[:, 5].min(),
+            )
+        ),
+    )
     Console(width=120).print(table)
-    holds = values[:, 0].max() <= 100 * SHARE_GOAL and values[:, 3].max() <= MEAN_GOAL and values[:, 4].max() <= LABEL_GOAL
+    holds = (
+        values[:, 0].max() <= 100 * SHARE_GOAL and values[:, 3].max() <= MEAN_GOAL and values[:, 4].max() <= LABEL_GOAL
+    )
     print(
         f"goals: at most {100 * SHARE_GOAL:.0f} % of the parameters, mean drop at most {MEAN_GOAL}, no label more than "
         f"{LABEL_GOAL} (points): {'hold in every seed' if holds else 'MISSED'}"

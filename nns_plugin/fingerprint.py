@@ -33,16 +33,20 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def difference(expected: Mapping[str, str], found: Mapping[str, str], limit: int = 3) -> str:
-    """What differs between two fingerprints, in words; empty if nothing does."""
-    parts = []
+    """What differs between two fingerprints, in words, names and shapes before values; empty if nothing does."""
+    shapes, values = [], []
     for name in [*expected, *(name for name in found if name not in expected)]:
         if name not in found:
-            parts.append(f"{name!r} is missing")
+            shapes.append(f"{name!r} is missing")
         elif name not in expected:
-            parts.append(f"{name!r} is new")
+            shapes.append(f"{name!r} is new")
         elif expected[name] != found[name]:
             old, new = (text.partition(":")[0] for text in (expected[name], found[name]))
-            parts.append(f"{name!r} has other values" if old == new else f"{name!r} is {new} instead of {old}")
+            if old == new:
+                values.append(f"{name!r} has other values")
+            else:
+                shapes.append(f"{name!r} is {new} instead of {old}")
+    parts = shapes + values
     more = f" and {len(parts) - limit} more" if len(parts) > limit else ""
     return ", ".join(parts[:limit]) + more
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError
@@ -53,26 +56,17 @@ def calibrate(
             not have the batch in front, or if there is nothing to observe.
         LabelError: If a label is out of range.
     """
-    if not groups:
-        raise CalibrationError("there are no unit groups to observe: nothing in this model can be pruned")
-    modules = dict(model.named_modules())
-    keys = list(dict.fromkeys((group.side, port.name) for group in groups for port in group.ports))
-    for _, name in keys:
-        if name not in modules:
-            raise CalibrationError(f"the model has no module {name!r}, which the unit groups name")
-    names = _label_names(labels)
-    run = _Run(_collectors(modules, keys, groups), threshold, None if names is None else len(names))
-    failure: Exception | None = None
+    if not _distributed():
+        return _calibrate(model, loader, groups, labels, threshold, progress)
+    outcome: Statistics | Exception
     try:
-        _observe(model, modules, loader, run, progress)
-        statistics = _finish(run, groups, names, threshold, fingerprint(model))
+        outcome = _calibrate(model, loader, groups, labels, threshold, progress)
     except Exception as error:
-        failure = error
-    if _distributed():
-        _agree(failure)
-    if failure is not None:
-        raise failure
-    return statistics.all_reduce() if _distributed() else statistics
+        outcome = error
+    _agree(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome.all_reduce()
 
 
 def collect_inputs(
@@ -123,6 +117,32 @@ def collect_inputs(
     return joined, torch.cat(known) if len(known) == len(labels) else None
 
 
+def _calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    groups: Sequence[UnitGroup],
+    labels: Sequence[str] | int | None,
+    threshold: float,
+    progress: bool,
+) -> Statistics:
+    """The statistics of this process alone."""
+    if not groups:
+        raise CalibrationError("there are no unit groups to observe: nothing in this model can be pruned")
+    if isinstance(loader, (Tensor, str, Mapping)) or not isinstance(loader, (Iterable, Dataset)):
+        raise CalibrationError(f"the loader is a {type(loader).__name__}; expected batches, such as [(inputs, labels)]")
+    if math.isnan(threshold):
+        raise CalibrationError("threshold is nan; it must be a number that activations can exceed")
+    modules = dict(model.named_modules())
+    keys = list(dict.fromkeys((group.side, port.name) for group in groups for port in group.ports))
+    for _, name in keys:
+        if name not in modules:
+            raise CalibrationError(f"the model has no module {name!r}, which the unit groups name")
+    names = _label_names(labels)
+    run = _Run(_collectors(modules, keys, groups), threshold, None if names is None else len(names))
+    _observe(model, modules, loader, run, progress)
+    return _finish(run, groups, names, threshold, fingerprint(model))
+
+
 def _observe(
     model: nn.Module, modules: Mapping[str, nn.Module], loader: Iterable[Any], run: _Run, progress: bool
 ) -> None:
@@ -139,21 +159,57 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _agree(failure: Exception | None) -> None:
-    """Let every process fail when one does, instead of waiting for its sums for ever."""
-    failures = int(distributed_sum(torch.tensor(int(failure is not None))))
-    if failure is None and failures:
-        raise CalibrationError(f"calibration failed in {failures} other processes; see their errors")
+def _agree(outcome: Statistics | Exception) -> None:
+    """Let every process fail when one does or calibrates something else, instead of waiting for its sums for ever."""
+    count = torch.distributed.get_world_size()
+    outcomes = torch.zeros(count, dtype=torch.int64)
+    outcomes[torch.distributed.get_rank()] = -1 if isinstance(outcome, Exception) else _digest(outcome)
+    outcomes = distributed_sum(outcomes)
+    failures = int((outcomes < 0).sum())
+    if failures and not isinstance(outcome, Exception):
+        raise CalibrationError(f"calibration failed in {failures} of {count} processes; see their errors")
+    if not failures and outcomes.unique().numel() > 1:
+        raise CalibrationError(
+            "the processes calibrate different models, groups or labels; give all of them the same weights and buffers, "
+            "groups, labels and threshold"
+        )
+
+
+def _digest(statistics: Statistics) -> int:
+    """A number that two processes share if their sums may be added."""
+    layouts = [
+        (key, record.layout.channel.tolist(), record.layout.slot.tolist()) for key, record in statistics.records.items()
+    ]
+    collected = (sorted(statistics.fingerprint.items()), statistics.labels, statistics.threshold, layouts)
+    return int.from_bytes(hashlib.blake2b(repr(collected).encode(), digest_size=7).digest(), "big")
 
 
 @dataclass
 class _Collector:
-    """Reduces one observed axis to sums by channel."""
+    """Reduces one observed axis to sums by channel.
+
+    Attributes:
+        name: Name of the module.
+        layout: How the positions of its axis are pooled.
+        channels_second: Whether the axis is dimension 1, as in a convolution; otherwise it is the last one.
+        time_first: Whether the batch is dimension 1.
+        dimensions: How many dimensions the activation must have; ``None`` for two or more.
+        record: The sums so far.
+    """
 
     name: str
     layout: Layout
-    rows_first: Callable[[Tensor], Tensor]  # to [rows, positions, samples]
+    channels_second: bool
+    time_first: bool
+    dimensions: int | None
     record: Record | None = None
+
+    def rows_first(self, activation: Tensor) -> Tensor:
+        """The activation as ``[rows, positions, samples]``."""
+        if self.channels_second:
+            return activation.flatten(2)
+        activation = activation.transpose(0, 1) if self.time_first else activation
+        return activation.reshape(activation.shape[0], -1, activation.shape[-1]).transpose(1, 2)
 
 
 @dataclass
@@ -166,7 +222,7 @@ class _Run:
     labelled: bool | None = None
     number: int = 0
     size: int = 0
-    reduced: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
+    reduced: dict[tuple[int, int, int, tuple[bool, bool]], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
     pending: list[tuple[_Collector, Sums]] = field(default_factory=list)
 
     def forward(self, model: nn.Module, batch: Batch, number: int, device: torch.device) -> None:
@@ -185,27 +241,41 @@ class _Run:
 
     def observe(self, collector: _Collector, activation: Any) -> None:
         """Reduce one activation; called by the hooks, possibly several times a forward for a reused module."""
-        if not isinstance(activation, Tensor) or activation.shape[0] % self.size or not activation.is_floating_point():
-            found = f"{activation.dtype}{list(activation.shape)}" if isinstance(activation, Tensor) else type(activation)
+        if not self._fits(collector, activation):
+            found = type(activation).__name__
+            if isinstance(activation, Tensor):
+                found = f"{activation.dtype}{list(activation.shape)}"
             raise CalibrationError(
-                f"module {collector.name!r} works on {found}; expected a floating-point tensor whose dimension 0 is "
-                f"the batch of {self.size} or a whole multiple of it"
+                f"module {collector.name!r} works on {found}; expected a floating-point tensor of "
+                f"{collector.dimensions or 'two or more'} dimensions whose dimension {int(collector.time_first)} is the "
+                f"batch of {self.size} or a whole multiple of it"
             )
         # Readers of one tensor are reduced once; the weak reference proves that an identity was not used again.
-        key = (id(activation), activation._version, id(collector.layout))
+        axes = (collector.channels_second, collector.time_first)
+        key = (id(activation), activation._version, id(collector.layout), axes)
         known, sums = self.reduced.get(key, (None, None))
         if known is None or known() is not activation or sums is None:
             sums = reduce_activation(collector.rows_first(activation), collector.layout, self.size, self.threshold)
             self.reduced[key] = (weakref.ref(activation), sums)
         self.pending.append((collector, sums))
 
+    def _fits(self, collector: _Collector, activation: Any) -> bool:
+        if not isinstance(activation, Tensor) or not activation.is_floating_point() or activation.dim() < 2:
+            return False
+        if collector.dimensions not in (None, activation.dim()):
+            return False
+        return activation.shape[int(collector.time_first)] % self.size == 0
+
     def _accumulate(self, labels: Tensor) -> None:
-        finite = torch.stack([torch.isfinite(sums.total).all().cpu() for _, sums in self.pending])
+        # Squares are finite only where sums and magnitudes are; checked together, they cost one transfer.
+        finite = torch.tensor([True])
+        if self.pending:
+            finite = torch.stack([torch.isfinite(sums.square).all().cpu() for _, sums in self.pending])
         if not bool(finite.all()):
             name = self.pending[int((~finite).nonzero()[0])][0].name
             raise CalibrationError(
-                f"module {name!r} works on NaN or infinite activations in batch {self.number}; check the inputs and "
-                "the weights before it"
+                f"module {name!r} works on NaN, infinite or overflowing activations in batch {self.number}; check the "
+                "inputs and the weights before it"
             )
         for collector, sums in self.pending:
             if collector.record is None:
@@ -305,7 +375,10 @@ def _collectors(
         layout = layout_of(groups, (side, name), axis_length(module, side, name), pool)
         layout = next((known for known in layouts if known.same(layout)), layout)
         layouts.append(layout)
-        collectors[side, name] = _Collector(name, layout, _rows_first(module, name))
+        convolution = isinstance(module, nn.modules.conv._ConvNd)
+        dimensions = len(module.kernel_size) + 2 if convolution else 3 if hasattr(module, "batch_first") else None
+        time_first = getattr(module, "batch_first", True) is False
+        collectors[side, name] = _Collector(name, layout, convolution, time_first, dimensions)
     return collectors
 
 
@@ -330,24 +403,6 @@ def axis_length(module: nn.Module, side: str, name: str) -> int:
     )
 
 
-def _rows_first(module: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """How a module's activation becomes ``[rows, positions, samples]``."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        dimensions = len(module.kernel_size) + 2
-
-        def channels_second(activation: Tensor) -> Tensor:
-            if activation.dim() != dimensions:
-                raise CalibrationError(
-                    f"convolution {name!r} works on a tensor of shape {list(activation.shape)}; "
-                    f"expected {dimensions} dimensions with the batch first"
-                )
-            return activation.flatten(2)
-
-        return channels_second
-
-    return lambda activation: activation.reshape(activation.shape[0], -1, activation.shape[-1]).transpose(1, 2)
-
-
 @contextmanager
 def _hooked(modules: Mapping[str, nn.Module], run: _Run) -> Iterator[None]:
     handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -361,16 +416,11 @@ def _hooked(modules: Mapping[str, nn.Module], run: _Run) -> Iterator[None]:
 
 
 def _hook(module: nn.Module, side: str, collector: _Collector, run: _Run) -> torch.utils.hooks.RemovableHandle:
-    time_first = getattr(module, "batch_first", True) is False
-
-    def observe(activation: Any) -> None:
-        run.observe(collector, activation.transpose(0, 1) if time_first else activation)
-
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observe(args[0] if args else kwargs.get("input"))
+        run.observe(collector, args[0] if args else kwargs.get("input"))
 
     def write(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        observe(output[0] if isinstance(output, tuple) else output)
+        run.observe(collector, output[0] if isinstance(output, tuple) else output)
 
     if side == "in":
         return module.register_forward_pre_hook(read, with_kwargs=True)
@@ -382,7 +432,7 @@ def _label_names(labels: Sequence[str] | int | None) -> tuple[str, ...] | None:
         return None
     if isinstance(labels, int):
         labels = [str(label) for label in range(labels)]
-    names = tuple(labels)
+    names = () if isinstance(labels, str) else tuple(labels)
     if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
         raise LabelError(f"labels must be a positive number or distinct names, found {labels!r}")
     return names
@@ -395,9 +445,9 @@ def _finish(
     threshold: float,
     weights: Mapping[str, str],
 ) -> Statistics:
-    missing = [collector.name for collector in run.collectors.values() if collector.record is None]
-    if len(missing) == len(run.collectors):
+    if not run.size:
         raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
+    missing = [collector.name for collector in run.collectors.values() if collector.record is None]
     if missing:
         raise CalibrationError(f"module {missing[0]!r} never ran during calibration; its units cannot be observed")
     if run.labelled and names is None:

@@ -23,7 +23,8 @@ class Layout:
     Attributes:
         channel: ``[positions]`` int64, the channel of each position. Positions that a flatten made out of one
             map share a channel; elsewhere every position is a channel of its own.
-        slot: ``[C]`` int64, the slot of each channel. Channels of one unit share a slot.
+        slot: ``[C]`` int64, the slot of each channel. Channels of one unit share a slot; slots are numbered as they
+            first appear, so that an axis without pooling has its positions for slots.
     """
 
     channel: Tensor
@@ -160,8 +161,10 @@ class Statistics:
         """The statistics of both calibrations together, whatever their order.
 
         Raises:
-            StatisticsError: If they belong to different models, groups, labels or thresholds.
+            StatisticsError: If they belong to different models, groups, labels or thresholds, or were narrowed.
         """
+        if not self.fingerprint or not other.fingerprint:
+            raise StatisticsError("narrowed statistics cannot be merged, their units may differ: merge first, then narrow")
         differs = difference(self.fingerprint, other.fingerprint)
         if differs:
             raise StatisticsError(f"statistics of different weights cannot be merged: {differs}")
@@ -192,8 +195,9 @@ class Statistics:
         for name, units in kept.items():
             if name not in sizes:
                 raise StatisticsError(f"no group {name!r} in these statistics; they have {', '.join(sizes)}")
-            if units.numel() == 0 or int(units.min()) < 0 or int(units.max()) >= sizes[name]:
-                raise StatisticsError(f"kept units of group {name!r} must be some of 0..{sizes[name] - 1}")
+            ascending = units.numel() > 0 and bool((units.diff() > 0).all())
+            if not ascending or int(units[0]) < 0 or int(units[-1]) >= sizes[name]:
+                raise StatisticsError(f"kept units of group {name!r} must be some of 0..{sizes[name] - 1}, ascending")
         removed: dict[Key, list[Tensor]] = {}
         for group in self.groups:
             if group.name in kept:
@@ -274,10 +278,17 @@ def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: boo
         starts = torch.ones(axis_length, dtype=torch.bool)
         starts[1:] = owner[1:] != owner[:-1]
         channel = starts.cumsum(0) - 1
-    first = torch.full((int(channel.max()) + 1,), -1, dtype=torch.int64)
-    first[channel] = owner
-    _, slot = first.unique(return_inverse=True)
-    return Layout(channel, slot)
+    owners = torch.full((int(channel.max()) + 1,), -1, dtype=torch.int64)
+    owners[channel] = owner
+    return Layout(channel, _number_by_appearance(owners))
+
+
+def _number_by_appearance(values: Tensor) -> Tensor:
+    """Distinct values ``[n]`` numbered 0, 1, ... in the order in which they first appear."""
+    distinct, number = values.unique(return_inverse=True)
+    place = torch.arange(values.numel())
+    first = torch.full((distinct.numel(),), values.numel()).scatter_reduce_(0, number, place, "amin")
+    return first.argsort().argsort()[number]
 
 
 def _narrow_gram(gram: Tensor, channels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,20 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], p
         StatisticsError: If the folder cannot be written.
     """
     contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise StatisticsError(f"cannot write {str(path)!r}: {error.strerror}; choose a folder that exists") from error
     try:
         save_file(contiguous, temporary, metadata=metadata)
+        temporary.chmod(mode)  # save_file lets only the owner read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise StatisticsError(f"cannot write {str(path)!r}: {error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, model: nn.Module | None) -> Statistics:
@@ -113,15 +115,20 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics
         group = UnitGroup(str(item["name"]), int(item["size"]), ports["producers"], ports["consumers"])
         check_group(group)
         groups.append(group)
+    labels = None if header["labels"] is None else tuple(str(label) for label in header["labels"])
     records: dict[Key, Record] = {}
     for number, (side, name) in enumerate(header["records"]):
         layout = Layout(tensors[f"record.{number}.channel"], tensors[f"record.{number}.slot"])
+        if side not in ("in", "out") or not bool(torch.isin(layout.channel, torch.arange(layout.slot.numel())).all()):
+            raise GroupError(f"record {number} has side {side!r} or a channel out of range")
         sums = {field: tensors[f"record.{number}.{field}"] for field in SUMS}
         record = Record(layout, **sums, gram=tensors.get(f"record.{number}.gram"))
         empty = Record.empty(layout, sums["inputs"].numel())
         for field, value in sums.items():
-            if value.shape != getattr(empty, field).shape or not bool(torch.isfinite(value).all()):
-                raise GroupError(f"{field} of {name!r} has shape {list(value.shape)} or is not finite")
+            like = getattr(empty, field)
+            if value.shape != like.shape or value.dtype != like.dtype or not bool(torch.isfinite(value).all()):
+                raise GroupError(f"{field} of {name!r} is {value.dtype}{list(value.shape)} or not finite")
+        if sums["inputs"].numel() != (1 if labels is None else len(labels)):
+            raise GroupError(f"{name!r} has sums of {sums['inputs'].numel()} labels, not of {labels}")
         records[side, name] = record
-    labels = None if header["labels"] is None else tuple(str(label) for label in header["labels"])
     return Statistics(records, tuple(groups), labels, float(header["threshold"]), dict(header["fingerprint"]))

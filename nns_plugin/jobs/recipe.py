@@ -125,7 +125,8 @@ def default_recipe() -> dict[str, Any]:
         "model": {"factory": "nns_plugin.jobs.models:digits_classifier"},
         "data": {"factory": "nns_plugin.jobs.datasets:digits"},
         "labels": ["3", "5"],
-        "ratio": 0.4,
+        "ratio": 0.45,
+        "round_to": 8,
         "train": {"epochs": 6},
     }
 

@@ -1,0 +1,64 @@
+"""What the benchmarks read: MNIST's IDX files from the data folder, and torchvision's models beside a CPU build of torch."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEFAULT_DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
+IMAGE_MAGIC, LABEL_MAGIC = 2051, 2049
+
+_libraries: list[torch.library.Library] = []  # what a Library defines is gone once the object is
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data-dir``, by default the environment variable ``NNS_DATA_DIR``, else ``../shared/data``."""
+    default = Path(os.environ.get("NNS_DATA_DIR") or DEFAULT_DATA_DIR)
+    parser.add_argument("--data-dir", type=Path, default=default, help="folder with mnist/ (default: %(default)s)")
+
+
+def read_mnist(data_dir: Path, split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """One half of MNIST: images ``[N, 784]`` float32 in [0, 1] and labels ``[N]`` int64.
+
+    Raises:
+        SystemExit: If a file is missing or is no IDX file of the expected kind.
+    """
+    images = _read_idx(data_dir / "mnist" / f"{split}-images-idx3-ubyte.gz", IMAGE_MAGIC, dimensions=3)
+    labels = _read_idx(data_dir / "mnist" / f"{split}-labels-idx1-ubyte.gz", LABEL_MAGIC, dimensions=1)
+    return images.flatten(1).float() / 255, labels.long()
+
+
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``, also where torchvision's compiled operators do not load beside this torch."""
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    # The import fails only because it describes the operators of object detection; their names are enough.
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+    return importlib.import_module("torchvision.models")
+
+
+def _read_idx(path: Path, magic: int, dimensions: int) -> Tensor:
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error}; name the folder that holds mnist/ with --data-dir") from error
+    header = np.frombuffer(content, ">i4", count=1 + dimensions)
+    if header[0] != magic:
+        raise SystemExit(f"{path} starts with the number {header[0]}; expected {magic}, an IDX file")
+    values = np.frombuffer(content, np.uint8, offset=header.nbytes)
+    return torch.from_numpy(values.reshape(header[1:].tolist()).copy())

@@ -1,0 +1,119 @@
+"""The command line: tables for people, one line for mistakes, never a traceback."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer", reason="the extra cli is not installed")
+
+from nns_plugin.cli import main
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.host("onnxruntime")
+def test_run_prints_every_number_and_writes_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    output = tmp_path / "out"
+    assert run("run", "--labels", "1,8", "--ratio", "0.3", "--quiet", "--output", str(output)) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "parameters", "MACs", "ONNX file", "latency p50", "latency p90", "mean balanced accuracy", "closed-set accuracy",
+        "open-set accuracy", "parity", "recall", "false-positive rate", "balanced accuracy", "AUROC", "worst label",
+    ):  # fmt: skip
+        assert text in printed
+    assert re.search(r"labels 1, 8 on 540 held-out inputs", printed)
+    assert {file.name for file in output.iterdir()} == {
+        "baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json"
+    }  # fmt: skip
+
+
+@pytest.mark.host("onnxruntime")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", "1.5"], "field 'ratio': found 1.5"),
+        (["--labels", "fox"], "label 'fox' does not exist"),
+        (["--head", "square"], "field 'head': found 'square'"),
+        (["--criterion", "magic"], "field 'criterion.name': found 'magic'"),
+        (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run", "--quiet", "--output", str(tmp_path / "out"), *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_tells_versions_and_criteria(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("doctor") == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "criteria: semantic" in printed
+
+
+@pytest.mark.host("onnxruntime")
+def test_doctor_asks_a_real_session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    run("doctor")
+    assert "CPUExecutionProvider" in capsys.readouterr().out
+
+
+def test_doctor_names_the_extra_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nns_plugin.jobs import environment
+
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(environment, "_version", lambda name, module: None if name == "nni" else "1.0")
+    run("doctor")
+    assert 'pip install "nns-plugin[nni]"' in capsys.readouterr().out
+
+
+def test_a_missing_command_line_library_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    real = builtins.__import__
+
+    def without_typer(name: str, *arguments: Any) -> Any:
+        if name == "typer":
+            raise ModuleNotFoundError("No module named 'typer'", name="typer")
+        return real(name, *arguments)
+
+    monkeypatch.delitem(sys.modules, "nns_plugin.cli.app", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_typer)
+    assert run("doctor") == 2
+    assert 'pip install "nns-plugin[cli]"' in capsys.readouterr().err
+
+
+def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", "--speed", "9") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from nns_plugin import __version__
+
+    assert run("--version") == 0
+    assert __version__ in capsys.readouterr().out

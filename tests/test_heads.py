@@ -1,0 +1,88 @@
+"""Heads: the output "other" against an independent optimiser of the whole multinomial likelihood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nns_plugin.errors import CalibrationError, PruningError
+from nns_plugin.heads import close_head, fit_other, linear_head, open_head
+
+
+def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    labels = torch.randint(5, (400,))
+    features = torch.randn(5, 6)[labels] + 1.5 * torch.randn(400, 6)
+    rows = torch.randn(2, 6)
+    return features, features @ rows.T, labels, labels >= 2
+
+
+def multinomial_loss(parameters, features, kept_logits, labels, is_other, ridge) -> float:
+    """The textbook loss over all outputs, written for NumPy; the rows of the kept labels are constants."""
+    x = features.double().numpy()
+    standard = (x - x.mean(0)) / x.std(0)
+    other = standard @ parameters[:-1] + parameters[-1]
+    logits = np.concatenate([kept_logits.double().numpy(), other[:, None]], 1)
+    log_probability = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(
+        1, keepdims=True
+    )
+    target = np.where(is_other.numpy(), 2, labels.numpy())
+    outside = is_other.numpy()
+    weight = np.where(outside, 0.5 / outside.sum(), 0.5 / (~outside).sum())
+    loss = -(weight * log_probability[np.arange(len(target)), target]).sum()
+    return float(loss + ridge / len(target) * (parameters[:-1] ** 2).sum() / 2)
+
+
+def test_other_minimises_the_multinomial_loss() -> None:
+    optimize = pytest.importorskip("scipy.optimize", reason="SciPy comes with scikit-learn")
+    features, kept_logits, labels, is_other = problem()
+    weight, bias = fit_other(features, kept_logits, is_other, ridge=2.0)
+    expected = optimize.minimize(
+        multinomial_loss, np.zeros(7), (features, kept_logits, labels, is_other, 2.0), method="BFGS", tol=1e-9
+    ).x
+    x = features.double().numpy()
+    np.testing.assert_allclose(weight.numpy(), expected[:-1] / x.std(0), atol=1e-4)
+    assert bias == pytest.approx(expected[-1] - (expected[:-1] / x.std(0)) @ x.mean(0), abs=1e-4)
+
+
+def test_constant_features_get_no_weight() -> None:
+    features, kept_logits, _, is_other = problem()
+    features = torch.cat([features, torch.full((400, 1), 7.0)], 1)
+    weight, _ = fit_other(features, kept_logits, is_other)
+    assert abs(float(weight[-1])) < 1e-8
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_both_sides_are_needed(value: bool) -> None:
+    features, kept_logits, _, _ = problem()
+    with pytest.raises(CalibrationError, match="needs calibration inputs of kept and of other labels"):
+        fit_other(features, kept_logits, torch.full((400,), value))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_opened_head_keeps_its_rows_and_gains_one(bias: bool) -> None:
+    head = torch.nn.Linear(4, 5, bias=bias)
+    x, before = torch.randn(3, 4), None
+    with torch.no_grad():
+        before = head(x)
+        close_head(head, [1, 3])
+        torch.testing.assert_close(head(x), before[:, [1, 3]])
+        row = torch.randn(4, dtype=torch.float64)
+        open_head(head, row, 0.25)
+        after = head(x)
+    torch.testing.assert_close(after[:, :2], before[:, [1, 3]])
+    torch.testing.assert_close(after[:, 2], x @ row.float() + 0.25)
+    assert head.out_features == 3
+
+
+def test_a_frozen_head_stays_frozen() -> None:
+    head = torch.nn.Linear(4, 5).requires_grad_(False)
+    close_head(head, [0])
+    assert not head.weight.requires_grad
+    assert not head.bias.requires_grad
+
+
+def test_a_head_that_is_not_linear_cannot_be_shrunk() -> None:
+    with pytest.raises(PruningError, match=r"'0' is a Conv2d; only nn.Linear"):
+        linear_head(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1)), "0")

@@ -1,0 +1,325 @@
+"""The main job from recipe to files, on the digits and on a model and data of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.host("onnxruntime")
+pytest.importorskip("pydantic", reason="the extra cli is not installed")
+
+FACTORIES = '''
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+CENTRES = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 3
+
+def model(hidden=32, outputs=4):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+def flat():
+    return nn.Sequential(nn.Linear(12, 4))
+
+def loader(count, seed, nan=False):
+    labels = torch.arange(count) % 4
+    inputs = CENTRES[labels] + torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
+    if nan:
+        inputs[0, 0] = torch.nan
+    return DataLoader(TensorDataset(inputs, labels), 32)
+
+def data(**changes):
+    made = {
+        "calibration": loader(256, 1), "test": loader(128, 2), "train": loader(256, 3),
+        "example_inputs": torch.randn(2, 12), "label_names": ["ant", "bee", "cat", "dog"],
+    }
+    return {**made, **changes}
+
+def data_nan():
+    return data(calibration=loader(64, 1, nan=True))
+
+def data_empty():
+    return data(calibration=[])
+
+def data_wide():
+    return data(example_inputs=torch.randn(2, 13))
+
+def data_bare():
+    return data(calibration=[torch.randn(8, 12)])
+
+def data_odd():
+    return data(calibration=[("a", "b", "c")])
+
+def data_untrained():
+    return data(train=None)
+
+def data_unseen():
+    inputs, labels = loader(256, 1).dataset.tensors
+    keep = labels != 2
+    return data(calibration=DataLoader(TensorDataset(inputs[keep], labels[keep]), 32))
+
+def data_many():
+    return data(calibration=[(torch.randn(8, 12), torch.full((8,), 9))])
+
+def data_keys():
+    return {"calibration": [], "tests": []}
+
+def data_none():
+    return None
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes recipes for the factories above; training is short, measuring shorter."""
+    from nns_plugin.jobs.recipe import Recipe
+
+    (tmp_path / "user_factories.py").write_text(FACTORIES, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "user_factories", raising=False)
+
+    def make(**changes: Any) -> Recipe:
+        content: dict[str, Any] = {
+            "model": {"factory": "user_factories:model"},
+            "data": {"factory": "user_factories:data"},
+            "labels": ["bee", "dog"],
+            "ratio": 0.5,
+            "train": {"epochs": 3},
+            "measure": {"samples": 20},
+        }
+        return Recipe.model_validate({**content, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def digits_job(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.recipe import load_recipe
+
+    output = tmp_path_factory.mktemp("digits") / "out"
+    recipe = load_recipe(None, {"measure.samples": 100})
+    return run_job(recipe, output), recipe, output
+
+
+def onnx_answers(path: Path, inputs: torch.Tensor) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0].argmax(1)
+
+
+def test_the_default_job_keeps_its_promise(digits_job: Any) -> None:
+    report, _, _ = digits_job
+    dense, subnet = report.baseline, report.subnet
+    assert subnet.parameters <= dense.parameters / 2
+    drops = [
+        100 * (before.balanced_accuracy - after.balanced_accuracy)
+        for before, after in zip(dense.evaluation.labels, subnet.evaluation.labels, strict=True)
+    ]
+    assert sum(drops) / len(drops) <= 3
+    assert max(drops) <= 5
+    assert dense.parity.passed
+    assert subnet.parity.passed
+    assert subnet.outputs == ("3", "5", "other")
+
+
+def test_the_four_files_and_nothing_else(digits_job: Any) -> None:
+    report, _, output = digits_job
+    assert sorted(file.name for file in output.iterdir()) == [
+        "baseline.onnx",
+        "report.json",
+        "subnet.onnx",
+        "subnet.safetensors",
+    ]
+    assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    assert report.subnet.file_bytes == (output / "subnet.onnx").stat().st_size
+    with safe_open(output / "subnet.safetensors", "pt") as file:
+        names = list(file.keys())
+        header = json.loads(file.metadata()["nns"])
+        stored = sum(file.get_tensor(name).numel() for name in names if "running" not in name and "num_" not in name)
+    assert stored == report.subnet.parameters
+    assert header["labels"] == ["3", "5", "other"]
+    assert {name: len(units) for name, units in header["kept_units"].items()} == {
+        name: len(units) for name, units in report.kept_units.items()
+    }
+
+
+def test_reported_numbers_are_those_of_the_files_on_held_out_data(digits_job: Any) -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    report, _, output = digits_job
+    pixels, labels = load_digits(return_X_y=True)
+    _, inputs, _, truth = train_test_split(pixels, labels, test_size=0.3, stratify=labels, random_state=0)
+    images = torch.tensor(inputs, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    dense = onnx_answers(output / "baseline.onnx", images)
+    subnet = np.array([3, 5, -1])[onnx_answers(output / "subnet.onnx", images)]
+    for answers, model in ((dense, report.baseline), (subnet, report.subnet)):
+        for result in model.evaluation.labels:
+            digit = int(result.label)
+            assert result.recall == pytest.approx((answers[truth == digit] == digit).mean())
+            assert result.false_positive_rate == pytest.approx((answers[truth != digit] == digit).mean())
+        expected = np.where(np.isin(truth, [3, 5]), truth, -1) == np.where(np.isin(answers, [3, 5]), answers, -1)
+        assert model.evaluation.open_set_accuracy == pytest.approx(expected.mean())
+
+
+def test_the_label_map_travels_in_the_onnx_file(digits_job: Any) -> None:
+    import onnx
+
+    _, _, output = digits_job
+    metadata = {entry.key: entry.value for entry in onnx.load(output / "subnet.onnx").metadata_props}
+    assert json.loads(metadata["nns.labels"]) == ["3", "5", "other"]
+
+
+def test_the_same_seed_gives_the_same_subnet(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    state = torch.get_rng_state()
+    first = run_job(recipe(), tmp_path / "one")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    second = run_job(recipe(), tmp_path / "two")
+    assert first.kept_units == second.kept_units
+    assert first.subnet.evaluation == second.subnet.evaluation
+
+
+def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
+    """A brute-force reading of eq. 1 on the dense model picks the same units."""
+    from nns_plugin.jobs.datasets import Datasets
+    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.recipe import call_factory
+
+    checked = recipe(train={"epochs": 0})
+    data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
+    dense = call_factory("model", "user_factories:model", {})
+    kept = extract(dense, data, checked, [1, 3]).kept
+    with torch.no_grad():
+        inputs, labels = data.calibration.dataset.tensors
+        hidden = {"0": dense[:2](inputs), "2": dense[:4](inputs)}
+    for name, activation in hidden.items():
+        means = torch.stack([activation[labels == label].abs().mean(0) for label in (1, 3)])
+        scores = (means / means.amax(1, keepdim=True)).amax(0)
+        assert kept[name].tolist() == sorted(scores.argsort(descending=True)[:16].tolist())
+
+
+@pytest.mark.parametrize(("head", "outputs"), [("keep", 4), ("closed", 2), ("open", 3)])
+def test_every_head(recipe: Any, tmp_path: Path, head: str, outputs: int) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    report = run_job(recipe(head=head, fine_tune={"epochs": 1}), tmp_path / "out")
+    assert len(report.subnet.outputs) == outputs
+    assert report.subnet.evaluation.closed_set_accuracy > 0.9
+    assert (report.subnet.evaluation.open_set_accuracy is None) == (head == "closed")
+
+
+def test_without_labels_all_are_kept(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    report = run_job(recipe(labels=None), tmp_path / "out")
+    assert report.labels == ("ant", "bee", "cat", "dog")
+    assert report.subnet.outputs == report.baseline.outputs
+
+
+def test_zeta_and_rounding(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    report = run_job(recipe(ratio=None, zeta=0.3, round_to=8), tmp_path / "out")
+    assert all(len(units) % 8 == 0 for units in report.kept_units.values())
+
+
+def test_an_ignored_layer_stays_whole(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    assert set(run_job(recipe(ignored_layers=["2"]), tmp_path / "out").kept_units) == {"0"}
+
+
+def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
+    import user_factories
+
+    from nns_plugin.jobs.extraction import run_job
+
+    weights = {name: value * 0 for name, value in user_factories.model().state_dict().items()}
+    weights["4.bias"] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    save_file(weights, tmp_path / "weights.safetensors")
+    section = {"factory": "user_factories:model", "checkpoint": tmp_path / "weights.safetensors"}
+    report = run_job(recipe(model=section, train={"epochs": 0}, head="keep"), tmp_path / "out")
+    assert [result.recall for result in report.baseline.evaluation.labels] == [1.0, 0.0]  # it always answers "bee"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"factory": "user_factories:data_nan"}}, "NaN or infinite activations in batch 0"),
+        ({"data": {"factory": "user_factories:data_empty"}}, "yielded no inputs"),
+        ({"data": {"factory": "user_factories:data_wide"}}, "cannot run on the example inputs"),
+        ({"data": {"factory": "user_factories:data_bare"}}, "no labels"),
+        ({"data": {"factory": "user_factories:data_odd"}}, "has 3 parts"),
+        ({"data": {"factory": "user_factories:data_unseen"}, "labels": ["cat"]}, "'cat' was never seen"),
+        ({"data": {"factory": "user_factories:data_many"}}, r"labels 9\.\.9; expected 0\.\.3"),
+        ({"data": {"factory": "user_factories:data_keys"}}, "returned the keys"),
+        ({"data": {"factory": "user_factories:data_none"}}, "returned a NoneType"),
+        ({"data": {"factory": "user_factories:data_untrained"}}, "train.epochs: the data factory returned no train"),
+        ({"model": {"factory": "user_factories:flat"}}, "nothing in this model can be pruned"),
+        ({"model": {"factory": "user_factories:data"}}, "expected a torch module"),
+        ({"model": {"factory": "user_factories:model", "arguments": {"outputs": 5}}}, r"expected \[N, 4\]"),
+        ({"model": {"factory": "user_factories:model", "checkpoint": "none.safetensors"}}, "there is no file"),
+        ({"model": {"factory": "user_factories:model", "checkpoint": __file__}}, "is no safetensors file"),
+        ({"labels": ["fox"]}, "label 'fox' does not exist"),
+        ({"labels": [7]}, "label 7 does not exist"),
+        ({"ignored_layers": ["nowhere"]}, "ignored layer 'nowhere' is not in the model"),
+        ({"criterion": {"name": "semantic", "options": {"measure": "size"}}}, "measure is 'size'"),
+        ({"criterion": {"name": "semantic", "options": {"size": 1}}}, "criterion.options"),
+        ({"measure": {"samples": 20, "provider": "cuda"}}, "CUDAExecutionProvider"),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_left(
+    recipe: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    from nns_plugin.errors import NNSError
+    from nns_plugin.jobs.extraction import run_job
+
+    quick = {"train": {"epochs": 0}} if "untrained" not in str(changes) else {}
+    with pytest.raises(NNSError, match=message):
+        run_job(recipe(**{**quick, **changes}), tmp_path / "out" / "deep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_weight(recipe: Any, tmp_path: Path) -> None:
+    import user_factories
+
+    from nns_plugin.errors import RecipeError
+    from nns_plugin.jobs.extraction import run_job
+
+    save_file(user_factories.model(hidden=16).state_dict(), tmp_path / "weights.safetensors")
+    section = {"factory": "user_factories:model", "checkpoint": tmp_path / "weights.safetensors"}
+    with pytest.raises(RecipeError, match=r"'0.weight' is \[16, 12\] in the file and \[32, 12\] in the model"):
+        run_job(recipe(model=section), tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_fails_before_any_work(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.errors import RecipeError
+    from nns_plugin.jobs.extraction import run_job
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RecipeError, match="cannot be written"):
+        run_job(recipe(data={"factory": "user_factories:never_reached"}), tmp_path / "file" / "out")
+
+
+def test_earlier_files_survive_a_failure(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.errors import NNSError
+    from nns_plugin.jobs.extraction import run_job
+
+    run_job(recipe(), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(NNSError):
+        run_job(recipe(labels=["fox"]), tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

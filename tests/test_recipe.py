@@ -1,0 +1,145 @@
+"""Recipes: what is wrong is told in one line that names the field, what was found and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="the extra cli is not installed")
+pytest.importorskip("pydantic", reason="the extra cli is not installed")
+
+from nns_plugin.errors import RecipeError
+from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "recipe.yaml"
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_the_example_says_what_the_default_does() -> None:
+    assert load_recipe(EXAMPLE) == load_recipe(
+        None,
+        {
+            "model.arguments": {"width": 32},
+            "data.arguments": {"seed": 0},
+            "criterion.options": {"measure": "mean", "contrast": None},
+            "head": "open",
+        },
+    )
+
+
+def test_the_example_names_every_field() -> None:
+    example = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    assert set(Recipe.model_fields) - set(example) == {"zeta"}
+    assert "zeta" in EXAMPLE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "found", "allowed"),
+    [
+        ({"ratio": 1.0}, "ratio", "1.0", "less than 1"),
+        ({"ratio": -0.1}, "ratio", "-0.1", "greater than or equal to 0"),
+        ({"ratio": "half"}, "ratio", "'half'", "valid number"),
+        ({"zeta": 2}, "zeta", "2", "less than or equal to 1"),
+        ({"head": "round"}, "head", "'round'", "'keep', 'closed' or 'open'"),
+        ({"labels": []}, "labels", "[]", "at least 1 item"),
+        ({"round_to": 0}, "round_to", "0", "greater than or equal to 1"),
+        ({"criterion": "magic"}, "criterion.name", "'magic'", "expected one of semantic"),
+        ({"model.factory": "nowhere"}, "model.factory", "'nowhere'", "pattern"),
+        ({"measure.samples": 3}, "measure.samples", "3", "greater than or equal to 20"),
+        ({"speed": 3}, "speed", "3", "no such field"),
+        ({"fine_tune.epoch": 3}, "fine_tune.epoch", "3", "no such field"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, Any], field: str, found: str, allowed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, change)
+    message = str(caught.value)
+    assert f"field '{field}'" in message
+    assert f"found {found}" in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    content = default_recipe()
+    del content["data"]
+    with pytest.raises(RecipeError, match=r"field 'data': found nothing; it is required"):
+        load_recipe(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.5, "zeta": 0.4}, "ratio and zeta exclude each other"),
+        ({"labels": None, "head": "closed"}, "head 'closed' needs labels"),
+        ({"ratio": None, "zeta": 0.4, "across_groups": True}, "across_groups goes with ratio"),
+    ],
+)
+def test_fields_that_contradict(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, {**default_recipe(), **change}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b", "holds a list"), ("a: [", "is no YAML"), ("model: 3", "field 'model'"), ("", "holds a NoneType")],
+)
+def test_files_that_hold_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_an_override_of_the_ratio_replaces_zeta(tmp_path: Path) -> None:
+    content = default_recipe()
+    del content["ratio"]
+    path = written(tmp_path, {**content, "zeta": 0.4})
+    assert load_recipe(path).ratio is None
+    recipe = load_recipe(path, {"ratio": 0.6})
+    assert (recipe.ratio, recipe.zeta) == (0.6, None)
+
+
+def test_half_of_the_units_go_where_nothing_is_said(tmp_path: Path) -> None:
+    content = default_recipe()
+    del content["ratio"]
+    assert load_recipe(written(tmp_path, content)).ratio == 0.5
+
+
+def test_the_head_follows_the_labels() -> None:
+    assert load_recipe(None).effective_head == "open"
+    assert load_recipe(None, {"labels": None}).effective_head == "keep"
+    assert load_recipe(None, {"head": "closed"}).effective_head == "closed"
+
+
+def test_a_checkpoint_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    content = default_recipe()
+    content["model"]["checkpoint"] = "weights.safetensors"
+    assert load_recipe(written(tmp_path, content)).model.checkpoint == tmp_path / "weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("no_such_package:model", "cannot be imported: ModuleNotFoundError"),
+        ("torch.nn:NoSuchLayer", "cannot be imported: AttributeError"),
+        ("torch:__version__", "expected a callable"),
+        ("torch.nn:Linear", "raised TypeError"),
+    ],
+)
+def test_factories_that_fail(reference: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        call_factory("model.factory", reference, {})
+    assert "model.factory" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,509 @@
+"""Small models, one for each topology of DESIGN section 4, and the unit groups that they have, written by hand.
+
+Tests load this file by its path: ``zoo = load("zoo")`` with the four lines at their heads, because nothing under
+``tests/`` is a package.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.units import Port, UnitGroup
+
+# A port by hand: the module's name, and for each unit the positions that it owns there.
+Ports = dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A unit group by hand: what writes and what reads each unit."""
+
+    producers: Ports
+    consumers: Ports
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its groups.
+
+    Attributes:
+        make: Builds the model.
+        inputs: Example inputs.
+        groups: The groups by name; a group that cannot be used is absent.
+        warns: Part of the warning about groups that are left out.
+        exact: Whether removal equals zeroing the consumers' columns (not behind a norm over channels).
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], object]
+    groups: dict[str, Expected]
+    warns: str | None = None
+    exact: bool = True
+
+
+def one_each(count: int, start: int = 0) -> list[list[int]]:
+    """Every unit owns one position."""
+    return [[start + unit] for unit in range(count)]
+
+
+def blocks(count: int, length: int, start: int = 0) -> list[list[int]]:
+    """Every unit owns a run of positions, as behind a flatten."""
+    return [list(range(start + unit * length, start + (unit + 1) * length)) for unit in range(count)]
+
+
+def strided(count: int, repeats: int, start: int = 0) -> list[list[int]]:
+    """Unit u owns u, u + count, u + 2 count, ...: equal offsets in several groups."""
+    return [[start + unit + count * repeat for repeat in range(repeats)] for unit in range(count)]
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+class ConvNorm(nn.Module):
+    """Two convolutions with batch norms, then a Linear behind a flatten of 2 x 2 positions a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.head(torch.relu(self.bn2(self.conv2(x))).flatten(1))
+
+
+class GroupedConv(nn.Module):
+    """A convolution of two groups between two plain ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 1)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2, padding=1)
+        self.last = nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution passes its units through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6, padding=1)
+        self.point = nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.bn(self.first(x)))))
+        return self.head(torch.relu(self.point(x)).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """One stream, written by two convolutions and read by three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 1)
+        self.inner, self.outer = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.side = nn.Conv2d(6, 3, 1)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = torch.relu(self.stem(x))
+        stream = torch.relu(stream + self.outer(torch.relu(self.inner(stream))))
+        pooled = torch.cat([stream.mean((2, 3)), torch.relu(self.side(stream)).mean((2, 3))], 1)
+        return self.head(pooled)
+
+
+class Concat(nn.Module):
+    """Two groups share a consumer at different offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 1)
+        self.join = nn.Conv2d(7, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        return self.head(torch.relu(self.join(joined)).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """cat[x, x]: two positions a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(10, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.head(torch.relu(self.second(torch.cat([x, x], 1))))
+
+
+class Transposed(nn.Module):
+    """The weight of a transposed convolution has its in axis first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 5, 1)
+        self.up = nn.ConvTranspose2d(5, 4, 2, stride=2)
+        self.last = nn.Conv2d(4, 3, 1)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.up(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Chunk(nn.Module):
+    """Two layers read one half each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 1)
+        self.low, self.high = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 2, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = torch.relu(self.first(x)).chunk(2, 1)
+        joined = torch.cat([torch.relu(self.low(low)), torch.relu(self.high(high))], 1)
+        return self.head(joined.mean((2, 3)))
+
+
+class FusedAttention(nn.Module):
+    """One head of self-attention whose q, k and v come from one Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.qkv, self.proj = nn.Linear(6, 12), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        attended = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
+        return self.head(torch.relu(self.proj(attended)).mean(1))
+
+
+class MultiHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.hidden, self.head = nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(torch.relu(self.hidden(x)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """An LSTM reads a Linear, a Linear reads the LSTM."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.lstm = nn.LSTM(6, 5, batch_first=batch_first)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if not self.lstm.batch_first:
+            x = x.transpose(0, 1)
+        out, _ = self.lstm(x)
+        return self.head(out.mean(1 if self.lstm.batch_first else 0))
+
+
+class Glu(nn.Module):
+    """A gated linear unit couples position u with u + size / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(nn.functional.glu(self.first(x), 1))))
+
+
+class Shuffle(nn.Module):
+    """PixelShuffle turns four channels into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shuffle = nn.Conv2d(2, 8, 1), nn.PixelShuffle(2)
+        self.second, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shuffle(torch.relu(self.first(x)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+class FlattenConcat(nn.Module):
+    """A flattened map and a vector side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.vector = nn.Conv2d(2, 3, 1), nn.Linear(4, 5)
+        self.join, self.head = nn.Linear(3 * 4 + 5, 6), nn.Linear(6, 3)
+
+    def forward(self, image: Tensor, extra: Tensor) -> Tensor:
+        joined = torch.cat([torch.relu(self.conv(image)).flatten(1), torch.relu(self.vector(extra))], 1)
+        return self.head(torch.relu(self.join(joined)))
+
+
+class Normed(nn.Module):
+    """A group norm of two groups couples equal offsets, although it neither reads nor writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 8, 1), nn.GroupNorm(2, 8)
+        self.second, self.head = nn.Conv2d(8, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+class Frozen(Mlp):
+    """Frozen but for the head, as before fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in (self.fc1, self.fc2):
+            layer.requires_grad_(False)
+
+
+def image(channels: int, size: int = 4) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, channels, size, size)
+
+
+def vector(features: int) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, features)
+
+
+def sequence(features: int, length: int = 7) -> Callable[[int], Tensor]:
+    return lambda count: torch.randn(count, length, features)
+
+
+MLP_GROUPS = {
+    "fc1": Expected({"fc1": one_each(8)}, {"fc2": one_each(8)}),
+    "fc2": Expected({"fc2": one_each(5)}, {"head": one_each(5)}),
+}
+
+CASES = {
+    "mlp": Case(Mlp, vector(6), MLP_GROUPS),
+    "frozen": Case(Frozen, vector(6), MLP_GROUPS),
+    "conv_norm": Case(
+        ConvNorm,
+        image(1),
+        {
+            "conv1": Expected({"conv1": one_each(4)}, {"conv2": one_each(4)}),
+            "conv2": Expected({"conv2": one_each(6)}, {"head": blocks(6, 4)}),
+        },
+    ),
+    "grouped": Case(
+        GroupedConv,
+        image(2),
+        {
+            "first": Expected({"first": strided(4, 2)}, {"grouped": strided(4, 2)}),
+            "grouped": Expected({"grouped": strided(6, 2)}, {"last": strided(6, 2)}),
+            "last": Expected({"last": one_each(6)}, {"head": one_each(6)}),
+        },
+    ),
+    "depthwise": Case(
+        Depthwise,
+        image(2),
+        {
+            "first": Expected({"first": one_each(6)}, {"point": one_each(6)}),
+            "point": Expected({"point": one_each(5)}, {"head": one_each(5)}),
+        },
+    ),
+    "residual": Case(
+        Residual,
+        image(2),
+        {
+            "stem": Expected(
+                {"stem": one_each(6), "outer": one_each(6)},
+                {"inner": one_each(6), "side": one_each(6), "head": one_each(6)},
+            ),
+            "inner": Expected({"inner": one_each(4)}, {"outer": one_each(4)}),
+            "side": Expected({"side": one_each(3)}, {"head": one_each(3, 6)}),
+        },
+    ),
+    "concat": Case(
+        Concat,
+        image(2),
+        {
+            "left": Expected({"left": one_each(3)}, {"join": one_each(3)}),
+            "right": Expected({"right": one_each(4)}, {"join": one_each(4, 3)}),
+            "join": Expected({"join": one_each(5)}, {"head": one_each(5)}),
+        },
+    ),
+    "twice": Case(
+        Twice,
+        vector(4),
+        {
+            "first": Expected({"first": one_each(5)}, {"second": strided(5, 2)}),
+            "second": Expected({"second": one_each(6)}, {"head": one_each(6)}),
+        },
+    ),
+    "transposed": Case(
+        Transposed,
+        image(2),
+        {
+            "first": Expected({"first": one_each(5)}, {"up": one_each(5)}),
+            "up": Expected({"up": one_each(4)}, {"last": one_each(4)}),
+            "last": Expected({"last": one_each(3)}, {"head": one_each(3)}),
+        },
+    ),
+    "recurrent": Case(
+        Recurrent,
+        sequence(4),
+        {"first": Expected({"first": one_each(6)}, {"lstm": one_each(6)})},
+        warns="'lstm': torch-pruning cannot remove hidden units of an LSTM",
+    ),
+    "glu": Case(
+        Glu,
+        vector(4),
+        {"second": Expected({"second": one_each(5)}, {"head": one_each(5)})},
+        warns="'first': .*'second': positions 0..7 are out of range",
+    ),
+    "shuffle": Case(
+        Shuffle,
+        image(2),
+        {"second": Expected({"second": one_each(4)}, {"head": one_each(4)})},
+        warns="'first': .*'second': positions 0..7 are out of range",
+    ),
+    "flatten_concat": Case(
+        FlattenConcat,
+        lambda count: (torch.randn(count, 2, 2, 2), torch.randn(count, 4)),
+        {"join": Expected({"join": one_each(6)}, {"head": one_each(6)})},
+        warns="left out: group of",
+    ),
+    "group_norm": Case(
+        Normed,
+        image(2),
+        {
+            "first": Expected({"first": strided(4, 2)}, {"second": strided(4, 2)}),
+            "second": Expected({"second": one_each(4)}, {"head": one_each(4)}),
+        },
+        exact=False,
+    ),
+}
+
+
+def unit_group(name: str, expected: Expected) -> UnitGroup:
+    """The unit group that a hand-written expectation describes."""
+
+    def ports(by_name: Ports) -> tuple[Port, ...]:
+        made = []
+        for module, units in by_name.items():
+            pairs = sorted((position, unit) for unit, positions in enumerate(units) for position in positions)
+            index, unit = zip(*pairs, strict=True)
+            made.append(Port(module, torch.tensor(index), torch.tensor(unit)))
+        return tuple(made)
+
+    size = len(next(iter(expected.producers.values())))
+    return UnitGroup(name, size, ports(expected.producers), ports(expected.consumers))
+
+
+def groups_of(case: str) -> tuple[UnitGroup, ...]:
+    """The unit groups of a case, written by hand: nothing of torch-pruning in them."""
+    return tuple(unit_group(name, expected) for name, expected in CASES[case].groups.items())
+
+
+def by_hand(group: UnitGroup) -> Expected:
+    """A unit group in the form of an expectation."""
+
+    def ports(found: tuple[Port, ...]) -> Ports:
+        return {
+            port.name: [sorted(port.index[port.unit == unit].tolist()) for unit in range(group.size)] for port in found
+        }
+
+    return Expected(ports(group.producers), ports(group.consumers))
+
+
+def labelled(case: str, count: int, labels: int = 3, batch: int = 4) -> list[tuple[object, Tensor]]:
+    """A loader of labelled batches for a case; every label occurs."""
+    made = []
+    for start in range(0, count, batch):
+        size = min(batch, count - start)
+        made.append((CASES[case].inputs(size), (torch.arange(size) + start) % labels))
+    return made
+
+
+HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
+
+
+class Snapshot:
+    """Everything of a model, and of the random number generators, that must come back as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = list(model.modules())
+        self.training = [module.training for module in self.modules]
+        self.attributes = [dict(vars(module)) for module in self.modules]
+        self.hooks = [{name: dict(vars(module).get(name) or {}) for name in HOOKS} for module in self.modules]
+        self.parameters = [
+            (name, value, value.detach().clone(), value.requires_grad, value.grad, value.grad is not None and value.grad.clone())
+            for name, value in model.named_parameters(remove_duplicate=False)
+        ]
+        self.buffers = [
+            (module, name, value, None if value is None else value.clone())
+            for module in self.modules
+            for name, value in module._buffers.items()
+        ]
+        self.buffer_names = [list(module._buffers) for module in self.modules]
+        self.rng = self._rng()
+
+    @staticmethod
+    def _rng() -> tuple[object, ...]:
+        numpy_state = np.random.get_state()
+        return (random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes())
+
+    def check(self, rng: bool = True) -> None:
+        """Assert that nothing has changed."""
+        assert list(self.model.modules()) == self.modules
+        assert [module.training for module in self.modules] == self.training, "training flags"
+        for module, attributes, hooks, names in zip(
+            self.modules, self.attributes, self.hooks, self.buffer_names, strict=True
+        ):
+            assert {name: dict(vars(module).get(name) or {}) for name in HOOKS} == hooks, f"hooks of {module}"
+            assert vars(module).keys() == attributes.keys(), f"attributes of {module}"
+            for name, value in attributes.items():
+                assert vars(module)[name] is value or vars(module)[name] == value, f"{name} of {module}"
+            assert list(module._buffers) == names, f"buffers of {module}"
+        assert [name for name, _ in self.model.named_parameters(remove_duplicate=False)] == [p[0] for p in self.parameters]
+        for (name, value), (_, same, content, trainable, grad, grad_content) in zip(
+            self.model.named_parameters(remove_duplicate=False), self.parameters, strict=True
+        ):
+            assert value is same, f"identity of {name}"
+            assert torch.equal(value, content), f"values of {name}"
+            assert value.requires_grad is trainable, f"requires_grad of {name}"
+            assert value.grad is grad, f"grad of {name}"
+            assert grad is None or torch.equal(value.grad, grad_content), f"values of the grad of {name}"
+        for module, name, value, content in self.buffers:
+            assert module._buffers[name] is value, f"identity of buffer {name}"
+            assert value is None or (value.shape == content.shape and torch.equal(value, content)), f"buffer {name}"
+        if rng:
+            assert self._rng() == self.rng, "random number generators"
