@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency.index_mapping import _SliceIndexMapping
 
+from nns_plugin.adapters.reading_check import misread
 from nns_plugin.errors import GroupError, PruningError
+from nns_plugin.forward import device_of, map_tensors, run_model
+from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
 from nns_plugin.units import Port, UnitGroup, check_group, check_port
 
@@ -25,13 +29,17 @@ class UnusableGroupWarning(UserWarning):
     """A group was left out because its ports are malformed or its host cannot remove its units."""
 
 
+class UncheckedGroupsWarning(UserWarning):
+    """Gradients could not tell whether units are read where the host says."""
+
+
 @dataclass(frozen=True, eq=False)
 class TracedGroup:
     """A unit group as found in a dependency graph.
 
     Attributes:
-        group: The unit group; units are numbered by their first position on the first producer, whatever root
-            the host chose.
+        group: The unit group, named by its first producer (that it does not share with other groups); units are
+            numbered by their first position on it, then on the others, whatever root the host chose.
         unit_of_root: ``[n]`` int64, the unit that each position of the host's root belongs to.
     """
 
@@ -45,7 +53,8 @@ def unit_groups(
     """Find the units of a model that can be removed.
 
     Groups that write the model's output (the labels) are no units and are left out. A group whose ports are
-    malformed is left out and named in an :class:`UnusableGroupWarning`. The model is left as it was found.
+    malformed, or that is read elsewhere than torch-pruning thinks, is left out and named in an
+    :class:`UnusableGroupWarning`. The model is left as it was found.
 
     Args:
         model: The model; frozen parameters are no obstacle.
@@ -62,19 +71,31 @@ def unit_groups(
     return graph_groups(build_graph(model, example_inputs), ignored)
 
 
-def build_graph(model: nn.Module, example_inputs: Any) -> tp.DependencyGraph:
+class TracedGraph(tp.DependencyGraph):
+    """A dependency graph that remembers the inputs it was traced on."""
+
+    example_inputs: Any
+
+
+def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
     """Trace a model into a fresh dependency graph, leaving the model as it was found.
 
     Raises:
         GroupError: If the model cannot run on the example inputs or cannot be traced.
     """
+    graph = TracedGraph()
     with preserved(model), _no_hooks_left(model), torch.inference_mode(False), torch.enable_grad():
         # A frozen parameter would cut the graph that torch-pruning reads.
         for parameter in model.parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(True)
         try:
-            return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+            # Tensors of inference mode, which clone() makes ordinary, have no gradients.
+            graph.example_inputs = map_tensors(example_inputs, lambda value: value.to(device_of(model)).clone())
+            # Without forward_fn, the host takes a batch apart and calls the model on its inputs as if they were many.
+            return graph.build_dependency(
+                model, graph.example_inputs, forward_fn=run_model, output_transform=_own_operations, verbose=False
+            )
         except Exception as error:
             raise GroupError(
                 f"the model cannot be traced on example inputs of shape {_shapes(example_inputs)}: "
@@ -84,16 +105,29 @@ def build_graph(model: nn.Module, example_inputs: Any) -> tp.DependencyGraph:
 
 def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
     """The unit groups of a graph; see :func:`unit_groups`."""
+    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
+        groups = _sound_groups(graph, ignored)
+    if isinstance(graph, TracedGraph):
+        for name, reason in _misread(graph, groups).items():
+            _leave_out(f"group of {name!r}: {reason}")
+            groups = [group for group in groups if group.name != name]
+    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
+    return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> list[UnitGroup]:
     groups = []
-    for host_group in graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(ROOTS)):
+    for host_group in _host_groups(graph, ignored):
         if writes_output(host_group):
+            if any(_is_reader(graph, item.dep) for item in host_group):
+                name = _name(graph, host_group[0].dep)
+                _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
             continue
         try:
             groups.append(trace_group(host_group).group)
         except GroupError as error:
-            warnings.warn(f"left out: {error}", UnusableGroupWarning, stacklevel=3)
-    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
-    return tuple(sorted(groups, key=lambda group: order[group.name]))
+            _leave_out(str(error))
+    return groups
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
@@ -104,6 +138,8 @@ def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[
     """
     modules = dict(model.named_modules())
     present = set(modules.values())
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise GroupError(f"ignored_layers is {layers!r}; it must be a list of modules or of their names")
     found: list[nn.Module] = []
     for layer in layers:
         module = modules.get(layer) if isinstance(layer, str) else layer
@@ -118,15 +154,13 @@ def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[
 
 def writes_output(host_group: tp.dependency.Group) -> bool:
     """Whether the units of a group are the model's outputs themselves."""
-    graph = host_group._DG
-    readers = [item for item in host_group if _is_reader(graph, item.dep)]
-    if readers:
-        return False
     positions = len(host_group[0].idxs)
-    for item in host_group:
-        node = item.dep.target
-        if node.type == tp.ops.OPTYPE.OUTPUT:
-            return positions in tuple(node.module.shape or ())
+    shapes = [item.dep.target.module.shape for item in host_group if item.dep.target.type == tp.ops.OPTYPE.OUTPUT]
+    if shapes:
+        # A flattened map has them many times over; a product of two embeddings has contracted them.
+        return any(length and length % positions == 0 for shape in shapes for length in shape)
+    if any(_is_reader(host_group._DG, item.dep) for item in host_group):
+        return False
     return any(not item.dep.target.outputs for item in host_group)
 
 
@@ -134,7 +168,7 @@ def output_layers(graph: tp.DependencyGraph) -> tuple[str, ...]:
     """Names of the layers whose positions are the model's outputs."""
     return tuple(
         port.name
-        for host_group in graph.get_all_groups(ignored_layers=[], root_module_types=list(ROOTS))
+        for host_group in _host_groups(graph)
         if writes_output(host_group)
         for item in host_group
         for role, port in _ports(graph, item)
@@ -178,45 +212,85 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
 
     Args:
         graph: Dependency graph of the model, up to date with all earlier removals.
-        group: The group, with the producers' present positions.
+        group: The group as it is now, see :func:`nns_plugin.units.narrow_groups`; removals from other groups do not
+            matter.
         units: ``[k]`` int64 units to remove.
 
     Raises:
         PruningError: If the host would remove something else, or would leave a layer empty. The model is
             untouched then.
     """
+    units = units.unique()
     if units.numel() == 0:
         return
-    model = graph.model
-    port = group.producers[0]
-    module = model.get_submodule(port.name)
-    positions = port.positions(units).tolist()
-    host_group = graph.get_pruning_group(module, graph.get_pruner_of_module(module).prune_out_channels, positions)
-    _check_removal(graph, group, units, host_group)
+    if int(units[0]) < 0 or int(units[-1]) >= group.size:
+        raise PruningError(f"units {units.tolist()} of group {group.name!r} cannot be removed, it has {group.size} units")
+    model, parts = graph.model, _parts(group, units)
+    host_groups = [_removal(graph, group, part) for part in parts]
+    for role, port in _role_ports(group):
+        axis = axis_length(model.get_submodule(port.name), role, port.name)
+        if port.index.numel() > axis:
+            raise PruningError(
+                f"group {group.name!r} has {port.index.numel()} positions at {port.name!r}, which has {axis} now; narrow "
+                "the group after each removal, or trace the model again"
+            )
+        if port.positions(units).numel() == axis:
+            raise PruningError(f"removing {units.numel()} units of group {group.name!r} would leave {port.name!r} empty")
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.no_grad():
-        host_group.prune()
+        host_groups[0].prune()
+        gone = parts[0]
+        for part in parts[1:]:
+            left = torch.arange(group.size)[~torch.isin(torch.arange(group.size), gone)]
+            _removal(graph, group.narrow(left), torch.searchsorted(left, part)).prune()
+            gone = torch.cat([gone, part])
     for name, parameter in model.named_parameters():  # the host makes new parameters, all trainable
         parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
 
-def _check_removal(
-    graph: tp.DependencyGraph, group: UnitGroup, units: Tensor, host_group: tp.dependency.Group
-) -> None:
-    found = {(role, port.name): len(port.index) for item in host_group for role, port in _ports(graph, item)}
-    expected = {
-        (role, port.name): count
-        for role, ports in (("out", group.producers), ("in", group.consumers))
-        for port in ports
-        if (count := port.positions(units).numel())
-    }
-    if any(found.get(key) != count for key, count in expected.items()):
+def _parts(group: UnitGroup, units: Tensor) -> list[Tensor]:
+    """The units, apart where no producer writes all of them (branches side by side in a concatenation)."""
+    if any(bool(torch.isin(units, port.unit).all()) for port in group.producers):
+        return [units]
+    parts = []
+    for port in group.producers:
+        mine = torch.isin(units, port.unit)
+        if bool(mine.any()):
+            parts.append(units[mine])
+            units = units[~mine]
+    return parts
+
+
+def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.dependency.Group:
+    """The host's group that removes units which one producer writes, checked."""
+    ports = [port for port in group.producers if bool(torch.isin(units, port.unit).all())]
+    try:
+        # A layer that several groups share may have moved since the group was found, one of its own has not.
+        port = max(ports, key=lambda port: _owns(graph, port))
+        module = graph.model.get_submodule(port.name)
+        pruner = graph.get_pruner_of_module(module)
+        host_group = graph.get_pruning_group(module, pruner.prune_out_channels, port.positions(units).tolist())
+        found = {(role, port.name): port.index.sort().values for item in host_group for role, port in _ports(graph, item)}
+    except (AttributeError, ValueError) as error:
         raise PruningError(
-            f"removing {units.numel()} units of group {group.name!r} should take {expected} positions, "
-            f"but torch-pruning would take {found}; trace the model again"
-        )
+            f"units of group {group.name!r} cannot be removed, the model is not the one that was traced: {error}"
+        ) from error
+    expected = {(role, port.name): port.positions(units) for role, port in _role_ports(group)}
+    for (role, name), positions in expected.items():
+        there = found.get((role, name), positions[:0])
+        # Other groups' removals may have moved the positions on a shared layer, but not their number.
+        if there.numel() != positions.numel():
+            raise PruningError(
+                f"removing {units.numel()} units of group {group.name!r} should take {positions.numel()} positions of "
+                f"{name!r}, but torch-pruning would take {there.numel()}; trace the model again"
+            )
     if not graph.check_pruning_group(host_group):
         raise PruningError(f"removing {units.numel()} units of group {group.name!r} would leave a layer empty")
+    return host_group
+
+
+def _role_ports(group: UnitGroup) -> list[tuple[str, Port]]:
+    return [("out", port) for port in group.producers] + [("in", port) for port in group.consumers]
 
 
 def _ports(graph: tp.DependencyGraph, item: Any) -> list[tuple[str, Port]]:
@@ -236,6 +310,52 @@ def _ports(graph: tp.DependencyGraph, item: Any) -> list[tuple[str, Port]]:
     return [(role, port) for role, applies in (("out", writes), ("in", reads)) if applies]
 
 
+def _host_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> list[tp.dependency.Group]:
+    """All full groups of a graph; roots that the host cannot follow are named in a warning."""
+    ignored = list(ignored)
+    try:
+        return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOTS)))
+    except Exception:  # the host fails in any way on operations that it does not know
+        pass
+    for module in [module for module in graph.module2node if isinstance(module, ROOTS) and module not in ignored]:
+        pruner = graph.get_pruner_of_module(module)
+        try:
+            graph.get_pruning_group(module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module))))
+        except Exception as error:
+            name = graph._module2name.get(module)
+            _leave_out(f"group of {name!r}: torch-pruning cannot follow its units: {type(error).__name__}: {error}")
+            ignored.append(module)
+    return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOTS)))
+
+
+def _misread(graph: TracedGraph, groups: Sequence[UnitGroup]) -> dict[str, str]:
+    model = graph.model
+    with preserved(model), _no_hooks_left(model), torch.inference_mode(False), torch.enable_grad():
+        model.eval()
+        try:
+            return misread(model, graph.example_inputs, groups)
+        except RuntimeError as error:  # operations without gradients, or that overwrite what gradients need
+            warnings.warn(
+                f"where units are read could not be checked, torch-pruning's word is taken for it: {str(error).splitlines()[0]}",
+                UncheckedGroupsWarning,
+                stacklevel=4,
+            )
+            return {}
+
+
+def _own_operations(outputs: Any) -> list[Tensor]:
+    """Give every output an operation of its own, so that the graph has a node for it."""
+    found: list[Tensor] = []
+    map_tensors(outputs, lambda value: found.append(value + 0) or value if value.requires_grad else value)
+    if not found:
+        raise GroupError("no output of the model has a gradient")
+    return found
+
+
+def _leave_out(reason: str) -> None:
+    warnings.warn(f"left out: {reason}", UnusableGroupWarning, stacklevel=4)
+
+
 def _components(count: int, links: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Connected components of ``0..count-1`` under links between equally long index vectors, numbered from 0."""
     label = torch.arange(count)
@@ -251,11 +371,15 @@ def _components(count: int, links: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions: equal offsets in the groups of a convolution or a norm are one unit."""
+    """Links between root positions: equal offsets in groups, heads or chunks are one unit."""
+    module = item.dep.target.module
     coupled = _coupled_groups(graph, item.dep)
     if coupled == 1:
         return []
-    whole = (graph.get_in_channels if _is_reader(graph, item.dep) else graph.get_out_channels)(item.dep.target)
+    if isinstance(module, tp.ops._SplitOp):
+        whole = sum(module.split_sizes)
+    else:
+        whole = (graph.get_in_channels if _is_reader(graph, item.dep) else graph.get_out_channels)(item.dep.target)
     index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
     if index.numel() != whole:
         raise GroupError(
@@ -288,8 +412,16 @@ def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
     module = dep.target.module
     if isinstance(module, nn.GroupNorm):
         return module.num_groups
+    if isinstance(module, nn.MultiheadAttention):
+        return module.num_heads
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not _is_depthwise(module):
         return module.groups
+    if isinstance(module, tp.ops._SplitOp) and module.split_sizes:
+        if "sizes" in dep.target.grad_fn.name().lower():
+            raise GroupError(f"it is split into sizes {module.split_sizes}, which the forward would not change")
+        return len(module.split_sizes)
+    if isinstance(module, tp.ops._SliceOp) and any(isinstance(each, _SliceIndexMapping) for each in dep.index_mapping):
+        raise GroupError("it is sliced at positions that the forward would not change")
     return 1
 
 
@@ -300,11 +432,13 @@ def _canonical(
     order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
     units = [(role, Port(port.name, port.index, unit_of_root[port.unit])) for role, port in ports]
     units.sort(key=lambda item: order[item[1].name])
-    first = next(port for role, port in units if role == "out")
+    producers = [port for role, port in units if role == "out"]
+    # Several groups may share a producer, but one that a group owns whole is its own.
+    name = next((port.name for port in producers if _owns(graph, port)), producers[0].name)
     size = int(unit_of_root.max()) + 1
-    by_position = first.unit[first.index.argsort()]
-    seen = list(dict.fromkeys(by_position.tolist()))
-    seen += [unit for unit in range(size) if unit not in set(seen)]
+    producers.sort(key=lambda port: port.name != name)
+    by_position = torch.cat([port.unit[port.index.argsort()] for port in producers])
+    seen = list(dict.fromkeys([*by_position.tolist(), *range(size)]))
     number = torch.empty(size, dtype=torch.int64)
     number[torch.tensor(seen)] = torch.arange(size)
     roles: dict[str, list[Port]] = {"out": [], "in": []}
@@ -312,9 +446,14 @@ def _canonical(
         position, place = port.index.sort()
         roles[role].append(Port(port.name, position, number[port.unit[place]]))
     # What nn.MultiheadAttention reads cannot be observed: its units are observed where they are written.
-    group = UnitGroup(first.name, size, tuple(roles["out"]), () if attends else tuple(roles["in"]))
+    group = UnitGroup(name, size, tuple(roles["out"]), () if attends else tuple(roles["in"]))
     check_group(group)
     return TracedGroup(group, number[unit_of_root])
+
+
+def _owns(graph: tp.DependencyGraph, port: Port) -> bool:
+    module = dict(graph.model.named_modules()).get(port.name)
+    return module is not None and graph.get_out_channels(module) == port.index.numel()
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -357,5 +496,5 @@ def _no_hooks_left(model: nn.Module) -> Iterator[None]:
 def _shapes(inputs: Any) -> str:
     if isinstance(inputs, Tensor):
         return str(list(inputs.shape))
-    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     return ", ".join(_shapes(value) if isinstance(value, Tensor) else type(value).__name__ for value in values)

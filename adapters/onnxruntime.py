@@ -170,8 +170,8 @@ def export(
 
     Args:
         model: The model; it is left exactly as it was, also when the export fails.
-        example_inputs: Inputs that the model accepts, ``[N, ...]``. A batch of 1 is doubled, because the exporter
-            takes a 1 for a constant, so the model must accept a batch of 2.
+        example_inputs: Inputs that the model accepts, ``[N, ...]``. A batch of 1 is doubled, because the trace of one
+            example takes whatever branch a forward has for it, so the model must accept a batch of 2.
         path: The file to write; an existing one is replaced.
         label_names: Names of the first output's labels, in order; stored as a JSON list under ``LABELS_KEY``.
         metadata: Further entries of the file's metadata.
@@ -212,7 +212,7 @@ def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] |
             raise ExportError(f"label_names must be a sequence of strings, found {label_names!r}")
         if LABELS_KEY in properties:
             raise ExportError(f"metadata holds {LABELS_KEY!r}, the key of label_names; pass one of the two")
-        properties[LABELS_KEY] = json.dumps(list(label_names), ensure_ascii=False)
+        properties[LABELS_KEY] = json.dumps(list(label_names))
     return properties
 
 
@@ -570,8 +570,7 @@ def _errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, at
         absolute = np.where(expected == found, 0.0, np.abs(found - expected))
         size = np.abs(expected)
         relative = np.divide(absolute, size, out=np.zeros_like(size), where=~(size <= atol) & (absolute != 0))
-        allowed = atol + rtol * np.where(np.isfinite(size), size, 0.0)
-        excess = np.divide(absolute, allowed, out=np.zeros_like(size), where=absolute != 0).max(initial=0)
+        excess = np.divide(absolute, atol + rtol * size, out=np.zeros_like(size), where=absolute != 0).max(initial=0)
     return _Errors(absolute, relative, float(np.nan_to_num(excess, nan=np.inf, posinf=np.inf)))
 
 

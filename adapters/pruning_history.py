@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor
+from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import TracedGroup
 from nns_plugin.errors import StaleStatisticsError
@@ -28,7 +28,8 @@ class FollowedStatistics:
     by the graph's pruning history. If anything else changed - weights were trained, removals cannot be read from
     the history - they are collected again or a :class:`StaleStatisticsError` is raised.
 
-    Training is noticed by the parameters' version counters, which optimisers and ``load_state_dict`` advance.
+    Training is noticed by the version counters of parameters and buffers, which optimisers, batch norms and
+    ``load_state_dict`` advance; writing to a parameter's ``.data`` is not noticed.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class FollowedStatistics:
             self._update(graph)
         return self._statistics
 
+    def accept(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
+        """Go on with statistics that the caller vouches for: they describe the graph's model as it is now."""
+        self._statistics = statistics
+        self._mark(graph)
+
     def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
         """Remember how a group's root numbers its units; the pruning history speaks of roots."""
         graph = host_group._DG
@@ -58,8 +64,13 @@ class FollowedStatistics:
         self._roots[key] = (traced.group.name, traced.unit_of_root.tolist())
 
     def _begin(self, graph: tp.DependencyGraph) -> None:
+        former = None if self._graph is None else self._graph()
+        if former is not None and former.model is graph.model and self._changed(former):
+            self._update(former)  # another pruner goes on; the former one's history tells what happened
         expected = self._statistics.fingerprint
         differs = difference(expected, fingerprint(graph.model)) if expected else self._misfit(graph)
+        if not expected and self._marks and self._written(graph.model):
+            differs = differs or "its weights have changed since a former pruner was at work"
         if differs:
             self._again(graph, f"the statistics belong to another state of the model: {differs}")
         self._mark(graph)
@@ -67,11 +78,7 @@ class FollowedStatistics:
     def _changed(self, graph: tp.DependencyGraph) -> bool:
         if len(graph.pruning_history()) != self._seen:
             return True
-        parameters = list(graph.model.parameters())
-        return len(parameters) != len(self._marks) or any(
-            mark() is not parameter or version != parameter._version
-            for parameter, (mark, version) in zip(parameters, self._marks, strict=True)
-        )
+        return self._written(graph.model)
 
     def _update(self, graph: tp.DependencyGraph) -> None:
         if self._recollect is not None:
@@ -85,10 +92,18 @@ class FollowedStatistics:
                 self._again(graph, f"the model lost units that its pruning history does not tell of: {misfit}")
         self._mark(graph)
 
+    def _written(self, model: nn.Module) -> bool:
+        """Whether a parameter or buffer was written to or replaced."""
+        tensors = _state(model)
+        return len(tensors) != len(self._marks) or any(
+            mark() is not tensor or version != tensor._version
+            for tensor, (mark, version) in zip(tensors, self._marks, strict=True)
+        )
+
     def _trained(self, graph: tp.DependencyGraph) -> bool:
-        """Whether a parameter was written to: removals replace parameters, which start at version 0."""
-        known = {id(parameter): version for mark, version in self._marks if (parameter := mark()) is not None}
-        return any(parameter._version != known.get(id(parameter), 0) for parameter in graph.model.parameters())
+        """Whether a parameter or buffer was written to: removals replace them, by tensors that start at version 0."""
+        known = {id(tensor): version for mark, version in self._marks if (tensor := mark()) is not None}
+        return any(tensor._version != known.get(id(tensor), 0) for tensor in _state(graph.model))
 
     def _misfit(self, graph: tp.DependencyGraph) -> str:
         """Which observed axis has another length than its record; empty if all fit."""
@@ -109,7 +124,7 @@ class FollowedStatistics:
     def _mark(self, graph: tp.DependencyGraph) -> None:
         self._graph = weakref.ref(graph)
         self._seen = len(graph.pruning_history())
-        self._marks = [(weakref.ref(parameter), parameter._version) for parameter in graph.model.parameters()]
+        self._marks = [(weakref.ref(tensor), tensor._version) for tensor in _state(graph.model)]
         self._roots = {}
 
     def _forget(self) -> None:
@@ -124,6 +139,10 @@ class FollowedStatistics:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def kept_units(

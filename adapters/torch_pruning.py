@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nns_plugin.adapters.compensated import compensated_step
 from nns_plugin.adapters.dependency_graph import (
     UnusableGroupWarning,
     graph_groups,
@@ -20,12 +21,25 @@ from nns_plugin.adapters.dependency_graph import (
     writes_output,
 )
 from nns_plugin.adapters.pruning_history import FollowedStatistics
+from nns_plugin.compensation import RIDGE
 from nns_plugin.criteria.contract import Criterion, score
+from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
 from nns_plugin.errors import CriterionError, GroupError
+from nns_plugin.forward import device_of
 from nns_plugin.observe import calibrate
 from nns_plugin.preserve import preserved
 from nns_plugin.statistics import Statistics
+
+__all__ = [
+    "CriterionImportance",
+    "DistinctivenessImportance",
+    "SemanticImportance",
+    "compensated_step",
+    "count_operations",
+    "install",
+    "uninstall",
+]
 
 
 class CriterionImportance(tp.importance.Importance):
@@ -42,7 +56,7 @@ class CriterionImportance(tp.importance.Importance):
 
     @torch.no_grad()
     def __call__(self, group: tp.dependency.Group) -> Tensor | None:
-        """Scores of a full group, one a root position, float64 on the CPU.
+        """Scores of a full group, one a root position, float64.
 
         Returns:
             The scores, or ``None`` (after a warning that names the group) if the group is malformed, writes the
@@ -70,15 +84,54 @@ class CriterionImportance(tp.importance.Importance):
         if scores is None:
             return None
         ordinal = self._ordinals.setdefault(traced.group.name, len(self._ordinals))
-        return separate_ties(scores, ordinal)[traced.unit_of_root]
+        separated = separate_ties(scores, ordinal)[traced.unit_of_root]
+        device = device_of(group._DG.model)  # where the host's regularisers multiply weights with them
+        return separated if device.type == "mps" else separated.to(device)
+
+    def follow(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
+        """Go on with statistics that somebody else has kept in step with the graph's model."""
+        if self._followed is not None:
+            self._followed.accept(graph, statistics)
 
     def _current(self, group: tp.dependency.Group) -> Criterion:
         if self._followed is None:
             return self._criterion
         statistics = self._followed.current(group._DG)
-        if getattr(self._criterion, "statistics", None) is not statistics:
-            self._criterion = dataclasses.replace(self._criterion, statistics=statistics)  # type: ignore[type-var]
+        found = {"statistics": statistics, "model": group._DG.model}
+        changed = {name: found[name] for name in self._criterion.requires if name in found}
+        if any(getattr(self._criterion, name) is not value for name, value in changed.items()):
+            self._criterion = dataclasses.replace(self._criterion, **changed)  # type: ignore[type-var]
         return self._criterion
+
+
+class DistinctivenessImportance(CriterionImportance):
+    """Units that others can stand in for go first, as a torch-pruning importance.
+
+    Args:
+        statistics: Collected with ``gram=True``; labels are not needed.
+        mode: ``"pairwise"`` or ``"span"``.
+        center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
+        vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
+        ridge: For ``"span"``.
+
+    Raises:
+        CriterionError: If an option is unknown, or the statistics have no Gram matrices.
+
+    Source:
+        See :class:`nns_plugin.criteria.Distinctiveness`.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        mode: Mode = "pairwise",
+        center: float | Literal["mean"] | None = None,
+        vectors: Vectors = "activations",
+        ridge: float = RIDGE,
+    ) -> None:
+        # The model is the pruner's; it is put in its place when the first group comes.
+        criterion = Distinctiveness(statistics, nn.Identity(), mode, center, vectors, ridge)
+        super().__init__(criterion, FollowedStatistics(statistics))
 
 
 class SemanticImportance(CriterionImportance):
@@ -144,8 +197,12 @@ class SemanticImportance(CriterionImportance):
         """
         statistics = calibrate(model, loader, unit_groups(model, example_inputs), **options)
 
+        known = {group.name for group in statistics.groups}
+
         def recollect(graph: tp.DependencyGraph) -> Statistics:
-            return calibrate(graph.model, loader, graph_groups(graph), **options)
+            # Where units are read was checked above; the host's graph has no inputs to check it with.
+            groups = [group for group in graph_groups(graph) if group.name in known]
+            return calibrate(graph.model, loader, groups, **options)
 
         importance = cls(statistics, labels, measure, contrast)
         importance._followed = FollowedStatistics(statistics, recollect)
@@ -157,23 +214,24 @@ def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
 
     Args:
         scores: ``[U]`` float64.
-        ordinal: Number of the group, below 65536: groups of other numbers get other scores.
+        ordinal: Number of the group, below 4096: groups of other numbers get other scores.
 
     Returns:
-        ``[U]`` float64, all different. Equal scores are raised by steps of single precision, the last unit least,
-        and the groups stand between two such steps. Both are far above the rounding of double precision, so that
-        they survive averaging. Scores nearer to 0 than 1e-30 count as 0.
+        ``[U]`` float64, all different. Equal scores are spread evenly over two steps of single precision, the last
+        unit lowest, so that of ties a global threshold takes the same share of every group, large or small; the
+        groups stand a few steps of double precision apart, which survive averaging. Scores nearer to 0 than 1e-30
+        count as 0.
 
     Example:
         >>> separate_ties(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).tolist()
-        [1.0000001192092896, 1.0, 2.0]
+        [1.000000079471647, 1.0, 2.0]
     """
-    step, between, floor = 1 << 29, 1 << 13, int(np.float64(1e-30).view(np.int64))
+    between, floor = 4, int(np.float64(1e-30).view(np.int64))
     values = scores.numpy()
     # The bits of a double, read as an integer, are in the order of the doubles.
     rank = np.maximum(np.abs(values).view(np.int64) - floor, 0) * np.sign(values).astype(np.int64)
     order = np.lexsort((-np.arange(rank.size), rank))
-    steps = step * np.arange(rank.size)
+    steps = np.arange(rank.size) * (1 << 16) // rank.size * (1 << 14)  # distinct for up to 65536 units
     raised = np.empty_like(rank)
     raised[order] = np.maximum.accumulate(rank[order] - steps) + steps + between * ordinal
     separated = np.where(raised == 0, 0.0, np.copysign((np.abs(raised) + floor).view(np.float64), raised))
@@ -195,7 +253,11 @@ def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     return round(operations), sum(parameter.numel() for parameter in model.parameters())
 
 
-IMPORTANCES: dict[str, type[CriterionImportance]] = {"SemanticImportance": SemanticImportance}
+IMPORTANCES: dict[str, type[CriterionImportance]] = {
+    "DistinctivenessImportance": DistinctivenessImportance,
+    "SemanticImportance": SemanticImportance,
+}
+
 
 
 def install() -> None:

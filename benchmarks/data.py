@@ -1,4 +1,4 @@
-"""What the benchmarks read: MNIST's IDX files from the data folder, and torchvision's models beside a CPU build of torch."""
+"""What the benchmarks read: MNIST's IDX files from the data folder, and torchvision's models beside a CPU torch."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
-from nns_plugin.preserve import preserved_rng
+from nns_plugin.preserve import in_evaluation
 
 
 def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any]) -> None:
@@ -23,14 +23,8 @@ def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any]) -> None:
         model: The model.
         loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
     """
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        with preserved_rng(), torch.no_grad():
-            model.eval()
-            update_bn(_inputs(model, loader), _OnlyBatchNorms(model))
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with in_evaluation(model), torch.no_grad():
+        update_bn(_inputs(model, loader), _OnlyBatchNorms(model))
 
 
 class _OnlyBatchNorms(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,11 +76,16 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """The same inputs on another device."""
+    return map_tensors(inputs, lambda value: value.to(device))
+
+
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs of a model with a function applied to each tensor; everything else stays."""
     if isinstance(inputs, Mapping):
-        return {name: value.to(device) for name, value in inputs.items()}
+        return {name: map_tensors(value, function) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(value.to(device) for value in inputs)
-    return inputs.to(device)
+        return tuple(map_tensors(value, function) for value in inputs)
+    return function(inputs) if isinstance(inputs, Tensor) else inputs
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,17 +8,19 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from nns_plugin.consumers import channel_groups, padded_positions
 from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.fingerprint import fingerprint
 from nns_plugin.forward import Batch, device_of, parse_batch, run_model, to_device
 from nns_plugin.preserve import preserved
+from nns_plugin.reduction import Sums, add_batch, reduce_activation
 from nns_plugin.statistics import Key, Layout, Record, Statistics, distributed_sum, layout_of
 from nns_plugin.units import UnitGroup
 
@@ -30,13 +32,15 @@ def calibrate(
     *,
     labels: Sequence[str] | int | None = None,
     threshold: float = 0.0,
+    gram: bool = False,
+    max_gram_units: int = 8192,
     progress: bool = False,
 ) -> Statistics:
     """Run the model over calibration data and collect what its units did.
 
     The model runs in evaluation mode without gradients and is left exactly as it was found, random number
     generators included, also when its forward raises. Under ``torch.distributed`` the sums of all processes are
-    reduced. Memory is O(labels x units), whatever the number of inputs. Dimension 0 of every observed activation
+    reduced. Memory is O(labels x units), plus O(units^2) with Gram matrices, whatever the number of inputs. Dimension 0 of every observed activation
     must be the batch, or a whole multiple of it (windows, heads) with the inputs in order.
 
     Args:
@@ -46,6 +50,8 @@ def calibrate(
         groups: The unit groups to observe, from an adapter.
         labels: Names of the labels, or their number; by default as many as the model's output has columns.
         threshold: A position is active where it exceeds this.
+        gram: Whether to collect the Gram matrices that ``distinctiveness`` and compensation need.
+        max_gram_units: Largest number of channels whose Gram matrix is collected.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -55,12 +61,13 @@ def calibrate(
         CalibrationError: If the loader is empty or yields something else, if an activation is not finite or does
             not have the batch in front, or if there is nothing to observe.
         LabelError: If a label is out of range.
+        GroupError: If a group owns positions that its modules do not have.
     """
     if not _distributed():
-        return _calibrate(model, loader, groups, labels, threshold, progress)
+        return _calibrate(model, loader, groups, labels, threshold, max_gram_units if gram else 0, progress)
     outcome: Statistics | Exception
     try:
-        outcome = _calibrate(model, loader, groups, labels, threshold, progress)
+        outcome = _calibrate(model, loader, groups, labels, threshold, max_gram_units if gram else 0, progress)
     except Exception as error:
         outcome = error
     _agree(outcome)
@@ -69,60 +76,13 @@ def calibrate(
     return outcome.all_reduce()
 
 
-def collect_inputs(
-    model: nn.Module, name: str, loader: Iterable[Any], progress: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """What one module works on, input by input; memory grows with the data, unlike :func:`calibrate`.
-
-    Args:
-        model: The model; left exactly as it was found.
-        name: Name of the module, whose input must be ``[N, features]``.
-        loader: As for :func:`calibrate`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        ``[N, features]`` inputs of the module, and ``[N]`` int64 labels or ``None``, both on the CPU.
-
-    Raises:
-        CalibrationError: If the loader is empty, or the module's input is not ``[N, features]`` and finite.
-    """
-    features: list[Tensor] = []
-    labels: list[Tensor | None] = []
-    module, device = model.get_submodule(name), device_of(model)
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        features.append(args[0].detach().cpu())
-
-    with preserved(model), torch.inference_mode(False), torch.no_grad():
-        handle = module.register_forward_pre_hook(keep)
-        try:
-            model.eval()
-            for number, item in enumerate(tqdm(loader, desc="collecting features", disable=not progress, leave=False)):
-                batch = parse_batch(item, number)
-                run_model(model, to_device(batch.inputs, device))
-                labels.append(batch.labels)
-                if features[-1].dim() != 2 or features[-1].shape[0] != batch.size:
-                    raise CalibrationError(
-                        f"module {name!r} works on a tensor of shape {list(features[-1].shape)}; expected "
-                        f"[{batch.size}, features]"
-                    )
-        finally:
-            handle.remove()
-    if not features:
-        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
-    joined = torch.cat(features)
-    if not bool(torch.isfinite(joined).all()):
-        raise CalibrationError(f"module {name!r} works on NaN or infinite activations")
-    known = [label for label in labels if label is not None]
-    return joined, torch.cat(known) if len(known) == len(labels) else None
-
-
 def _calibrate(
     model: nn.Module,
     loader: Iterable[Any],
     groups: Sequence[UnitGroup],
     labels: Sequence[str] | int | None,
     threshold: float,
+    max_gram_units: int,
     progress: bool,
 ) -> Statistics:
     """The statistics of this process alone."""
@@ -138,7 +98,7 @@ def _calibrate(
         if name not in modules:
             raise CalibrationError(f"the model has no module {name!r}, which the unit groups name")
     names = _label_names(labels)
-    run = _Run(_collectors(modules, keys, groups), threshold, None if names is None else len(names))
+    run = _Run(_collectors(modules, keys, groups, max_gram_units), threshold, None if names is None else len(names))
     _observe(model, modules, loader, run, progress)
     return _finish(run, groups, names, threshold, fingerprint(model))
 
@@ -194,6 +154,8 @@ class _Collector:
         channels_second: Whether the axis is dimension 1, as in a convolution; otherwise it is the last one.
         time_first: Whether the batch is dimension 1.
         dimensions: How many dimensions the activation must have; ``None`` for two or more.
+        module: The module.
+        gram_groups: Channel groups of the Gram matrices; 0 for none.
         record: The sums so far.
     """
 
@@ -202,6 +164,8 @@ class _Collector:
     channels_second: bool
     time_first: bool
     dimensions: int | None
+    module: nn.Module
+    gram_groups: int
     record: Record | None = None
 
     def rows_first(self, activation: Tensor) -> Tensor:
@@ -222,8 +186,8 @@ class _Run:
     labelled: bool | None = None
     number: int = 0
     size: int = 0
-    reduced: dict[tuple[int, int, int, tuple[bool, bool]], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
-    pending: list[tuple[_Collector, Sums]] = field(default_factory=list)
+    reduced: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
+    pending: list[tuple[_Collector, Sums, int]] = field(default_factory=list)
 
     def forward(self, model: nn.Module, batch: Batch, number: int, device: torch.device) -> None:
         if self.labelled is None:
@@ -251,13 +215,17 @@ class _Run:
                 f"batch of {self.size} or a whole multiple of it"
             )
         # Readers of one tensor are reduced once; the weak reference proves that an identity was not used again.
-        axes = (collector.channels_second, collector.time_first)
-        key = (id(activation), activation._version, id(collector.layout), axes)
-        known, sums = self.reduced.get(key, (None, None))
+        axes = (collector.channels_second, collector.time_first, collector.gram_groups)
+        version = -1 if activation.is_inference() else activation._version
+        key = (id(activation), version, id(collector.layout), axes)
+        known, sums = self.reduced.get(key, (None, None)) if version >= 0 else (None, None)
         if known is None or known() is not activation or sums is None:
-            sums = reduce_activation(collector.rows_first(activation), collector.layout, self.size, self.threshold)
+            rows = collector.rows_first(activation)
+            sums = reduce_activation(rows, collector.layout, self.size, self.threshold, collector.gram_groups)
             self.reduced[key] = (weakref.ref(activation), sums)
-        self.pending.append((collector, sums))
+        rows_per_input = activation.shape[int(collector.time_first)] // self.size
+        padded = rows_per_input * padded_positions(collector.module, activation.shape[2:]) if collector.gram_groups else 0
+        self.pending.append((collector, sums, padded))
 
     def _fits(self, collector: _Collector, activation: Any) -> bool:
         if not isinstance(activation, Tensor) or not activation.is_floating_point() or activation.dim() < 2:
@@ -270,18 +238,20 @@ class _Run:
         # Squares are finite only where sums and magnitudes are; checked together, they cost one transfer.
         finite = torch.tensor([True])
         if self.pending:
-            finite = torch.stack([torch.isfinite(sums.square).all().cpu() for _, sums in self.pending])
+            finite = torch.stack([torch.isfinite(sums.square).all().cpu() for _, sums, _ in self.pending])
         if not bool(finite.all()):
             name = self.pending[int((~finite).nonzero()[0])][0].name
             raise CalibrationError(
                 f"module {name!r} works on NaN, infinite or overflowing activations in batch {self.number}; check the "
                 "inputs and the weights before it"
             )
-        for collector, sums in self.pending:
+        for collector, sums, padded in self.pending:
             if collector.record is None:
                 device = torch.device("cpu") if sums.total.device.type == "mps" else sums.total.device
-                collector.record = Record.empty(collector.layout, self.label_count or 1, device)
-            add_batch(collector.record, labels, sums)
+                collector.record = Record.empty(
+                    collector.layout, self.label_count or 1, collector.gram_groups, device
+                )
+            add_batch(collector.record, labels, sums, padded)
         self.reduced.clear()
         self.pending.clear()
 
@@ -300,72 +270,8 @@ class _Run:
             )
 
 
-class Sums(NamedTuple):
-    """What one activation adds to a record, by input: N inputs, C channels, S slots.
-
-    Attributes:
-        total: ``[N, C]`` sum of activations.
-        magnitude: ``[N, C]`` sum of absolute activations.
-        square: ``[N, C]`` sum of squared activations.
-        active: ``[N, S]`` bool, whether any position of the slot exceeds the threshold.
-        samples: Number of samples per input.
-    """
-
-    total: Tensor
-    magnitude: Tensor
-    square: Tensor
-    active: Tensor
-    samples: int
-
-
-def reduce_activation(rows: Tensor, layout: Layout, size: int, threshold: float) -> Sums:
-    """Sums of one activation by input and channel.
-
-    Args:
-        rows: ``[N * k, positions, P]`` activations.
-        layout: How the positions pool to C channels and S slots.
-        size: N, number of inputs.
-        threshold: A position is active where it exceeds this.
-
-    Returns:
-        The sums; an input has k * P samples.
-    """
-    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    total = rows.sum(2)
-    square = torch.linalg.vector_norm(rows, dim=2).square()
-    peak = rows.amax(2)
-    # After a ReLU, the usual case, magnitudes are the activations: the minimum costs less than a second sum.
-    magnitude = total if bool(rows.amin() >= 0) else torch.linalg.vector_norm(rows, 1, dim=2)
-    sums = [_by_input(value, size).sum(1) for value in (total, square, magnitude)]
-    peak = _by_input(peak, size).amax(1)
-    channels = layout.slot.numel()
-    if channels != layout.channel.numel():
-        channel = layout.channel.to(rows.device)
-        sums = [value.new_zeros(size, channels).index_add_(1, channel, value) for value in sums]
-    if layout.slots != layout.channel.numel():
-        slot = layout.slot[layout.channel].to(rows.device).expand(size, -1)
-        peak = peak.new_full((size, layout.slots), -torch.inf).scatter_reduce_(1, slot, peak, "amax")
-    total, square, magnitude = sums
-    return Sums(total, magnitude, square, peak > threshold, rows.shape[0] // size * rows.shape[2])
-
-
-def add_batch(record: Record, labels: Tensor, sums: Sums) -> None:
-    """Add the sums of one activation to a record, in place; ``labels`` is ``[N]`` int64, one of each input."""
-    labels = labels.to(record.total.device)
-    counts = torch.bincount(labels, minlength=record.inputs.numel())
-    record.inputs.add_(counts)
-    record.samples.add_(counts * sums.samples)
-    for name in ("total", "magnitude", "square", "active"):
-        goal = getattr(record, name)
-        goal.index_add_(0, labels, getattr(sums, name).to(goal.device, goal.dtype))
-
-
-def _by_input(value: Tensor, size: int) -> Tensor:
-    return value.reshape(size, -1, value.shape[-1])
-
-
 def _collectors(
-    modules: Mapping[str, nn.Module], keys: Sequence[Key], groups: Sequence[UnitGroup]
+    modules: Mapping[str, nn.Module], keys: Sequence[Key], groups: Sequence[UnitGroup], max_gram_units: int
 ) -> dict[Key, _Collector]:
     layouts: list[Layout] = []
     collectors = {}
@@ -378,8 +284,22 @@ def _collectors(
         convolution = isinstance(module, nn.modules.conv._ConvNd)
         dimensions = len(module.kernel_size) + 2 if convolution else 3 if hasattr(module, "batch_first") else None
         time_first = getattr(module, "batch_first", True) is False
-        collectors[side, name] = _Collector(name, layout, convolution, time_first, dimensions)
+        gram_groups = _gram_groups(module, side, layout, max_gram_units, name)
+        collectors[side, name] = _Collector(name, layout, convolution, time_first, dimensions, module, gram_groups)
     return collectors
+
+
+def _gram_groups(module: nn.Module, side: str, layout: Layout, max_gram_units: int, name: str) -> int:
+    """Channel groups of a module's Gram matrices; 0 where channels pool different numbers of positions."""
+    if not max_gram_units or layout.positions_per_channel.unique().numel() > 1:
+        return 0
+    groups = channel_groups(module) if side == "in" else 1
+    if (width := layout.slot.numel() // groups) > max_gram_units:
+        raise CalibrationError(
+            f"module {name!r} works on {width} channels, more than max_gram_units={max_gram_units}; raise it (the "
+            f"matrix takes {8 * (width + 1) ** 2 / 2**20:.0f} MiB) or list what writes them in ignored_layers"
+        )
+    return groups
 
 
 def axis_length(module: nn.Module, side: str, name: str) -> int:

@@ -28,8 +28,9 @@ def preserved_rng() -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Restore everything but the values of the parameters on leaving, also after an exception.
 
-    Restored are the training flag of every module, the identity and content of every buffer, ``requires_grad``
-    of every parameter, and the random number generators. Hooks are removed by whoever registers them.
+    Restored are the attributes of every module (training flags, caches, counters), the identity and content of every
+    buffer, ``requires_grad`` of every parameter, the weights of embeddings with ``max_norm``, which a forward rescales
+    in place, and the random number generators. Hooks are removed by whoever registers them.
 
     Args:
         model: The model to protect.
@@ -37,24 +38,50 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The same model.
     """
-    training = [(module, module.training) for module in model.modules()]
+    attributes = [(module, module.training, dict(vars(module))) for module in model.modules()]
+    buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+    rescaled = [
+        parameter
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        if getattr(module, "max_norm", None) is not None
+        for parameter in module.parameters(recurse=False)
     ]
+    known = [buffer for _, named in buffers for buffer in named.values() if buffer is not None]
+    contents = [(tensor, tensor.detach().clone()) for tensor in (*known, *rescaled)]
     try:
         with preserved_rng():
             yield model
     finally:
-        for module, flag in training:
+        for module, flag, saved in attributes:
+            for name in vars(module).keys() - saved.keys():
+                del vars(module)[name]
+            vars(module).update(saved)
             module.training = flag
+        for module, named in buffers:
+            for name, _ in list(module._buffers.items()):
+                if name not in named:
+                    del module._buffers[name]
+                    module._non_persistent_buffers_set.discard(name)
+            for name, buffer in named.items():
+                module._buffers[name] = buffer
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
         with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and content is not None and not torch.equal(buffer, content):
-                    buffer.copy_(content)
+            for tensor, content in contents:
+                if tensor.shape != content.shape:
+                    tensor.data = content
+                elif not torch.equal(tensor, content):
+                    tensor.copy_(content)
 
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model that is being changed into evaluation mode; training flags and random states come back, no more."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with preserved_rng():
+            yield model.eval()
+    finally:
+        for module, flag in training:
+            module.training = flag

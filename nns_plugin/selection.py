@@ -26,7 +26,7 @@ def keep_by_ratio(
         For each group the kept units, ``[k]`` int64 ascending, at least one. Of equal scores, lower units stay.
 
     Raises:
-        SelectionError: If the ratio is outside [0, 1) or the rounding is below 1.
+        SelectionError: If the ratio is outside [0, 1), the rounding is no positive integer or a score is not finite.
 
     Example:
         >>> keep_by_ratio({"conv": torch.tensor([0.1, 0.9, 0.5, 0.3])}, 0.5)
@@ -34,6 +34,7 @@ def keep_by_ratio(
     """
     if not 0 <= ratio < 1:
         raise SelectionError(f"ratio is {ratio}; it must be in [0, 1), the share of units to remove")
+    _check(scores, round_to)
     counts = {name: value.numel() - _share(value.numel(), ratio) for name, value in scores.items()}
     if across_groups and scores:
         owners = torch.cat([torch.full((value.numel(),), i) for i, value in enumerate(scores.values())])
@@ -55,7 +56,7 @@ def keep_by_threshold(scores: Mapping[str, Tensor], zeta: float, *, round_to: in
         For each group the kept units, ``[k]`` int64 ascending; the best unit stays even where none reaches zeta.
 
     Raises:
-        SelectionError: If zeta is not finite or the rounding is below 1.
+        SelectionError: If zeta or a score is not finite, or the rounding is no positive integer.
 
     Example:
         >>> keep_by_threshold({"conv": torch.tensor([0.1, 1.0, 0.5, 0.4])}, 0.4)
@@ -63,10 +64,19 @@ def keep_by_threshold(scores: Mapping[str, Tensor], zeta: float, *, round_to: in
     """
     if not math.isfinite(zeta):
         raise SelectionError(f"zeta is {zeta}; it must be a finite number")
+    _check(scores, round_to)
     return {
         name: _best(value, _rounded(int((value >= zeta).sum()), value.numel(), round_to))
         for name, value in scores.items()
     }
+
+
+def _check(scores: Mapping[str, Tensor], round_to: int) -> None:
+    if not isinstance(round_to, int) or round_to < 1:
+        raise SelectionError(f"round_to is {round_to}; it must be a positive integer")
+    for name, value in scores.items():
+        if not bool(torch.isfinite(value).all()):
+            raise SelectionError(f"scores of group {name!r} are not all finite; units cannot be ranked by them")
 
 
 def _share(count: int, ratio: float) -> int:
@@ -75,8 +85,6 @@ def _share(count: int, ratio: float) -> int:
 
 
 def _rounded(kept: int, size: int, round_to: int) -> int:
-    if round_to < 1:
-        raise SelectionError(f"round_to is {round_to}; it must be at least 1")
     return min(size, math.ceil(max(kept, 1) / round_to) * round_to)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.errors import StatisticsError
+from nns_plugin.errors import StaleStatisticsError, StatisticsError
 from nns_plugin.fingerprint import difference
-from nns_plugin.units import Port, UnitGroup, narrow_groups
+from nns_plugin.units import Port, UnitGroup, check_port, narrow_groups
 
 Key = tuple[str, str]  # side ("in" or "out") and module name
 
@@ -64,7 +64,9 @@ class Record:
         magnitude: ``[L, C]`` float64, sum of absolute activations.
         square: ``[L, C]`` float64, sum of squared activations.
         active: ``[L, S]`` int64, inputs for which any position of the slot exceeds the threshold.
-        gram: ``None``, or the Gram matrix of the channels extended by a constant 1, over inputs and positions.
+        gram: ``None``, or ``[G, C / G + 1, C / G + 1]`` float64: for each of the G groups in which the channels are
+            read (1 but for grouped convolutions) the Gram matrix of its channels and a constant 1, which stands last,
+            over inputs and positions, the zero positions of a padded convolution included.
     """
 
     layout: Layout
@@ -77,7 +79,9 @@ class Record:
     gram: Tensor | None = None
 
     @classmethod
-    def empty(cls, layout: Layout, labels: int, device: torch.device | None = None) -> Record:
+    def empty(
+        cls, layout: Layout, labels: int, gram_groups: int = 0, device: torch.device | None = None
+    ) -> Record:
         """A record of nothing."""
         shape = (labels, layout.slot.numel())
         return cls(
@@ -88,6 +92,7 @@ class Record:
             torch.zeros(shape, dtype=torch.float64, device=device),
             torch.zeros(shape, dtype=torch.float64, device=device),
             torch.zeros(labels, layout.slots, dtype=torch.int64, device=device),
+            _empty_gram(layout, gram_groups).to(device) if gram_groups else None,
         )
 
     def sums(self) -> dict[str, Tensor]:
@@ -156,6 +161,24 @@ class Statistics:
     def record(self, group: UnitGroup, port: Port) -> Record | None:
         """The record that a port of a group is observed by, or ``None`` if it was not observed."""
         return self.records.get((group.side, port.name))
+
+    def observed(self, group: UnitGroup) -> bool:
+        """Whether a group is one of those that the statistics were collected for.
+
+        Raises:
+            StaleStatisticsError: If a group of that name is, but its units or ports were others.
+        """
+        known = next((known for known in self.groups if known.name == group.name), None)
+        if known is None:
+            return False
+        mine, theirs = ({port.name: port for port in each.ports} for each in (known, group))
+        alike = known.size == group.size and known.side == group.side and mine.keys() == theirs.keys()
+        if not alike or not all(_same_port(mine[name], theirs[name]) for name in mine):
+            raise StaleStatisticsError(
+                f"group {group.name!r} has {group.size} units at {', '.join(theirs)}, but the statistics were collected "
+                f"for {known.size} at {', '.join(mine)}, or for other positions there; calibrate again"
+            )
+        return True
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both calibrations together, whatever their order.
@@ -262,6 +285,9 @@ def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: boo
 
     Returns:
         The layout; positions that no group owns are channels and slots of their own.
+
+    Raises:
+        GroupError: If a group's positions are out of range.
     """
     side, name = key
     owner = torch.full((axis_length,), -1, dtype=torch.int64)
@@ -269,6 +295,7 @@ def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: boo
     for group in groups:
         for port in group.consumers if side == "in" else group.producers:
             if port.name == name:
+                check_port(port, group.size, axis_length)
                 owner[port.index] = port.unit + offset
         offset += group.size
     free = owner < 0
@@ -283,6 +310,10 @@ def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: boo
     return Layout(channel, _number_by_appearance(owners))
 
 
+def _same_port(one: Port, other: Port) -> bool:
+    return torch.equal(one.index, other.index) and torch.equal(one.unit, other.unit)
+
+
 def _number_by_appearance(values: Tensor) -> Tensor:
     """Distinct values ``[n]`` numbered 0, 1, ... in the order in which they first appear."""
     distinct, number = values.unique(return_inverse=True)
@@ -291,10 +322,20 @@ def _number_by_appearance(values: Tensor) -> Tensor:
     return first.argsort().argsort()[number]
 
 
+def _empty_gram(layout: Layout, groups: int) -> Tensor:
+    size = layout.slot.numel() // groups + 1
+    return torch.zeros(groups, size, size, dtype=torch.float64)
+
+
 def _narrow_gram(gram: Tensor, channels: Tensor) -> Tensor:
-    """Sub-matrix of the kept channels and the constant, which stands last."""
-    index = torch.cat([channels, torch.tensor([gram.shape[-1] - 1])])
-    return gram[..., index, :][..., index]
+    """Sub-matrices of the kept channels (equally many in each group) and the constant, which stands last."""
+    size = gram.shape[-1] - 1
+    parts = []
+    for number, matrix in enumerate(gram):
+        local = channels[channels // size == number] - number * size
+        basis = torch.cat([local, torch.tensor([size])])
+        parts.append(matrix[basis][:, basis])
+    return torch.stack(parts)
 
 
 def _shapes(sums: Mapping[str, Tensor]) -> str:

@@ -40,7 +40,7 @@ class UnitGroup:
     """Units that must be removed consistently at all their ports.
 
     Attributes:
-        name: Name of the first producer in the model; unique among the groups of a model.
+        name: Name of the first producer in the model that no other group shares; unique among the groups of a model.
         size: Number of units, U.
         producers: Ports that write the units.
         consumers: Ports that read them; empty if nothing that can be observed and compensated does.

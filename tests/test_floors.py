@@ -21,11 +21,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"nns_plugin.errors", "nns_plugin.fingerprint", "nns_plugin.forward", "nns_plugin.preserve"}),
     frozenset(
         {
+            "nns_plugin.batch_norm",
             "nns_plugin.compensation",
+            "nns_plugin.consumers",
+            "nns_plugin.heads",
             "nns_plugin.observe",
+            "nns_plugin.reduction",
+            "nns_plugin.refit",
             "nns_plugin.selection",
             "nns_plugin.statistics",
             "nns_plugin.statistics_file",
+            "nns_plugin.taps",
             "nns_plugin.units",
         }
     ),
@@ -44,16 +50,22 @@ JOBS = BASE | {"pydantic", "sklearn", "yaml"}
 CLI = JOBS | {"rich", "typer"}
 HOSTS: dict[str, frozenset[str]] = {
     ADAPTERS: frozenset(),
+    f"{ADAPTERS}.compensated": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.dependency_graph": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
+    f"{ADAPTERS}.reading_check": frozenset(),
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
     f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
 }
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
+    f"{ADAPTERS}.compensated": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.reading_check"}),
     f"{ADAPTERS}.pruning_history": frozenset({f"{ADAPTERS}.dependency_graph"}),
-    f"{ADAPTERS}.torch_pruning": frozenset({f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}),
+    f"{ADAPTERS}.torch_pruning": frozenset(
+        {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}
+    ),
     f"{ADAPTERS}.nni": frozenset({f"{ADAPTERS}.dependency_graph"}),
 }
 

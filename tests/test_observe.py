@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nns_plugin import Port, UnitGroup, calibrate
-from nns_plugin.errors import CalibrationError, LabelError, NNSError
-from nns_plugin.observe import collect_inputs
+from nns_plugin.errors import CalibrationError, GroupError, LabelError, NNSError
 from nns_plugin.preserve import preserved
 
+from nns_plugin.taps import collect_inputs
 if "zoo" not in sys.modules:
     spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
     sys.modules["zoo"] = importlib.util.module_from_spec(spec)
@@ -318,7 +318,7 @@ def test_groups_that_do_not_fit_the_model() -> None:
         calibrate(MODEL, [GOOD], (units("0", 5, "nowhere"),))
     with pytest.raises(CalibrationError, match="module '1' is a ReLU; units can be observed at"):
         calibrate(MODEL, [GOOD], (units("0", 5, "1"),))
-    with pytest.raises(CalibrationError, match=r"'2': positions 0\.\.5 are out of range, the axis has 5"):
+    with pytest.raises(GroupError, match=r"'2': positions 0\.\.5 are out of range, the axis has 5"):
         calibrate(MODEL, [GOOD], (units("0", 6, "2"),))
 
 
@@ -419,5 +419,5 @@ def test_bad_inputs_of_a_layer() -> None:
     with pytest.raises(CalibrationError, match="module 'head' works on NaN"):
         collect_inputs(model, "head", [torch.full((6, 2, 4, 4), torch.nan)])
     before.check(rng=False)
-    with pytest.raises(CalibrationError, match="module 'second' never ran"):
+    with pytest.raises(CalibrationError, match="module 'second' did not run"):
         collect_inputs(Sometimes(), "second", [X[:2]])

@@ -164,11 +164,37 @@ def test_several_inputs_and_outputs(model: nn.Module, inputs: Any, tmp_path: Pat
     assert report.batch_sizes == ((1, 3) if report.inputs == 3 else (2, 1))
 
 
+class OneIsSpecial(nn.Module):
+    """Treats a batch of 1 differently; traced with one example, the special case would serve all others."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * 100 if len(inputs) == 1 else inputs * 2
+
+
+def test_a_single_example_is_traced_as_two(tmp_path: Path) -> None:
+    path = adapter.export(OneIsSpecial(), torch.ones(1, 3), tmp_path / "model.onnx")
+    (found,) = adapter.create_session(path).run(None, {"inputs": np.ones((4, 3), np.float32)})
+    assert found.tolist() == [[2.0] * 3] * 4
+    report = adapter.check_parity(OneIsSpecial(), path, torch.ones(4, 3))
+    assert not report.passed
+    assert report.max_absolute_error == 98
+
+
 def test_large_weights_go_into_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    replace = adapter.os.replace
+
+    def record(source: str | Path, target: str | Path) -> None:
+        if Path(target).parent == tmp_path:
+            moved.append(Path(target).name)
+        replace(source, target)
+
     monkeypatch.setattr(adapter, "_SINGLE_FILE_BYTES", 10_000)
+    monkeypatch.setattr(adapter.os, "replace", record)
     model = nn.Sequential(nn.Linear(100, 25), nn.ReLU(), nn.Linear(25, 2))
     path = adapter.export(model, torch.randn(2, 100), tmp_path / "model.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert moved == ["model.onnx.data", "model.onnx"]
     assert path.stat().st_size < 5_000
     assert adapter.check_parity(model, path, torch.randn(5, 100)).passed
 
@@ -258,20 +284,39 @@ def test_a_failure_while_writing_leaves_nothing_behind(
 
 
 class Branching(nn.Module):
-    """Cannot be traced; the exporter prints its graphs and logs about it."""
+    """Cannot be traced; the exporter prints its graphs and logs about it, and calls this several times."""
 
     def forward(self, inputs: Tensor) -> Tensor:
+        print("once more")
         return inputs if inputs.sum() > 0 else -inputs
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 2), Branching()], ids=["success", "failure"])
-def test_the_exporter_is_quiet(model: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_exporter_is_quiet(
+    model: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     try:
         adapter.export(model, torch.randn(2, 3), tmp_path / "model.onnx", opset=17)
     except ExportError:
         assert isinstance(model, Branching)
     assert capfd.readouterr() == ("", "")
+    assert [record.message for record in caplog.records if record.levelno > logging.DEBUG] == []
     assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("\x1b[96mone\x1b[0m\ntwo"), "ValueError: one"),
+        (ValueError("Conflicts:\n  - batch is 2\n  - more"), "ValueError: Conflicts: - batch is 2"),
+        (ValueError("Conflicts:"), "ValueError: Conflicts"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_reason_is_the_root_in_one_line(error: Exception, reason: str) -> None:
+    outer = RuntimeError("next steps:\n- read the documentation")
+    outer.__cause__ = error
+    assert adapter._reason(error) == adapter._reason(outer) == reason
 
 
 class Fixed(nn.Module):
@@ -357,6 +402,18 @@ def test_a_damaged_file_is_named(
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_runtime_does_not_talk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    path = save(tmp_path / "model.onnx", [floats("x", 1)], [floats("y", 1)], node)
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2), "unused"))  # worth a warning
+    onnx.save(model, path)
+    adapter.create_session(path)
+    with pytest.raises(ExportError, match=r"cannot load.*empty\.onnx"):
+        adapter.create_session(save(tmp_path / "empty.onnx", [], []))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("provider", ["cuda", "CUDA", "CUDAExecutionProvider"])
 def test_cuda_on_a_cpu_build_is_an_error(provider: str, exported: tuple[nn.Module, Path]) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -372,15 +429,15 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
 ) -> None:
     asked: list[Any] = []
 
-    def open_on_cpu(model: Any, options: Any, *, providers: Any, **_: Any) -> Any:
-        asked.extend(providers)
+    def open_on_cpu(model: Any, options: Any, *, providers: Any, enable_fallback: int) -> Any:
+        asked.extend((*providers, enable_fallback))
         return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_cpu)
     with pytest.raises(ProviderError, match=r"CUDAExecutionProvider, got CPUExecutionProvider; .*onnxruntime-gpu"):
         adapter.create_session(exported[1], "cuda")
-    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), 0]
 
 
 def test_a_provider_that_breaks_is_a_provider_error(
@@ -646,13 +703,20 @@ def test_what_slows_down_both_runs_of_a_round_does_not_widen_the_interval() -> N
     assert adapter.median_ratio(4 * machine, 2 * machine) == pytest.approx((2, 2, 2))
 
 
-def test_many_samples_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_is_that_of_a_plain_bootstrap_also_where_samples_are_drawn_in_parts() -> None:
     rng = np.random.default_rng(0)
     baseline, candidate = 2 * rng.lognormal(0, 0.2, 3000), rng.lognormal(0, 0.2, 3000)
-    ratio, low, high = adapter.median_ratio(baseline, candidate)
-    assert 1.9 < low < ratio < high < 2.1
-    monkeypatch.setattr(adapter, "_RESAMPLES", 20_000)
-    assert adapter.median_ratio(baseline, candidate) == pytest.approx((ratio, low, high), rel=2e-3)
+    drawn = np.random.default_rng(5).integers(3000, size=(2000, 3000))
+    ratios = np.log(np.median(baseline[drawn], axis=1) / np.median(candidate[drawn], axis=1))
+    low, high = np.exp(np.percentile(ratios, (2.5, 97.5)))
+    assert adapter.median_ratio(baseline, candidate, seed=5)[1:] == pytest.approx((low, high), rel=1e-12)
+
+
+def test_an_interval_without_width_still_holds_the_ratio() -> None:
+    times = np.array([1.0, 2.0, 7.0])
+    for factor in np.linspace(0.3, 9, 30):
+        ratio, low, high = adapter.median_ratio(factor * times, times)
+        assert low <= ratio <= high
 
 
 class Clock:

@@ -406,12 +406,12 @@ def test_narrow_by_hand() -> None:
 
 def test_narrowing_keeps_the_rows_and_columns_of_a_gram_matrix() -> None:
     layout = Layout(torch.arange(4), torch.arange(4))
-    gram = torch.arange(25.0).reshape(5, 5).double()
+    gram = torch.arange(25.0).reshape(1, 5, 5).double()
     record = Record.empty(layout, 1)
     record = Record(**{**vars(record), "gram": gram})
     narrowed = record.narrow(torch.tensor([1, 3])).gram
     assert narrowed is not None
-    assert narrowed.tolist() == [[6, 8, 9], [16, 18, 19], [21, 23, 24]], "units 1 and 3 and the constant"
+    assert narrowed.tolist() == [[[6, 8, 9], [16, 18, 19], [21, 23, 24]]], "units 1 and 3 and the constant"
     assert record.merge(record).gram is not None
     assert torch.equal(record.merge(record).sums()["gram"], 2 * gram)
 

@@ -64,10 +64,14 @@ def find(name: str) -> type[Any]:
 
 def _load() -> tuple[dict[str, type[Any]], dict[str, str]]:
     criteria, failures = dict(BUILT_IN), {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
+    entries = list(entry_points(group=ENTRY_POINT_GROUP))
+    for entry in entries:
         try:
+            values = sorted({other.value for other in entries if other.name == entry.name})
+            if len(values) > 1:
+                raise CriterionError(f"several packages add a criterion of this name: {', '.join(values)}")
             criteria[entry.name] = _load_entry(entry)
-        except Exception as error:  # a plug-in may fail in any way
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way
             failures[entry.name] = f"{type(error).__name__}: {error}"
     return criteria, failures
 
@@ -76,7 +80,8 @@ def _load_entry(entry: EntryPoint) -> type[Any]:
     if entry.name in BUILT_IN:
         raise CriterionError("a built-in criterion has this name; choose another")
     loaded = entry.load()
-    if not isinstance(loaded, type) or not callable(getattr(loaded, "__call__", None)):
+    # getattr would find the metaclass's __call__ on any class.
+    if not isinstance(loaded, type) or not any("__call__" in vars(base) for base in loaded.__mro__):
         raise CriterionError(f"{entry.value!r} is no class whose instances can be called with a unit group")
     requires = getattr(loaded, "requires", None)
     if not isinstance(requires, tuple) or not all(isinstance(need, str) for need in requires):

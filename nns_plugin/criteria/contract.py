@@ -55,8 +55,8 @@ def score(criterion: Criterion, group: UnitGroup) -> Tensor | None:
             stacklevel=2,
         )
         return None
-    if not isinstance(scores, Tensor) or scores.shape != (group.size,):
-        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if not isinstance(scores, Tensor) or scores.shape != (group.size,) or scores.is_complex():
+        found = f"{scores.dtype}{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise CriterionError(
             f"{name} returned {found} for group {group.name!r}; expected a vector of {group.size} scores, one a unit"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -123,7 +124,9 @@ class Semantic:
             raise LabelError("contrast='rest' needs inputs of other labels than the chosen ones; there are none")
 
     def __call__(self, group: UnitGroup) -> Tensor | None:
-        """Scores ``[U]``; ``None`` if no port of the group was observed."""
+        """Scores ``[U]``; ``None`` if the group was not observed."""
+        if not self.statistics.observed(group):
+            return None
         scores = []
         for port in group.ports:
             record = self.statistics.record(group, port)
@@ -135,6 +138,8 @@ class Semantic:
         names = self.statistics.labels
         if names is None:
             raise LabelError("these statistics carry no labels; calibrate with a loader of (inputs, labels)")
+        if isinstance(self.labels, str) or not (self.labels is None or isinstance(self.labels, Iterable)):
+            raise LabelError(f"labels is {self.labels!r}; it must be a list of labels, by index or name")
         indices = range(len(names)) if self.labels is None else [resolve_label(label, names) for label in self.labels]
         if not indices:
             raise LabelError("labels is empty; name at least one label to keep")
@@ -184,8 +189,12 @@ def resolve_label(label: int | str, names: Sequence[str]) -> int:
     """
     if isinstance(label, str) and label in names:
         return names.index(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return label
+    try:
+        index = -1 if isinstance(label, (str, bool)) else operator.index(label)  # NumPy's and torch's integers too
+    except TypeError:
+        index = -1
+    if 0 <= index < len(names):
+        return index
     raise LabelError(f"label {label!r} does not exist; expected an index in 0..{len(names) - 1} or one of {', '.join(names)}")
 
 

@@ -37,10 +37,11 @@ from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
-from nns_plugin.observe import calibrate, collect_inputs
+from nns_plugin.observe import calibrate
 from nns_plugin.preserve import preserved, preserved_rng
 from nns_plugin.selection import keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics_file import write_safetensors
+from nns_plugin.taps import collect_inputs
 from nns_plugin.units import UnitGroup
 
 

@@ -1,0 +1,251 @@
+"""Distinctiveness: how far a unit's activation vector is from another unit's, or from the span of all that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.compensation import RIDGE
+from nns_plugin.consumers import channel_groups, reading_matrices
+from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
+from nns_plugin.errors import CriterionError, StaleStatisticsError
+from nns_plugin.statistics import Record, Statistics
+from nns_plugin.units import Port, UnitGroup
+
+Mode = Literal["pairwise", "span"]
+Vectors = Literal["activations", "weights"]
+
+
+def angles(inner: Tensor) -> Tensor:
+    """Angles between vectors, from their inner products.
+
+    Args:
+        inner: ``[U, U]`` inner products.
+
+    Returns:
+        ``[U, U]`` degrees in [0, 180]: 0 on the diagonal and between two zero vectors, 90 between a zero vector and
+        any other.
+
+    Source:
+        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-2.0, 0.0]])
+        >>> angles(x @ x.T)
+        tensor([[  0.,  45., 180.],
+                [ 45.,   0., 135.],
+                [180., 135.,   0.]])
+    """
+    norm = inner.diagonal().clamp_min(0).sqrt()
+    zero = norm <= 1e-9 * norm.max().clamp_min(torch.finfo(inner.dtype).tiny)
+    safe = torch.where(zero, 1.0, norm)
+    degrees = torch.rad2deg(torch.arccos((inner / safe / safe[:, None]).clamp(-1, 1)))
+    degrees = torch.where(zero ^ zero[:, None], 90.0, degrees)
+    degrees = torch.where(zero & zero[:, None], 0.0, degrees)
+    return degrees.fill_diagonal_(0.0)
+
+
+def greedy_angles(degrees: Tensor) -> Tensor:
+    """Score units by the angle to the nearest unit that is left, at their turn in greedy removal.
+
+    The pair with the smallest ``min(angle, 180 - angle)`` is taken next, and its later unit goes.
+
+    Args:
+        degrees: ``[U, U]`` from :func:`angles`.
+
+    Returns:
+        ``[U]`` degrees in [0, 90]; the last unit that is left has 90.
+    """
+    distance = torch.minimum(degrees, 180 - degrees).clone()
+    distance.fill_diagonal_(torch.inf)
+    size = distance.shape[0]
+    scores = torch.full((size,), 90.0, dtype=distance.dtype)
+    nearest, partner = distance.min(1)
+    for _ in range(size - 1):
+        first = int(nearest.argmin())
+        gone = max(first, int(partner[first]))
+        scores[gone] = nearest[first]
+        distance[gone] = torch.inf
+        distance[:, gone] = torch.inf
+        nearest[gone] = torch.inf
+        lost = (partner == gone).nonzero().flatten()
+        lost = lost[lost != gone]
+        nearest[lost], partner[lost] = distance[lost].min(1)
+    return scores
+
+
+def centred(gram: Tensor, total: Tensor, count: float, center: float | str | None) -> Tensor:
+    """Inner products of vectors after a center was taken off, from those before.
+
+    Args:
+        gram: ``[C, C]`` inner products.
+        total: ``[C]`` sums of the vectors' entries.
+        count: Number of entries.
+        center: ``None`` for none, a number, or ``"mean"`` for each vector's own mean.
+
+    Returns:
+        ``[C, C]``: ``<u - c_u, v - c_v> = <u, v> - c_v sum(u) - c_u sum(v) + n c_u c_v``.
+    """
+    if center is None:
+        return gram
+    offset = total / count if center == "mean" else torch.full_like(total, float(center))
+    cross = offset[:, None] * total
+    return gram - cross - cross.T + count * offset[:, None] * offset
+
+
+@dataclass(frozen=True, eq=False)
+class Distinctiveness:
+    """Units that others can stand in for go first.
+
+    Attributes:
+        statistics: Collected with ``gram=True``; labels are not needed.
+        model: The model, whose weights say what is done with the units.
+        mode: ``"pairwise"`` scores the angle to the nearest other unit that is left, in degrees (Gedeon).
+            ``"span"`` scores the cumulative output error of the readers in greedy elimination, after optimal
+            compensation by all units that are left and the constant, relative to each reader's output energy.
+        center: For ``"pairwise"``: ``None``, a number taken off all activations (0.5 for sigmoid units) or
+            ``"mean"`` for each unit's own mean.
+        vectors: For ``"pairwise"``: ``"activations"``, or ``"weights"`` for the incoming weights.
+        ridge: For ``"span"``: added to the diagonals of the Gram matrices, relative to their means.
+
+    Raises:
+        CriterionError: If an option is unknown, or the statistics have no Gram matrices.
+    """
+
+    statistics: Statistics
+    model: nn.Module
+    mode: Mode = "pairwise"
+    center: float | Literal["mean"] | None = None
+    vectors: Vectors = "activations"
+    ridge: float = RIDGE
+
+    requires: ClassVar[tuple[str, ...]] = ("statistics", "model")
+    needs_gram: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mode", Mode), ("vectors", Vectors)):
+            if getattr(self, name) not in get_args(kind):
+                raise CriterionError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        number = isinstance(self.center, (int, float)) and not isinstance(self.center, bool)
+        if self.center not in (None, "mean") and not number:
+            raise CriterionError(f"center is {self.center!r}; it must be None, a number or 'mean'")
+        if not self.ridge > 0:
+            raise CriterionError(f"ridge is {self.ridge}; it must be positive")
+        if all(record.gram is None for record in self.statistics.records.values()):
+            raise CriterionError("these statistics have no Gram matrices; calibrate with gram=True")
+
+    def __call__(self, group: UnitGroup) -> Tensor | None:
+        """Scores ``[U]``; ``None`` if the group has no Gram matrix or, for ``"span"``, no reader."""
+        if self.mode == "span":
+            return self._span(group)
+        inner = self._incoming(group) if self.vectors == "weights" else self._activations(group)
+        return None if inner is None else greedy_angles(angles(inner))
+
+    def _span(self, group: UnitGroup) -> Tensor | None:
+        if not group.consumers or not self.statistics.observed(group):
+            return None
+        readings: list[Reading] = []
+        for port in group.consumers:
+            record = self.statistics.record(group, port)
+            module = self.model.get_submodule(port.name)
+            if record is None or record.gram is None or (found := readings_of(module, record, port)) is None:
+                return None
+            readings += found
+        return greedy_errors(_joined(readings), group.size, self.ridge)
+
+    def _activations(self, group: UnitGroup) -> Tensor | None:
+        if not self.statistics.observed(group):
+            return None
+        inner = torch.zeros(group.size, group.size, dtype=torch.float64)
+        for port in group.ports:
+            record = self.statistics.record(group, port)
+            if record is None or record.gram is None:
+                return None
+            inner += unit_products(record, port, group.size, self.center)
+        return inner
+
+    def _incoming(self, group: UnitGroup) -> Tensor | None:
+        inner = torch.zeros(group.size, group.size, dtype=torch.float64)
+        for port in group.producers:
+            weight = getattr(self.model.get_submodule(port.name), "weight", None)
+            if not isinstance(weight, Tensor):
+                return None
+            module = self.model.get_submodule(port.name)
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                if module.groups > 1:
+                    return None
+                weight = weight.transpose(0, 1)
+            elif isinstance(module, nn.Embedding):
+                weight = weight.T
+            rows = weight.detach().double().cpu().flatten(1)
+            order = port.unit.argsort(stable=True)
+            vectors = rows[port.index[order]].reshape(group.size, -1)
+            inner += vectors @ vectors.T
+        return inner
+
+
+def readings_of(module: nn.Module, record: Record, port: Port) -> list[Reading] | None:
+    """How one consumer reads the units of a port, one reading a channel group; ``None`` if it cannot be told.
+
+    Raises:
+        StaleStatisticsError: If the weights have another shape than the record.
+    """
+    matrices = reading_matrices(module, record.layout)
+    if matrices is None or record.gram is None:
+        return None
+    groups = channel_groups(module)
+    if sum(matrix.shape[2] for matrix in matrices) != record.layout.slot.numel():
+        raise StaleStatisticsError(f"the weights of {port.name!r} do not fit its statistics; calibrate again")
+    owner = torch.full((record.layout.slot.numel(),), -1, dtype=torch.int64)
+    owner[record.layout.channel[port.index]] = port.unit
+    flat = [matrix.flatten(0, 1) for matrix in matrices]
+    energies = [matrix.T @ matrix for matrix in flat]
+    total = sum(output_energy(record.gram[number], energy) for number, energy in enumerate(energies))
+    readings = []
+    for number, block in enumerate(owner.chunk(groups)):
+        own = (block >= 0).nonzero().flatten()
+        if own.numel():
+            basis = torch.cat([own, torch.tensor([block.numel()])])
+            gram = record.gram[number][basis][:, basis]
+            weight = 1 / total if total > 0 else 0.0
+            readings.append(Reading(gram, energies[number][own][:, own], block[own], weight))
+    return readings
+
+
+def unit_products(record: Record, port: Port, size: int, center: float | str | None) -> Tensor:
+    """Inner products ``[U, U]`` of the units' activations at one port; a unit of several channels joins them."""
+    assert record.gram is not None
+    channel = record.layout.channel[port.index]
+    count = float(record.samples.sum()) * float(record.layout.positions_per_channel[0])
+    total = record.total.sum(0)
+    result = torch.zeros(size, size, dtype=torch.float64)
+    groups = record.gram.shape[0]
+    length = total.numel() // groups
+    pairs = torch.stack([channel, port.unit], 1).unique(dim=0)
+    order = pairs[:, 1].argsort(stable=True)
+    channel, unit = pairs[order, 0], pairs[order, 1]
+    rank = torch.arange(unit.numel()) - torch.searchsorted(unit, unit)  # which of its unit's channels
+    for place in rank.unique().tolist():
+        for number in range(groups):
+            chosen = (rank == place) & (channel // length == number)
+            local = channel[chosen] - number * length
+            product = centred(record.gram[number][local][:, local], total[channel[chosen]], count, center)
+            result[unit[chosen][:, None], unit[chosen]] += product
+    return result
+
+
+def _joined(readings: list[Reading]) -> list[Reading]:
+    """Readings with equal Gram matrices (readers of one tensor) as one, so that it is inverted once."""
+    joined: list[Reading] = []
+    for reading in readings:
+        energy = reading.weight * reading.energy
+        for place, known in enumerate(joined):
+            if torch.equal(known.unit, reading.unit) and torch.equal(known.gram, reading.gram):
+                joined[place] = Reading(known.gram, known.energy + energy, known.unit, 1.0)
+                break
+        else:
+            joined.append(Reading(reading.gram, energy, reading.unit, 1.0))
+    return joined

@@ -1,0 +1,177 @@
+"""Greedy elimination: which unit costs its readers least, after the others have taken over, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLUSH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How one consumer reads the units of a group.
+
+    Attributes:
+        gram: ``[C + 1, C + 1]`` float64 Gram matrix of the channels and the constant, which stands last.
+        energy: ``[C, C]`` float64 ``W^T W``: what the consumer does with the channels.
+        unit: ``[C]`` int64, the unit of each channel.
+        weight: Factor of this consumer's errors, such as one over its output energy.
+    """
+
+    gram: Tensor
+    energy: Tensor
+    unit: Tensor
+    weight: float
+
+
+def output_energy(gram: Tensor, energy: Tensor) -> float:
+    """Sum of squares of a consumer's output over the calibration data, its bias apart: ``tr(W G W^T)``."""
+    return float((gram[:-1, :-1] * energy).sum())
+
+
+def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tensor:
+    """Score units by the cumulative error at their turn in greedy elimination.
+
+    With A the inverse of the Gram matrix of the units that are left (and the constant), removing unit u costs its
+    reader ``e[u] = |W[:, u]|^2 / A[u, u]`` after optimal compensation; then, with a = A[:, u] / A[u, u], W becomes
+    ``W - W[:, u] a^T`` and A becomes ``A - A[u, u] a a^T``. The unit with the smallest sum over its readers goes
+    first. Only ``diag(A)``, ``diag(W^T W)`` and the rows of removed units are formed at once; the matrices follow
+    every 64 removals, as matrix products, and shrink to the units that are left.
+
+    Args:
+        readings: One a consumer (or a group of a grouped convolution).
+        size: Number of units, U.
+        ridge: Added to the diagonals of the Gram matrices, relative to their means.
+
+    Returns:
+        ``[U]`` float64, the sum of the errors of all removals up to the unit's own: not decreasing in the order of
+        removal.
+    """
+    states = [_State(reading, size, ridge) for reading in readings]
+    left = torch.ones(size, dtype=torch.bool)
+    cumulative = 0.0
+    scores = torch.zeros(size, dtype=torch.float64)
+    for turn in range(size):
+        cost = torch.zeros(size, dtype=torch.float64)
+        for state in states:
+            state.add_costs(cost)
+        cost[~left] = torch.inf
+        unit = int(cost.argmin())
+        cumulative += max(float(cost[unit]), 0.0)
+        scores[unit] = cumulative
+        left[unit] = False
+        if turn + 1 < size:
+            for state in states:
+                state.remove(unit)
+    return scores
+
+
+class _State:
+    """A and W^T W of one reading while units are eliminated, with delayed updates."""
+
+    def __init__(self, reading: Reading, size: int, ridge: float) -> None:
+        gram = reading.gram.double().clone()
+        diagonal = gram.diagonal()[:-1]
+        mean = float(diagonal.mean())
+        diagonal += ridge * mean if mean > 0 else 1.0
+        self.inverse = torch.cholesky_inverse(_cholesky(gram))[:-1, :-1].contiguous()
+        self.energy = reading.energy.double().clone()
+        self.unit = reading.unit
+        self.weight = reading.weight
+        self.single = self.unit.unique().numel() == self.unit.numel()
+        self.place = torch.full((size,), -1, dtype=torch.int64)
+        self._index()
+        self.alive = torch.ones(self.unit.numel(), dtype=torch.bool)
+        # Delayed updates: A loses sum of pivot a a^T, W^T W loses sum of (half a^T + a half^T).
+        self.share = self.inverse.new_empty(FLUSH, self.unit.numel())  # a
+        self.half = self.inverse.new_empty(FLUSH, self.unit.numel())
+        self.pivot = self.inverse.new_empty(FLUSH)
+        self.delayed = 0
+        self.inverse_diagonal = self.inverse.diagonal().clone()
+        self.energy_diagonal = self.energy.diagonal().clone()
+
+    def add_costs(self, cost: Tensor) -> None:
+        """Add this reader's error of removing each unit to ``cost`` ``[U]``."""
+        if self.single:
+            value = self.energy_diagonal / self.inverse_diagonal.clamp_min(1e-300)
+            cost.index_add_(0, self.unit, torch.where(self.alive, self.weight * value.clamp_min(0), 0.0))
+        else:
+            self._flush()
+            cost += self.weight * self._block_costs(cost.numel())
+
+    def remove(self, unit: int) -> None:
+        """Remove all channels of a unit, one after the other: their errors add up to the error of all."""
+        if self.single:
+            if (place := int(self.place[unit])) >= 0:
+                self._eliminate(place)
+        else:
+            while (places := ((self.unit == unit) & self.alive).nonzero().flatten()).numel():
+                self._eliminate(int(places[0]))
+
+    def _eliminate(self, channel: int) -> None:
+        if self.delayed == self.pivot.numel():
+            channel = int(self.alive[:channel].sum())
+            self._flush()
+        column, read = self._row(channel)
+        pivot = max(float(column[channel]), 1e-300)
+        share = column / pivot
+        half = read - float(read[channel]) / 2 * share
+        self.inverse_diagonal.addcmul_(column, share, value=-1)
+        self.energy_diagonal.addcmul_(half, share, value=-2)
+        self.share[self.delayed], self.half[self.delayed], self.pivot[self.delayed] = share, half, pivot
+        self.delayed += 1
+        self.alive[channel] = False
+
+    def _row(self, channel: int) -> tuple[Tensor, Tensor]:
+        share, half, pivot = self.share[: self.delayed], self.half[: self.delayed], self.pivot[: self.delayed]
+        column = self.inverse[channel] - (pivot * share[:, channel]) @ share
+        return column, self.energy[channel] - half[:, channel] @ share - share[:, channel] @ half
+
+    def _flush(self) -> None:
+        """Apply the delayed updates and drop the channels that are gone."""
+        if not self.delayed:
+            return
+        keep = self.alive.nonzero().flatten()
+        share, half = self.share[: self.delayed, keep], self.half[: self.delayed, keep]
+        scaled = share * self.pivot[: self.delayed, None]
+        self.inverse = torch.addmm(self.inverse[keep][:, keep], scaled.T, share, alpha=-1)
+        update = half.T @ share
+        self.energy = self.energy[keep][:, keep] - update - update.T
+        self.unit, self.alive = self.unit[keep], self.alive[keep]
+        self.share, self.half = self.share[:, keep].clone(), self.half[:, keep].clone()
+        self.inverse_diagonal = self.inverse.diagonal().clone()
+        self.energy_diagonal = self.energy.diagonal().clone()
+        self.delayed = 0
+        self._index()
+
+    def _index(self) -> None:
+        self.place.fill_(-1)
+        self.place[self.unit] = torch.arange(self.unit.numel())
+
+    def _block_costs(self, size: int) -> Tensor:
+        """Error of removing units with several channels here: ``tr(inv(A_uu) H_uu)`` over each unit's block."""
+        cost = torch.zeros(size, dtype=torch.float64)
+        order = self.unit.argsort(stable=True)
+        units, counts = self.unit[order].unique_consecutive(return_counts=True)
+        for count in counts.unique().tolist():
+            chosen = counts == count
+            starts = (counts.cumsum(0) - counts)[chosen]
+            block = order[starts[:, None] + torch.arange(count)]  # [B, k]
+            inverse = self.inverse[block[:, :, None], block[:, None, :]]
+            energy = self.energy[block[:, :, None], block[:, None, :]]
+            solved = torch.linalg.solve(inverse, energy)
+            cost[units[chosen]] = solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+        return cost
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    boost = 1e-12 * float(matrix.diagonal().mean())
+    while int(failed):
+        factor, failed = torch.linalg.cholesky_ex(matrix + boost * torch.eye(matrix.shape[0], dtype=matrix.dtype))
+        boost *= 10
+    return factor
