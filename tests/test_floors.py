@@ -57,6 +57,9 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
     f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
+    f"{ADAPTERS}.onnx_latency": frozenset(),
+    f"{ADAPTERS}.onnx_parity": frozenset(),
+    f"{ADAPTERS}.onnx_session": frozenset({"onnx", "onnxruntime"}),
 }
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
@@ -67,6 +70,11 @@ USES: dict[str, frozenset[str]] = {
         {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}
     ),
     f"{ADAPTERS}.nni": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.onnx_latency": frozenset({f"{ADAPTERS}.onnx_session"}),
+    f"{ADAPTERS}.onnx_parity": frozenset({f"{ADAPTERS}.onnx_session"}),
+    f"{ADAPTERS}.onnxruntime": frozenset(
+        {f"{ADAPTERS}.onnx_latency", f"{ADAPTERS}.onnx_parity", f"{ADAPTERS}.onnx_session"}
+    ),
 }
 
 FOREIGN = ("torch_pruning", "nni", "onnx", "onnxruntime", "onnxscript", "sklearn", "typer", "rich", "pydantic", "yaml")

@@ -23,6 +23,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from nns_plugin.adapters import onnx_latency as latency  # noqa: E402
+from nns_plugin.adapters import onnx_parity as parity  # noqa: E402
+from nns_plugin.adapters import onnx_session as session_module  # noqa: E402
 from nns_plugin.adapters import onnxruntime as adapter  # noqa: E402
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError  # noqa: E402
 
@@ -316,7 +319,7 @@ def test_the_exporter_is_quiet(
 def test_a_reason_is_the_root_in_one_line(error: Exception, reason: str) -> None:
     outer = RuntimeError("next steps:\n- read the documentation")
     outer.__cause__ = error
-    assert adapter._reason(error) == adapter._reason(outer) == reason
+    assert session_module.reason(error) == session_module.reason(outer) == reason
 
 
 class Fixed(nn.Module):
@@ -492,7 +495,8 @@ def test_session_providers_tells_what_sessions_get(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_library_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, MODULE)
+    for name in (MODULE, "nns_plugin.adapters.onnx_session", "nns_plugin.adapters.onnx_parity", "nns_plugin.adapters.onnx_latency"):
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"'{module}' is not installed.*nns-plugin\[onnx\]"):
         importlib.import_module(MODULE)
@@ -583,7 +587,7 @@ def test_a_nan_fails_even_if_both_sides_agree_on_it(tmp_path: Path) -> None:
     ],
 )
 def test_errors_by_hand(expected: float, found: float, absolute: float, relative: float, excess: float) -> None:
-    errors = adapter._errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
+    errors = parity._errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
     np.testing.assert_allclose(errors.absolute, [absolute], atol=1e-12)
     np.testing.assert_allclose(errors.relative, [relative], atol=1e-12)
     np.testing.assert_allclose(errors.excess, excess, atol=1e-12)
@@ -591,18 +595,18 @@ def test_errors_by_hand(expected: float, found: float, absolute: float, relative
 
 def test_errors_without_tolerance() -> None:
     same, other = np.array([0.0, 3.0]), np.array([0.0, 3.0 + 1e-9])
-    assert adapter._errors(same, same, rtol=0, atol=0).excess == 0
-    assert adapter._errors(same, other, rtol=0, atol=0).excess == np.inf
-    assert adapter._errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
+    assert parity._errors(same, same, rtol=0, atol=0).excess == 0
+    assert parity._errors(same, other, rtol=0, atol=0).excess == np.inf
+    assert parity._errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
 
 
 def test_top1_agreement_by_hand() -> None:
     expected = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [5.0, 4.0]])
     found = np.array([[1.0, 2.0], [2.0, 3.0], [0.0, 1.0], [5.0, 4.0]])
-    assert adapter._top1_agreement(expected, found) == 0.75
-    assert adapter._top1_agreement(expected[:, 0], found[:, 0]) is None
-    assert adapter._top1_agreement(expected[:, :1], found[:, :1]) is None
-    assert adapter._top1_agreement(expected.astype(int), found.astype(int)) is None
+    assert parity._top1_agreement(expected, found) == 0.75
+    assert parity._top1_agreement(expected[:, 0], found[:, 0]) is None
+    assert parity._top1_agreement(expected[:, :1], found[:, :1]) is None
+    assert parity._top1_agreement(expected.astype(int), found.astype(int)) is None
 
 
 def test_a_fixed_batch_axis_is_found_out(tmp_path: Path) -> None:
@@ -650,7 +654,7 @@ def test_tf32_is_off_inside_and_put_back() -> None:
     inside = []
 
     def fail() -> None:
-        with adapter._ieee_float32():
+        with session_module.ieee_float32():
             inside.extend(backend.fp32_precision for backend in backends)
             raise KeyError
 
@@ -749,8 +753,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[adapter.Lat
     ) -> tuple[adapter.LatencyComparison, list[str]]:
         clock = Clock()
         sessions = {"dense.onnx": clock.session("dense", baseline), "small.onnx": clock.session("small", candidate)}
-        monkeypatch.setattr(adapter, "create_session", lambda path, provider, threads: sessions[str(path)])
-        monkeypatch.setattr(adapter, "time", clock)
+        monkeypatch.setattr(latency, "create_session", lambda path, provider, threads: sessions[str(path)])
+        monkeypatch.setattr(latency, "time", clock)
         paths = {"dense": Path("dense.onnx"), "small": Path("small.onnx")}
         return adapter.measure_latency(paths, torch.ones(5, 3), **options), clock.runs
 

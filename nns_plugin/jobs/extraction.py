@@ -22,7 +22,7 @@ from nns_plugin.adapters.dependency_graph import (
     remove_units,
     resolve_layers,
 )
-from nns_plugin.adapters.onnxruntime import check_parity, export, measure_latency
+from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_operations
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.criteria import find, score_groups
@@ -77,6 +77,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
     Raises:
         NNSError: If anything is wrong with the recipe, the model, the data or the folder.
     """
+    check_provider(recipe.measure.provider)
     with staged_folder(output) as staging, _seeded(recipe.seed):
         data = Datasets.parse(
             call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
