@@ -159,7 +159,9 @@ def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistic
     if statistics.fingerprint:
         differs = difference(statistics.fingerprint, fingerprint(pruner.model))
         if differs:
-            raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
+            raise StaleStatisticsError(
+                f"the statistics belong to another state of the model: {differs}; calibrate again"
+            )
     return statistics
 
 
@@ -204,7 +206,9 @@ def _compensate(
         norm = following_norm(graph, module)
         plan = _plan(module, record, gone, method, has_bias(module) or norm is not None)
         if plan is None:
-            warnings.warn(f"{name!r} is not compensated: its input has no Gram matrix", CompensationWarning, stacklevel=4)
+            warnings.warn(
+                f"{name!r} is not compensated: its input has no Gram matrix", CompensationWarning, stacklevel=4
+            )
             continue
         plans[name] = (plan, norm)
     if loader is not None:

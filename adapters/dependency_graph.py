@@ -5,24 +5,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.dependency.index_mapping import _SliceIndexMapping
 
+from nns_plugin.adapters.group_tracing import TracedGroup, is_reader, name_of, owns, ports_of, trace_group
 from nns_plugin.adapters.reading_check import misread
 from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.forward import device_of, map_tensors, run_model
 from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
-from nns_plugin.units import Port, UnitGroup, check_group, check_port
+from nns_plugin.units import Port, UnitGroup
 
-READERS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
-WRITERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+
+__all__ = [
+    "TracedGraph",
+    "TracedGroup",
+    "UncheckedGroupsWarning",
+    "UnusableGroupWarning",
+    "build_graph",
+    "graph_groups",
+    "output_layers",
+    "remove_units",
+    "resolve_layers",
+    "trace_group",
+    "unit_groups",
+    "writes_output",
+]
 
 
 class UnusableGroupWarning(UserWarning):
@@ -31,20 +43,6 @@ class UnusableGroupWarning(UserWarning):
 
 class UncheckedGroupsWarning(UserWarning):
     """Gradients could not tell whether units are read where the host says."""
-
-
-@dataclass(frozen=True, eq=False)
-class TracedGroup:
-    """A unit group as found in a dependency graph.
-
-    Attributes:
-        group: The unit group, named by its first producer (that it does not share with other groups); units are
-            numbered by their first position on it, then on the others, whatever root the host chose.
-        unit_of_root: ``[n]`` int64, the unit that each position of the host's root belongs to.
-    """
-
-    group: UnitGroup
-    unit_of_root: Tensor
 
 
 def unit_groups(
@@ -119,8 +117,8 @@ def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> li
     groups = []
     for host_group in _host_groups(graph, ignored):
         if writes_output(host_group):
-            if any(_is_reader(graph, item.dep) for item in host_group):
-                name = _name(graph, host_group[0].dep)
+            if any(is_reader(graph, item.dep) for item in host_group):
+                name = name_of(graph, host_group[0].dep)
                 _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
             continue
         try:
@@ -159,7 +157,7 @@ def writes_output(host_group: tp.dependency.Group) -> bool:
     if shapes:
         # A flattened map has them many times over; a product of two embeddings has contracted them.
         return any(length and length % positions == 0 for shape in shapes for length in shape)
-    if any(_is_reader(host_group._DG, item.dep) for item in host_group):
+    if any(is_reader(host_group._DG, item.dep) for item in host_group):
         return False
     return any(not item.dep.target.outputs for item in host_group)
 
@@ -171,40 +169,9 @@ def output_layers(graph: tp.DependencyGraph) -> tuple[str, ...]:
         for host_group in _host_groups(graph)
         if writes_output(host_group)
         for item in host_group
-        for role, port in _ports(graph, item)
+        for role, port in ports_of(graph, item)
         if role == "out"
     )
-
-
-def trace_group(host_group: tp.dependency.Group) -> TracedGroup:
-    """Translate a full group of torch-pruning into a unit group.
-
-    Raises:
-        GroupError: If a port is malformed or the host cannot remove the units correctly.
-    """
-    try:
-        return _trace_group(host_group)
-    except GroupError as error:
-        raise GroupError(f"group of {_name(host_group._DG, host_group[0].dep)!r}: {error}") from None
-
-
-def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
-    graph = host_group._DG
-    roots = len(host_group[0].idxs)
-    if any(index is None for item in host_group for index in (*item.idxs, *(item.root_idxs or ()))):
-        raise GroupError("some positions have no root; heads that several queries share cannot be followed")
-    if sorted(host_group[0].idxs) != list(range(roots)):
-        raise GroupError(f"the root lists {roots} positions, but not 0..{roots - 1}; pass a full group")
-    ports = [port for item in host_group for port in _ports(graph, item)]
-    if not any(role == "out" for role, _ in ports):
-        raise GroupError("nothing writes its units; they are inputs of the model")
-    links = [link for item in host_group for link in _offset_links(graph, item)]
-    unit_of_root = _components(roots, links)
-    if any(role == "in" for role, _ in ports) and _unread(ports, unit_of_root):
-        # Only V of a fused q/k/v projection is read: seen from its reader, the triples hang together.
-        links += [link for item in host_group if _is_reader(graph, item.dep) for link in _reader_links(host_group, item)]
-        unit_of_root = _components(roots, links)
-    return _canonical(graph, ports, unit_of_root, any(_is_attention(item.dep) for item in host_group))
 
 
 def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> None:
@@ -224,7 +191,9 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
     if units.numel() == 0:
         return
     if int(units[0]) < 0 or int(units[-1]) >= group.size:
-        raise PruningError(f"units {units.tolist()} of group {group.name!r} cannot be removed, it has {group.size} units")
+        raise PruningError(
+            f"units {units.tolist()} of group {group.name!r} cannot be removed, it has {group.size} units"
+        )
     model, parts = graph.model, _parts(group, units)
     host_groups = [_removal(graph, group, part) for part in parts]
     for role, port in _role_ports(group):
@@ -235,7 +204,9 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
                 "the group after each removal, or trace the model again"
             )
         if port.positions(units).numel() == axis:
-            raise PruningError(f"removing {units.numel()} units of group {group.name!r} would leave {port.name!r} empty")
+            raise PruningError(
+                f"removing {units.numel()} units of group {group.name!r} would leave {port.name!r} empty"
+            )
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.no_grad():
         host_groups[0].prune()
@@ -266,11 +237,13 @@ def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.d
     ports = [port for port in group.producers if bool(torch.isin(units, port.unit).all())]
     try:
         # A layer that several groups share may have moved since the group was found, one of its own has not.
-        port = max(ports, key=lambda port: _owns(graph, port))
+        port = max(ports, key=lambda port: owns(graph, port))
         module = graph.model.get_submodule(port.name)
         pruner = graph.get_pruner_of_module(module)
         host_group = graph.get_pruning_group(module, pruner.prune_out_channels, port.positions(units).tolist())
-        found = {(role, port.name): port.index.sort().values for item in host_group for role, port in _ports(graph, item)}
+        found = {
+            (role, port.name): port.index.sort().values for item in host_group for role, port in ports_of(graph, item)
+        }
     except (AttributeError, ValueError) as error:
         raise PruningError(
             f"units of group {group.name!r} cannot be removed, the model is not the one that was traced: {error}"
@@ -291,23 +264,6 @@ def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.d
 
 def _role_ports(group: UnitGroup) -> list[tuple[str, Port]]:
     return [("out", port) for port in group.producers] + [("in", port) for port in group.consumers]
-
-
-def _ports(graph: tp.DependencyGraph, item: Any) -> list[tuple[str, Port]]:
-    """The ports of one item of a host's group: none for a pass-through, an attention layer writes and reads."""
-    dep = item.dep
-    module = dep.target.module
-    reads, writes = _is_reader(graph, dep), _is_writer(graph, dep)
-    if isinstance(module, nn.LSTM) and graph.is_out_channel_pruning_fn(dep.handler):
-        raise GroupError("torch-pruning cannot remove hidden units of an LSTM")
-    length = None
-    if not isinstance(module, nn.Parameter):
-        get_length = graph.get_in_channels if reads else graph.get_out_channels
-        length = get_length(dep.target)
-    port = Port(_name(graph, dep), torch.tensor(item.idxs), torch.tensor(item.root_idxs))
-    if isinstance(length, int):
-        check_port(port, int(port.unit.max()) + 1, length)
-    return [(role, port) for role, applies in (("out", writes), ("in", reads)) if applies]
 
 
 def _host_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> list[tp.dependency.Group]:
@@ -356,131 +312,6 @@ def _leave_out(reason: str) -> None:
     warnings.warn(f"left out: {reason}", UnusableGroupWarning, stacklevel=4)
 
 
-def _components(count: int, links: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Connected components of ``0..count-1`` under links between equally long index vectors, numbered from 0."""
-    label = torch.arange(count)
-    while links:
-        before = label.clone()
-        for left, right in links:
-            smallest = torch.minimum(label[left], label[right])
-            label.scatter_reduce_(0, left, smallest, "amin")
-            label.scatter_reduce_(0, right, smallest, "amin")
-        if torch.equal(label, before):
-            break
-    return label.unique(return_inverse=True)[1]
-
-
-def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions: equal offsets in groups, heads or chunks are one unit."""
-    module = item.dep.target.module
-    coupled = _coupled_groups(graph, item.dep)
-    if coupled == 1:
-        return []
-    if isinstance(module, tp.ops._SplitOp):
-        whole = sum(module.split_sizes)
-    else:
-        whole = (graph.get_in_channels if _is_reader(graph, item.dep) else graph.get_out_channels)(item.dep.target)
-    index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-    if index.numel() != whole:
-        raise GroupError(
-            f"it owns {index.numel()} of {whole} positions of {_name(graph, item.dep)!r}, whose {coupled} groups must "
-            "stay equal; units of several groups would have to go together"
-        )
-    by_offset = root[index.argsort()].reshape(coupled, -1)
-    return [(by_offset[0].repeat(coupled - 1), by_offset[1:].flatten())]
-
-
-def _reader_links(host_group: tp.dependency.Group, reader: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions that belong to one position of a reader."""
-    root = host_group[0].dep.target
-    again = host_group._DG.get_pruning_group(reader.dep.target.module, reader.dep.handler, sorted(reader.idxs))
-    links = []
-    for item in again:
-        if item.dep.target is root and None not in item.root_idxs:
-            index, place = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-            first = torch.full((int(place.max()) + 1,), len(host_group[0].idxs)).scatter_reduce_(0, place, index, "amin")
-            links.append((index, first[place]))
-    return links
-
-
-def _unread(ports: Sequence[tuple[str, Port]], unit_of_root: Tensor) -> bool:
-    read = torch.cat([port.unit for role, port in ports if role == "in"])
-    return unit_of_root[read].unique().numel() <= int(unit_of_root.max())
-
-
-def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
-    module = dep.target.module
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups
-    if isinstance(module, nn.MultiheadAttention):
-        return module.num_heads
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not _is_depthwise(module):
-        return module.groups
-    if isinstance(module, tp.ops._SplitOp) and module.split_sizes:
-        if "sizes" in dep.target.grad_fn.name().lower():
-            raise GroupError(f"it is split into sizes {module.split_sizes}, which the forward would not change")
-        return len(module.split_sizes)
-    if isinstance(module, tp.ops._SliceOp) and any(isinstance(each, _SliceIndexMapping) for each in dep.index_mapping):
-        raise GroupError("it is sliced at positions that the forward would not change")
-    return 1
-
-
-def _canonical(
-    graph: tp.DependencyGraph, ports: list[tuple[str, Port]], unit_of_root: Tensor, attends: bool
-) -> TracedGroup:
-    """Name and number a group by its first producer, and check it."""
-    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
-    units = [(role, Port(port.name, port.index, unit_of_root[port.unit])) for role, port in ports]
-    units.sort(key=lambda item: order[item[1].name])
-    producers = [port for role, port in units if role == "out"]
-    # Several groups may share a producer, but one that a group owns whole is its own.
-    name = next((port.name for port in producers if _owns(graph, port)), producers[0].name)
-    size = int(unit_of_root.max()) + 1
-    producers.sort(key=lambda port: port.name != name)
-    by_position = torch.cat([port.unit[port.index.argsort()] for port in producers])
-    seen = list(dict.fromkeys([*by_position.tolist(), *range(size)]))
-    number = torch.empty(size, dtype=torch.int64)
-    number[torch.tensor(seen)] = torch.arange(size)
-    roles: dict[str, list[Port]] = {"out": [], "in": []}
-    for role, port in units:
-        position, place = port.index.sort()
-        roles[role].append(Port(port.name, position, number[port.unit[place]]))
-    # What nn.MultiheadAttention reads cannot be observed: its units are observed where they are written.
-    group = UnitGroup(name, size, tuple(roles["out"]), () if attends else tuple(roles["in"]))
-    check_group(group)
-    return TracedGroup(group, number[unit_of_root])
-
-
-def _owns(graph: tp.DependencyGraph, port: Port) -> bool:
-    module = dict(graph.model.named_modules()).get(port.name)
-    return module is not None and graph.get_out_channels(module) == port.index.numel()
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
-
-
-def _is_attention(dep: Any) -> bool:
-    return isinstance(dep.target.module, nn.MultiheadAttention)
-
-
-def _is_reader(graph: tp.DependencyGraph, dep: Any) -> bool:
-    module = dep.target.module
-    passes = graph.is_out_channel_pruning_fn(dep.handler)
-    return isinstance(module, READERS) and graph.is_in_channel_pruning_fn(dep.handler) and not passes
-
-
-def _is_writer(graph: tp.DependencyGraph, dep: Any) -> bool:
-    module = dep.target.module
-    if not isinstance(module, WRITERS) or not graph.is_out_channel_pruning_fn(dep.handler):
-        return False
-    return not _is_depthwise(module)
-
-
-def _name(graph: tp.DependencyGraph, dep: Any) -> str:
-    return str(graph._module2name.get(dep.target.module, dep.target.name))
-
-
 @contextmanager
 def _no_hooks_left(model: nn.Module) -> Iterator[None]:
     """Remove the forward hooks that the host leaves behind when the model's forward raises."""
@@ -496,5 +327,7 @@ def _no_hooks_left(model: nn.Module) -> Iterator[None]:
 def _shapes(inputs: Any) -> str:
     if isinstance(inputs, Tensor):
         return str(list(inputs.shape))
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    )
     return ", ".join(_shapes(value) if isinstance(value, Tensor) else type(value).__name__ for value in values)

@@ -90,7 +90,9 @@ def _follows_codes(
     if not flow.coded:
         _code(flow, weights, groups)
     for port in group.producers:
-        codes = _codes(group)[port.unit].to(flow.writes[port.name][0].device)[:, None] if port.name in flow.writes else None
+        codes = (
+            _codes(group)[port.unit].to(flow.writes[port.name][0].device)[:, None] if port.name in flow.writes else None
+        )
         for leaf in flow.writes.get(port.name, []):
             plain, weighted = (flow.by_position(port.name, value)[port.index] for value in flow.coded[id(leaf)])
             slack = 1e-3 * plain.abs() + 1e-6 * plain.abs().amax()
@@ -179,7 +181,9 @@ def _read(flow: _Flow, weights: Mapping[str, list[Tensor]], port: Port, position
 
 def _reads_inputs(flow: _Flow, port: Port, inputs: Any) -> bool:
     """Whether an input of the model, as wide as what a consumer reads, is added to it."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    )
     axis = 1 if isinstance(flow.modules[port.name], nn.modules.conv._ConvNd) else -1
     for x in flow.reads.get(port.name, []):
         tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]

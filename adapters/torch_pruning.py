@@ -259,7 +259,6 @@ IMPORTANCES: dict[str, type[CriterionImportance]] = {
 }
 
 
-
 def install() -> None:
     """Add our importances to ``torch_pruning.importance``, for tools that look them up by name there.
 

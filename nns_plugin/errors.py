@@ -57,8 +57,7 @@ class MissingExtraError(NNSError, ImportError):
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(
-            f"{module!r} is not installed, but this part of nns-plugin needs it: "
-            f'run pip install "nns-plugin[{extra}]"'
+            f'{module!r} is not installed, but this part of nns-plugin needs it: run pip install "nns-plugin[{extra}]"'
         )
         self.module = module
         self.extra = extra

@@ -89,6 +89,8 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
     head = model.get_submodule(name)
     if not isinstance(head, nn.Linear):
         raise PruningError(f"head {name!r} is a {type(head).__name__}; only nn.Linear can be shrunk: use head 'keep'")
+    if "weight" not in head._parameters:
+        raise PruningError(f"head {name!r} computes its weight from others and cannot be shrunk: use head 'keep'")
     return head
 
 

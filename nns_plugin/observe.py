@@ -224,7 +224,9 @@ class _Run:
             sums = reduce_activation(rows, collector.layout, self.size, self.threshold, collector.gram_groups)
             self.reduced[key] = (weakref.ref(activation), sums)
         rows_per_input = activation.shape[int(collector.time_first)] // self.size
-        padded = rows_per_input * padded_positions(collector.module, activation.shape[2:]) if collector.gram_groups else 0
+        padded = (
+            rows_per_input * padded_positions(collector.module, activation.shape[2:]) if collector.gram_groups else 0
+        )
         self.pending.append((collector, sums, padded))
 
     def _fits(self, collector: _Collector, activation: Any) -> bool:
@@ -248,9 +250,7 @@ class _Run:
         for collector, sums, padded in self.pending:
             if collector.record is None:
                 device = torch.device("cpu") if sums.total.device.type == "mps" else sums.total.device
-                collector.record = Record.empty(
-                    collector.layout, self.label_count or 1, collector.gram_groups, device
-                )
+                collector.record = Record.empty(collector.layout, self.label_count or 1, collector.gram_groups, device)
             add_batch(collector.record, labels, sums, padded)
         self.reduced.clear()
         self.pending.clear()

@@ -79,9 +79,7 @@ class Record:
     gram: Tensor | None = None
 
     @classmethod
-    def empty(
-        cls, layout: Layout, labels: int, gram_groups: int = 0, device: torch.device | None = None
-    ) -> Record:
+    def empty(cls, layout: Layout, labels: int, gram_groups: int = 0, device: torch.device | None = None) -> Record:
         """A record of nothing."""
         shape = (labels, layout.slot.numel())
         return cls(
@@ -187,11 +185,17 @@ class Statistics:
             StatisticsError: If they belong to different models, groups, labels or thresholds, or were narrowed.
         """
         if not self.fingerprint or not other.fingerprint:
-            raise StatisticsError("narrowed statistics cannot be merged, their units may differ: merge first, then narrow")
+            raise StatisticsError(
+                "narrowed statistics cannot be merged, their units may differ: merge first, then narrow"
+            )
         differs = difference(self.fingerprint, other.fingerprint)
         if differs:
             raise StatisticsError(f"statistics of different weights cannot be merged: {differs}")
-        if self.labels != other.labels or self.threshold != other.threshold or self.records.keys() != other.records.keys():
+        if (
+            self.labels != other.labels
+            or self.threshold != other.threshold
+            or self.records.keys() != other.records.keys()
+        ):
             raise StatisticsError(
                 f"statistics cannot be merged: labels {self.labels} and {other.labels}, thresholds {self.threshold} "
                 f"and {other.threshold}, {len(self.records)} and {len(other.records)} records; they must be equal"

@@ -107,7 +107,11 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics
     for number, item in enumerate(header["groups"]):
         ports = {
             role: tuple(
-                Port(name, tensors[f"group.{number}.{role}.{place}.index"], tensors[f"group.{number}.{role}.{place}.unit"])
+                Port(
+                    name,
+                    tensors[f"group.{number}.{role}.{place}.index"],
+                    tensors[f"group.{number}.{role}.{place}.unit"],
+                )
                 for place, name in enumerate(item[role])
             )
             for role in ("producers", "consumers")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from nns_plugin.batch_norm import reestimate_batch_norms
+from nns_plugin.errors import CalibrationError
 
 
 def test_statistics_become_those_of_the_data_and_dropout_stays_off() -> None:
@@ -36,3 +38,11 @@ def test_models_with_several_inputs() -> None:
     torch.testing.assert_close(model.norm.running_mean, (left + right).mean(0))
     reestimate_batch_norms(model, [[{"left": 2 * left, "right": right}]])
     torch.testing.assert_close(model.norm.running_mean, (2 * left + right).mean(0))
+
+
+def test_an_empty_loader_changes_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].running_mean.fill_(7)
+    with pytest.raises(CalibrationError, match="yielded no inputs"):
+        reestimate_batch_norms(model, [])
+    assert model[0].running_mean.tolist() == [7, 7, 7]

@@ -30,7 +30,7 @@ def test_run_prints_every_number_and_writes_every_file(
     printed = capsys.readouterr().out
     for text in (
         "parameters", "MACs", "ONNX file", "latency p50", "latency p90", "mean balanced accuracy", "closed-set accuracy",
-        "open-set accuracy", "parity", "recall", "false-positive rate", "balanced accuracy", "AUROC", "worst label",
+        "open-set accuracy", "parity", "recall", "false pos.", "balanced acc.", "AUROC", "worst label",
     ):  # fmt: skip
         assert text in printed
     assert re.search(r"labels 1, 8 on 540 held-out inputs", printed)
@@ -61,7 +61,9 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_doctor_tells_versions_and_criteria(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tells_versions_and_criteria(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     monkeypatch.setenv("COLUMNS", "160")

@@ -146,7 +146,9 @@ def test_violations_are_named(value: Any, message: str) -> None:
 
 
 def test_a_group_that_cannot_be_scored_is_named_in_a_warning() -> None:
-    with pytest.warns(UnscoredGroupWarning, match="Returns has not what it needs to score group 'conv1'; none of its 3 units"):
+    with pytest.warns(
+        UnscoredGroupWarning, match="Returns has not what it needs to score group 'conv1'; none of its 3 units"
+    ):
         assert score(Returns(None), GROUP) is None
     with pytest.warns(UnscoredGroupWarning):
         assert score_groups(Returns(None), [GROUP]) == {}
@@ -191,7 +193,9 @@ def plug_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
     def install(*entries: tuple[str, str]) -> None:
         found = tuple(EntryPoint(name, value, criteria.ENTRY_POINT_GROUP) for name, value in entries)
-        monkeypatch.setattr(criteria, "entry_points", lambda *, group: found if group == criteria.ENTRY_POINT_GROUP else ())
+        monkeypatch.setattr(
+            criteria, "entry_points", lambda *, group: found if group == criteria.ENTRY_POINT_GROUP else ()
+        )
 
     yield install
     for name in [name for name in sys.modules if name.startswith("third")]:
@@ -236,7 +240,9 @@ def test_a_broken_plug_in_is_isolated_and_named(plug_ins: Callable[..., None], v
 def test_a_built_in_criterion_cannot_be_replaced(plug_ins: Callable[..., None]) -> None:
     plug_ins(("semantic", "third:Good"))
     assert find("semantic") is Semantic
-    with pytest.warns(RuntimeWarning, match="'semantic' is left out: CriterionError: a built-in criterion has this name"):
+    with pytest.warns(
+        RuntimeWarning, match="'semantic' is left out: CriterionError: a built-in criterion has this name"
+    ):
         assert available()["semantic"] is Semantic
 
 
@@ -248,7 +254,9 @@ def test_two_packages_that_want_one_name_get_none(plug_ins: Callable[..., None])
 
 def test_an_unknown_criterion_names_those_there_are(plug_ins: Callable[..., None]) -> None:
     plug_ins(("good", "third:Good"))
-    with pytest.raises(CriterionError, match="criterion 'magnitude' cannot be used, it is not installed; available: good, semantic"):
+    with pytest.raises(
+        CriterionError, match="criterion 'magnitude' cannot be used, it is not installed; available: good, semantic"
+    ):
         find("magnitude")
 
 

@@ -24,8 +24,10 @@ def multinomial_loss(parameters, features, kept_logits, labels, is_other, ridge)
     standard = (x - x.mean(0)) / x.std(0)
     other = standard @ parameters[:-1] + parameters[-1]
     logits = np.concatenate([kept_logits.double().numpy(), other[:, None]], 1)
-    log_probability = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(
-        1, keepdims=True
+    log_probability = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
     )
     target = np.where(is_other.numpy(), 2, labels.numpy())
     outside = is_other.numpy()

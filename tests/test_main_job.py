@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 pytestmark = pytest.mark.host("onnxruntime")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,7 +74,42 @@ def data_keys():
 
 def data_none():
     return None
-'''
+
+def data_generator():
+    return data(calibration=(batch for batch in loader(64, 1)))
+
+def data_train_generator():
+    return data(train=(batch for batch in loader(64, 1)))
+
+def data_no_test():
+    return data(test=[])
+
+def data_counted():
+    return data(label_names=4)
+
+def data_train_wrong():
+    return data(train=[(torch.randn(8, 12), torch.full((8,), -1))])
+
+def data_test_wrong():
+    return data(test=[(torch.randn(8, 12), torch.tensor([0, 1, 2, 3, 9, 1, 3, 3]))])
+
+def data_other_shape():
+    return data(calibration=[(torch.randn(8, 5), torch.arange(8) % 4)])
+
+def data_missing_file():
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+        def __getitem__(self, place):
+            raise FileNotFoundError(2, "No such file", "image.png")
+    return data(calibration=DataLoader(Images(), 4))
+
+def data_exit():
+    raise SystemExit(0)
+
+def normed():
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))
+"""
 
 
 @pytest.fixture
@@ -231,9 +266,7 @@ def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
         assert kept[name].tolist() == sorted(scores.argsort(descending=True)[:16].tolist())
 
 
-@pytest.mark.parametrize(
-    ("head", "outputs"), [("keep", (0, 1, 2, 3)), ("closed", (1, 3)), ("open", (1, 3, None))]
-)
+@pytest.mark.parametrize(("head", "outputs"), [("keep", (0, 1, 2, 3)), ("closed", (1, 3)), ("open", (1, 3, None))])
 def test_every_head(recipe: Any, head: str, outputs: tuple[int | None, ...]) -> None:
     result, evaluation = pruned(recipe, [1, 3], head=head, fine_tune={"epochs": 1})
     assert result.outputs == outputs
@@ -285,6 +318,17 @@ def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
         ({"data": {"factory": "user_factories:data_many"}}, r"labels 9\.\.9; expected 0\.\.3"),
         ({"data": {"factory": "user_factories:data_keys"}}, "returned the keys"),
         ({"data": {"factory": "user_factories:data_none"}}, "returned a NoneType"),
+        ({"data": {"factory": "user_factories:data_generator"}}, "generator for 'calibration'"),
+        ({"data": {"factory": "user_factories:data_train_generator"}}, "generator for 'train'"),
+        ({"data": {"factory": "user_factories:data_no_test"}}, "the test loader is empty"),
+        ({"data": {"factory": "user_factories:data_counted"}}, "label_names=4; expected a list"),
+        ({"data": {"factory": "user_factories:data_train_wrong"}, "train": {"epochs": 1}}, r"has labels -1\.\.-1"),
+        ({"data": {"factory": "user_factories:data_test_wrong"}}, r"the test data has labels 0\.\.9"),
+        ({"data": {"factory": "user_factories:data_other_shape"}}, "data.calibration: RuntimeError"),
+        ({"data": {"factory": "user_factories:data_missing_file"}}, "data.calibration: FileNotFoundError"),
+        ({"data": {"factory": "user_factories:data_exit"}}, "raised SystemExit"),
+        ({"criterion": {"name": "semantic", "options": {"labels": [2]}}}, "criterion.options: found 'labels'"),
+        ({"criterion": {"name": "semantic", "options": {"statistics": 1}}}, "criterion.options: found 'statistics'"),
         ({"data": {"factory": "user_factories:data_untrained"}}, "train.epochs: the data factory returned no train"),
         ({"model": {"factory": "user_factories:flat"}}, "nothing in this model can be pruned"),
         ({"model": {"factory": "user_factories:data"}}, "expected a torch module"),
@@ -309,6 +353,46 @@ def test_what_is_wrong_is_told_and_nothing_is_left(
     with pytest.raises(NNSError, match=message):
         run_job(recipe(**{**quick, **changes}), tmp_path / "out" / "deep")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_closed_head_is_compared_on_the_same_inputs(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    report = run_job(recipe(head="closed", train={"epochs": 1}), tmp_path / "out")
+    dense, subnet = report.baseline.evaluation, report.subnet.evaluation
+    assert (dense.inputs, subnet.inputs) == (64, 64)
+    assert [label.inputs for label in dense.labels] == [label.inputs for label in subnet.labels]
+    assert dense.open_set_accuracy is None
+    assert report.baseline.outputs == ("ant", "bee", "cat", "dog")
+
+
+def test_a_layer_with_a_computed_weight_is_left_alone() -> None:
+    """torch-pruning itself fails on it in the middle of a removal."""
+    import warnings
+
+    from nns_plugin.adapters.dependency_graph import unit_groups
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8),
+        torch.nn.ReLU(),
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 6)),
+        torch.nn.ReLU(),
+        torch.nn.Linear(6, 2),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert unit_groups(model, torch.randn(2, 4)) == ()
+    assert any("computes its weight from others" in str(entry.message) for entry in caught)
+
+
+def test_an_output_file_that_is_a_folder_is_found_before_any_work(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.errors import RecipeError
+    from nns_plugin.jobs.extraction import run_job
+
+    (tmp_path / "out" / "report.json").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="is a folder"):
+        run_job(recipe(data={"factory": "user_factories:never_reached"}), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_weight(recipe: Any, tmp_path: Path) -> None:

@@ -495,7 +495,12 @@ def test_session_providers_tells_what_sessions_get(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_library_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (MODULE, "nns_plugin.adapters.onnx_session", "nns_plugin.adapters.onnx_parity", "nns_plugin.adapters.onnx_latency"):
+    for name in (
+        MODULE,
+        "nns_plugin.adapters.onnx_session",
+        "nns_plugin.adapters.onnx_parity",
+        "nns_plugin.adapters.onnx_latency",
+    ):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"'{module}' is not installed.*nns-plugin\[onnx\]"):

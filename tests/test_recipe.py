@@ -53,6 +53,9 @@ def test_the_example_names_every_field() -> None:
         ({"criterion": "magic"}, "criterion.name", "'magic'", "expected one of semantic"),
         ({"model.factory": "nowhere"}, "model.factory", "'nowhere'", "pattern"),
         ({"measure.samples": 3}, "measure.samples", "3", "greater than or equal to 20"),
+        ({"measure.rtol": float("inf")}, "measure.rtol", "inf", "finite number"),
+        ({"seed": 2**64}, "seed", str(2**64), "less than"),
+        ({"labels": [True]}, "labels", "True", "valid"),
         ({"speed": 3}, "speed", "3", "no such field"),
         ({"fine_tune.epoch": 3}, "fine_tune.epoch", "3", "no such field"),
     ],
@@ -61,7 +64,7 @@ def test_a_wrong_field_is_named(change: dict[str, Any], field: str, found: str, 
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, change)
     message = str(caught.value)
-    assert f"field '{field}'" in message
+    assert f"field '{field}" in message
     assert f"found {found}" in message
     assert allowed in message
     assert "\n" not in message
@@ -109,6 +112,17 @@ def test_an_override_of_the_ratio_replaces_zeta(tmp_path: Path) -> None:
     assert load_recipe(path).ratio is None
     recipe = load_recipe(path, {"ratio": 0.6})
     assert (recipe.ratio, recipe.zeta) == (0.6, None)
+
+
+def test_overrides_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(RecipeError, match="ratio and zeta exclude each other"):
+        load_recipe(None, {"ratio": 0.9, "zeta": 0.0})
+
+
+def test_fine_tuning_is_slower_than_training_unless_told_otherwise() -> None:
+    recipe = load_recipe(None, {"fine_tune.epochs": 1})
+    assert recipe.fine_tune.learning_rate == 0.001
+    assert recipe.train.learning_rate == 0.003
 
 
 def test_half_of_the_units_go_where_nothing_is_said(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def test_a_threshold_that_is_no_number_is_refused(zeta: float) -> None:
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5])
 def test_an_impossible_rounding_is_refused(round_to: int) -> None:
-    for select in (lambda: keep_by_ratio(SCORES, 0.5, round_to=round_to), lambda: keep_by_threshold(SCORES, 0.5, round_to=round_to)):
+    for select in (
+        lambda: keep_by_ratio(SCORES, 0.5, round_to=round_to),
+        lambda: keep_by_threshold(SCORES, 0.5, round_to=round_to),
+    ):
         with pytest.raises(SelectionError, match=f"round_to is {round_to}; it must be"):
             select()
 

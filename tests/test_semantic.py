@@ -32,10 +32,14 @@ class Readers(nn.Module):
 
 def group(units: int, *readers: str) -> UnitGroup:
     every = torch.arange(units)
-    return UnitGroup("hidden", units, (Port("hidden", every, every),), tuple(Port(name, every, every) for name in readers))
+    return UnitGroup(
+        "hidden", units, (Port("hidden", every, every),), tuple(Port(name, every, every) for name in readers)
+    )
 
 
-def observed(activations: Any, of_label: Sequence[int], readers: tuple[str, ...] = ("one",), **options: Any) -> tuple[Statistics, UnitGroup]:
+def observed(
+    activations: Any, of_label: Sequence[int], readers: tuple[str, ...] = ("one",), **options: Any
+) -> tuple[Statistics, UnitGroup]:
     x = torch.as_tensor(activations, dtype=torch.float32)
     hidden = group(x.shape[1], *readers)
     options = {"labels": max(of_label) + 1, **options}
@@ -157,8 +161,15 @@ activations = st.lists(
 )
 
 
-@given(activations, st.sets(st.integers(0, 3), min_size=1), st.sampled_from([0.0, 0.1, 0.25, 0.4, 0.5, 0.9, 1.0]), st.sampled_from(["mean", "frequency"]))
-def test_a_label_set_keeps_the_union_of_the_single_label_subnets(rows: list[list[float]], chosen: set[int], zeta: float, measure: Any) -> None:
+@given(
+    activations,
+    st.sets(st.integers(0, 3), min_size=1),
+    st.sampled_from([0.0, 0.1, 0.25, 0.4, 0.5, 0.9, 1.0]),
+    st.sampled_from(["mean", "frequency"]),
+)
+def test_a_label_set_keeps_the_union_of_the_single_label_subnets(
+    rows: list[list[float]], chosen: set[int], zeta: float, measure: Any
+) -> None:
     """The paper's integration, for any zeta; the reference is eq. 1 in plain Python."""
     labels = [number % 4 for number in range(len(rows))]
     statistics, hidden = observed(rows, labels, ("one", "two"))
@@ -174,9 +185,7 @@ def test_a_label_set_keeps_the_union_of_the_single_label_subnets(rows: list[list
         by_hand: set[int] = set()
         for reader in (lambda row: row, lambda row: [2 * value for value in reversed(row)]):
             seen = [reader(row) for row in mine]
-            x = [
-                sum(abs(row[u]) if measure == "mean" else row[u] > 0 for row in seen) / len(seen) for u in range(5)
-            ]
+            x = [sum(abs(row[u]) if measure == "mean" else row[u] > 0 for row in seen) / len(seen) for u in range(5)]
             by_hand |= {u for u in range(5) if (x[u] / max(x) if max(x) else 0.0) >= zeta}
         assert set((single >= zeta).nonzero().flatten().tolist()) == by_hand
     assert together == union
@@ -225,7 +234,12 @@ def test_contrast_does_not_mistake_rounding_for_a_difference() -> None:
     x = torch.full((9, 2, 13, 11), 1000.1)
     x[:, 1] = torch.randn(9, 13, 11)
     hidden = UnitGroup("hidden", 2, (), (Port("0", torch.arange(2), torch.arange(2)),))
-    statistics = calibrate(model, [(x[:4], torch.zeros(4, dtype=torch.int64)), (x[4:], torch.ones(5, dtype=torch.int64))], (hidden,), labels=2)
+    statistics = calibrate(
+        model,
+        [(x[:4], torch.zeros(4, dtype=torch.int64)), (x[4:], torch.ones(5, dtype=torch.int64))],
+        (hidden,),
+        labels=2,
+    )
     scores = Semantic(statistics, [0], contrast="rest")(hidden)
     assert scores is not None
     assert float(scores[0]) < 0.1
@@ -325,3 +339,12 @@ def test_pure_functions_by_hand() -> None:
         torch.tensor([True, False]),
     )
     assert float(found) == pytest.approx(4 / math.sqrt(4 / 3))
+
+
+def test_labels_that_look_like_numbers_are_names_first() -> None:
+    names = ("5", "3", "7", "0")
+    assert resolve_label("3", names) == 1
+    assert resolve_label("2", names) == 2, "no such name, so an index"
+    with pytest.raises(LabelError, match="label 3 is ambiguous: it is the name of label number 1"):
+        resolve_label(3, names)
+    assert resolve_label(3, tuple("0123456789")) == 3

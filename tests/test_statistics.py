@@ -53,7 +53,9 @@ def reader(units: list[list[int]]) -> tuple[UnitGroup, ...]:
     return (zoo.unit_group("producer", zoo.Expected({"producer": zoo.one_each(len(units))}, {"layer": units})),)
 
 
-def brute_force(samples: list[np.ndarray], labels: list[int], units: list[list[int]], threshold: float) -> dict[str, Any]:
+def brute_force(
+    samples: list[np.ndarray], labels: list[int], units: list[list[int]], threshold: float
+) -> dict[str, Any]:
     """What units did, one number at a time.
 
     Args:
@@ -83,7 +85,9 @@ def found(statistics: Statistics, group: UnitGroup, port: Port) -> dict[str, np.
     record = statistics.record(group, port)
     assert record is not None
     positions = by_channel(record.layout.positions_per_channel.double()[None], record, port, group.size)
-    sums = {name: by_channel(getattr(record, name), record, port, group.size) for name in ("total", "magnitude", "square")}
+    sums = {
+        name: by_channel(getattr(record, name), record, port, group.size) for name in ("total", "magnitude", "square")
+    }
     sums["active"] = by_slot(record.active.double(), record, port, group.size)
     sums["count"] = record.samples.double()[:, None] * positions
     return {name: value.numpy() for name, value in {**sums, "inputs": record.inputs, "samples": record.samples}.items()}
@@ -128,7 +132,11 @@ READINGS = {
         lambda: nn.Linear(24, 3), (4, 2, 3), zoo.blocks(4, 6), lambda x: x.reshape(1, -1), lambda x: x.flatten(1)
     ),
     "part of a flatten": Reading(
-        lambda: nn.Linear(24, 3), (4, 2, 3), [list(range(6, 12)), list(range(18, 24))], lambda x: x.reshape(1, -1), lambda x: x.flatten(1)
+        lambda: nn.Linear(24, 3),
+        (4, 2, 3),
+        [list(range(6, 12)), list(range(18, 24))],
+        lambda x: x.reshape(1, -1),
+        lambda x: x.flatten(1),
     ),
     "linear on sequences": Reading(lambda: nn.Linear(5, 3), (7, 5), zoo.one_each(5), rows),
     "linear on grids": Reading(lambda: nn.Linear(5, 3), (2, 3, 5), zoo.one_each(5), rows),
@@ -140,18 +148,29 @@ READINGS = {
     "transposed conv2d": Reading(lambda: nn.ConvTranspose2d(3, 2, 2), (3, 4, 5), zoo.one_each(3), maps),
     "transposed conv3d": Reading(lambda: nn.ConvTranspose3d(3, 2, 2), (3, 2, 3, 4), zoo.one_each(3), maps),
     "grouped conv": Reading(lambda: nn.Conv2d(6, 4, 1, groups=2), (6, 2, 2), zoo.strided(3, 2), maps),
+    "pairs of channels": Reading(lambda: nn.Conv2d(6, 3, 1), (6, 2, 2), [[0, 1], [2, 3], [4, 5]], maps),
     "cat[x, x]": Reading(
-        lambda: nn.Linear(8, 3), (4,), zoo.strided(4, 2), lambda x: np.concatenate([x, x])[None], lambda x: torch.cat([x, x], 1)
+        lambda: nn.Linear(8, 3),
+        (4,),
+        zoo.strided(4, 2),
+        lambda x: np.concatenate([x, x])[None],
+        lambda x: torch.cat([x, x], 1),
     ),
     "cat[x, -x] of maps": Reading(
-        lambda: nn.Conv2d(4, 3, 1), (2, 2, 2), zoo.strided(2, 2), lambda x: maps(np.concatenate([x, -x])), lambda x: torch.cat([x, -x], 1)
+        lambda: nn.Conv2d(4, 3, 1),
+        (2, 2, 2),
+        zoo.strided(2, 2),
+        lambda x: maps(np.concatenate([x, -x])),
+        lambda x: torch.cat([x, -x], 1),
     ),
     "one unit of two positions": Reading(lambda: nn.Linear(2, 3), (2,), [[0, 1]], rows),
-    "windows": Reading(
-        lambda: nn.Linear(3, 3), (4, 3), zoo.one_each(3), rows, lambda x: x.reshape(-1, 3)
-    ),
+    "windows": Reading(lambda: nn.Linear(3, 3), (4, 3), zoo.one_each(3), rows, lambda x: x.reshape(-1, 3)),
     "windows of maps": Reading(
-        lambda: nn.Conv2d(2, 3, 1), (3, 2, 4, 4), zoo.one_each(2), lambda x: np.concatenate([maps(w) for w in x]), lambda x: x.flatten(0, 1)
+        lambda: nn.Conv2d(2, 3, 1),
+        (3, 2, 4, 4),
+        zoo.one_each(2),
+        lambda x: np.concatenate([maps(w) for w in x]),
+        lambda x: x.flatten(0, 1),
     ),
     "lstm": Reading(lambda: nn.LSTM(4, 3, batch_first=True), (5, 4), zoo.one_each(4), rows),
     "lstm, time first": Reading(lambda: nn.LSTM(4, 3), (5, 4), zoo.one_each(4), rows, lambda x: x.transpose(0, 1)),
@@ -169,7 +188,9 @@ def test_statistics_equal_the_brute_force(name: str, threshold: float) -> None:
     labels = torch.tensor([0, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0])  # label 1 never occurs
     loader = [(x[:4], labels[:4]), (x[4:5], labels[4:5]), (x[5:], labels[5:])]
     groups = reader(reading.units)
-    statistics = calibrate(Observed(reading.layer(), reading.prepare), loader, groups, labels=LABELS, threshold=threshold)
+    statistics = calibrate(
+        Observed(reading.layer(), reading.prepare), loader, groups, labels=LABELS, threshold=threshold
+    )
     expected = brute_force([reading.samples(one) for one in x.numpy()], labels.tolist(), reading.units, threshold)
     compare(found(statistics, groups[0], groups[0].consumers[0]), expected)
     assert statistics.threshold == threshold
@@ -179,7 +200,9 @@ def test_hand_made_numbers() -> None:
     """Two units, three inputs, numbers in the head."""
     x = torch.tensor([[1.0, -2.0], [3.0, 0.0], [-4.0, 5.0]])
     groups = reader(zoo.one_each(2))
-    record = calibrate(Observed(nn.Linear(2, 2)), [(x, torch.tensor([0, 0, 1]))], groups, labels=["a", "b"]).records["in", "layer"]
+    record = calibrate(Observed(nn.Linear(2, 2)), [(x, torch.tensor([0, 0, 1]))], groups, labels=["a", "b"]).records[
+        "in", "layer"
+    ]
     assert record.inputs.tolist() == [2, 1]
     assert record.samples.tolist() == [2, 1]
     assert record.total.tolist() == [[4, -2], [-4, 5]]
@@ -232,9 +255,7 @@ def test_readers_of_one_tensor() -> None:
     """They agree; but a later version of the tensor, and another axis of it, are something else."""
     x = quarters(6, 4, 4)
     names = ("one", "two", "late", "across")
-    groups = tuple(
-        UnitGroup("producer", 4, (), (Port(name, torch.arange(4), torch.arange(4)),)) for name in names
-    )
+    groups = tuple(UnitGroup("producer", 4, (), (Port(name, torch.arange(4), torch.arange(4)),)) for name in names)
     records = calibrate(Siblings(), [(x, torch.arange(6) % 3)], groups, labels=3).records
     by_label = [x[torch.arange(6) % 3 == label].double() for label in range(3)]
     for name, change, axis in (("one", 0, 2), ("two", 0, 2), ("late", 1, 2), ("across", 0, 1)):
@@ -258,7 +279,10 @@ def test_a_reused_module_counts_every_call() -> None:
     groups, labels = reader(zoo.one_each(4)), torch.arange(6) % 3
     statistics = calibrate(Reused(), [(x, labels)], groups)
     twice = [np.stack([one]) for one in x.numpy()] + [np.stack([2 * one]) for one in x.numpy()]
-    compare(found(statistics, groups[0], groups[0].consumers[0]), brute_force(twice, labels.tolist() * 2, zoo.one_each(4), 0.0))
+    compare(
+        found(statistics, groups[0], groups[0].consumers[0]),
+        brute_force(twice, labels.tolist() * 2, zoo.one_each(4), 0.0),
+    )
 
 
 class Pair(nn.Module):
@@ -316,7 +340,10 @@ def test_attention_is_observed_at_its_output(batch_first: bool) -> None:
 # --- merging -------------------------------------------------------------------------------------------------------
 
 CONV = READINGS["conv2d"]
-DATA = (torch.randint(-9, 10, (12, *CONV.shape), generator=torch.Generator().manual_seed(1)) / 4, torch.arange(12) % LABELS)
+DATA = (
+    torch.randint(-9, 10, (12, *CONV.shape), generator=torch.Generator().manual_seed(1)) / 4,
+    torch.arange(12) % LABELS,
+)
 MODEL = Observed(CONV.layer())
 GROUPS = reader(CONV.units)
 
@@ -390,7 +417,10 @@ def test_narrowed_statistics_of_different_subnets_are_not_merged() -> None:
 def test_narrow_by_hand() -> None:
     """A consumer that pools two groups: one loses a channel in the middle, the other moves down."""
     x = quarters(6, 4, 2, 3)
-    group, other = reader([list(range(6)), list(range(6, 12))])[0], reader([list(range(12, 18)), list(range(18, 24))])[0]
+    group, other = (
+        reader([list(range(6)), list(range(6, 12))])[0],
+        reader([list(range(12, 18)), list(range(18, 24))])[0],
+    )
     other = UnitGroup("other", 2, (), other.consumers)
     model = Observed(nn.Linear(24, 3), lambda x: x.flatten(1))
     statistics = calibrate(model, [(x, torch.arange(6) % 3)], (group, other))
@@ -402,6 +432,19 @@ def test_narrow_by_hand() -> None:
     assert [group.size for group in narrowed.groups] == [1, 2]
     assert narrowed.groups[1].consumers[0].index.tolist() == list(range(6, 18))
     assert narrowed.fingerprint == {}, "the weights are others now"
+
+
+@pytest.mark.parametrize("name", [name for name, reading in READINGS.items() if len(reading.units) > 1])
+def test_narrowing_keeps_the_sums_of_the_kept_units(name: str) -> None:
+    reading = READINGS[name]
+    x, labels = quarters(11, *reading.shape), torch.arange(11) % LABELS
+    groups = reader(reading.units)
+    whole = calibrate(Observed(reading.layer(), reading.prepare), [(x, labels)], groups, labels=LABELS)
+    kept = list(range(1, len(reading.units)))
+    narrowed = whole.narrow({"producer": torch.tensor(kept)})
+    expected = brute_force([reading.samples(one) for one in x.numpy()], labels.tolist(), reading.units, 0.0)
+    expected = {key: value[:, kept] if value.ndim == 2 else value for key, value in expected.items()}
+    compare(found(narrowed, narrowed.groups[0], narrowed.groups[0].consumers[0]), expected)
 
 
 def test_narrowing_keeps_the_rows_and_columns_of_a_gram_matrix() -> None:
@@ -484,7 +527,9 @@ def test_a_file_can_be_replaced(saved: Path) -> None:
 
 def test_a_file_of_another_model_names_what_differs(saved: Path) -> None:
     other = Observed(nn.Conv2d(3, 2, 2, padding=1))
-    with pytest.raises(StatisticsError, match=r"s\.safetensors' belongs to another model: .*'layer.weight' has other values"):
+    with pytest.raises(
+        StatisticsError, match=r"s\.safetensors' belongs to another model: .*'layer.weight' has other values"
+    ):
         Statistics.load(saved, other)
     with pytest.raises(StatisticsError, match="'layer.weight' is 5x3x2x2 instead of 2x3x2x2"):
         Statistics.load(saved, Observed(nn.Conv2d(3, 5, 2, padding=1)))
@@ -616,7 +661,10 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     worker = Path(__file__).with_name("distributed_worker.py")
     running = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, str(worker), str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
     ]

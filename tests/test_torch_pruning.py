@@ -181,7 +181,13 @@ def test_ties_in_grouped_convolutions() -> None:
     statistics = calibrate(model, loader, unit_groups(model, example), labels=3)
     importance = SemanticImportance(statistics, [0])
     tp.pruner.BasePruner(
-        model, example, importance=importance, global_pruning=True, pruning_ratio=0.5, ignored_layers=[model[3]], **fresh()
+        model,
+        example,
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=0.5,
+        ignored_layers=[model[3]],
+        **fresh(),
     ).step()
     units = model[0].out_channels // 3 + model[1].out_channels // 3 + model[2].out_channels
     assert units == (4 + 4 + 8) // 2
@@ -205,7 +211,9 @@ def test_rounding(round_to: int, global_pruning: bool) -> None:
         assert left == lowest(by_hand(dense, loader, group, [1, 2]), group.size - len(left))
 
 
-@pytest.mark.parametrize("options", [{"measure": "frequency"}, {"contrast": "rest", "labels": [0]}, {"labels": ["1"]}, {"labels": None}])
+@pytest.mark.parametrize(
+    "options", [{"measure": "frequency"}, {"contrast": "rest", "labels": [0]}, {"labels": ["1"]}, {"labels": None}]
+)
 def test_options_reach_the_criterion(options: dict[str, Any]) -> None:
     model, inputs, loader, _ = setting("mlp")
     statistics = calibrate(model, loader, unit_groups(model, inputs))
@@ -248,7 +256,9 @@ def test_statistics_are_narrowed_between_steps(case: str, global_pruning: bool) 
         if step:
             assert importance._followed is not None
             narrowed = importance._followed._statistics
-            assert {group.name: group.size for group in narrowed.groups} == {name: len(kept) for name, kept in left.items()}
+            assert {group.name: group.size for group in narrowed.groups} == {
+                name: len(kept) for name, kept in left.items()
+            }
             for key, record in expected.records.items():
                 for name, value in record.sums().items():
                     assert torch.equal(narrowed.records[key].sums()[name], value), (key, name)
@@ -262,7 +272,13 @@ def test_narrowed_statistics_equal_new_ones_where_inputs_do_not_change() -> None
     groups = unit_groups(model, inputs)
     importance = SemanticImportance(calibrate(model, loader, groups), [0, 2])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.6,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     pruner.step(), pruner.step()
     again = calibrate(model, loader, unit_groups(model, inputs))
@@ -280,7 +296,13 @@ def test_a_loader_is_asked_again_in_every_step(case: str) -> None:
     model, inputs, loader, _ = setting(case)
     importance = SemanticImportance.from_loader(model, inputs, loader, [0, 2])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.6,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     for _ in range(3):
         before, groups = deepcopy(model), unit_groups(model, inputs)
@@ -310,7 +332,13 @@ def test_training_makes_statistics_stale(how: str, when: str) -> None:
     model, inputs, loader, _ = setting("conv_norm")
     importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0, 2])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.6,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     if when == "between":
         pruner.step()
@@ -324,7 +352,13 @@ def test_training_is_no_matter_with_a_loader(how: str) -> None:
     model, inputs, loader, _ = setting("conv_norm")
     importance = SemanticImportance.from_loader(model, inputs, loader, [0, 2])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.6,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     train(model, how)
     for _ in range(3):
@@ -391,7 +425,13 @@ def test_groups_pruned_by_hand_with_indices(loader_is_there: bool) -> None:
     else:
         importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.5, iterative_steps=2, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     for group in interactive(pruner):
         group.prune([0])
@@ -413,7 +453,13 @@ def test_interactive_steps_may_skip_groups() -> None:
     statistics = calibrate(model, loader, unit_groups(model, inputs))
     importance = SemanticImportance(statistics, [0])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.5, iterative_steps=2, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     for number, group in enumerate(interactive(pruner)):
         if number:
@@ -430,7 +476,13 @@ def test_units_removed_behind_the_pruners_back_are_noticed() -> None:
     model, inputs, loader, _ = setting("mlp")
     importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.5, iterative_steps=3, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     pruner.step()
     group = pruner.DG.get_pruning_group(model.fc1, tp.prune_linear_out_channels, [0])
@@ -446,7 +498,9 @@ def test_the_models_output_is_left_alone_by_name() -> None:
     """A user who forgets to ignore the head."""
     model, inputs, loader, _ = setting("mlp")
     importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
-    with pytest.warns(UnusableGroupWarning, match="left alone: group 'head' writes the model's output; list it in ignored_layers"):
+    with pytest.warns(
+        UnusableGroupWarning, match="left alone: group 'head' writes the model's output; list it in ignored_layers"
+    ):
         tp.pruner.BasePruner(model, inputs, importance=importance, pruning_ratio=0.5, **fresh()).step()
     assert model.head.out_features == 3
     assert model.fc1.out_features == 4
@@ -490,10 +544,18 @@ def test_groups_that_are_read_elsewhere_are_left_alone_by_name(loader_is_there: 
         else:
             importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.5, iterative_steps=2, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     for left in (3, 2):
-        with pytest.warns(UnscoredGroupWarning, match="has not what it needs to score group 'first'; none of its 4 units"):
+        with pytest.warns(
+            UnscoredGroupWarning, match="has not what it needs to score group 'first'; none of its 4 units"
+        ):
             pruner.step()
         assert (model.first.out_channels, model.second.out_channels) == (4, left)
 
@@ -502,7 +564,12 @@ def test_a_layer_that_was_ignored_in_calibration_is_left_alone_by_name() -> None
     model, inputs, loader, _ = setting("mlp")
     statistics = calibrate(model, loader, unit_groups(model, inputs, ["fc1"]))
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=SemanticImportance(statistics, [0]), pruning_ratio=0.5, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=SemanticImportance(statistics, [0]),
+        pruning_ratio=0.5,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     with pytest.warns(UnscoredGroupWarning, match="score group 'fc1'"):
         pruner.step()
@@ -560,7 +627,11 @@ def test_scores_are_one_a_root_position() -> None:
     model, inputs, loader, groups = setting("grouped")
     importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0, 2])
     graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
-    host_group = next(group for group in graph.get_all_groups(ignored_layers=[model.head]) if group[0].dep.target.module is model.first)
+    host_group = next(
+        group
+        for group in graph.get_all_groups(ignored_layers=[model.head])
+        if group[0].dep.target.module is model.first
+    )
     scores = importance(host_group)
     assert scores is not None
     assert scores.shape == (8,)
@@ -598,7 +669,13 @@ def test_a_one_shot_loader_cannot_be_asked_again() -> None:
     model, inputs, loader, _ = setting("mlp")
     importance = SemanticImportance.from_loader(model, inputs, iter(loader), [0])
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=importance, pruning_ratio=0.5, iterative_steps=2, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     pruner.step()
     with pytest.raises(CalibrationError, match="the loader yielded no inputs"):
@@ -633,7 +710,12 @@ class Constant:
 def test_any_criterion_can_be_an_importance() -> None:
     model, inputs, _, _ = setting("mlp")
     pruner = tp.pruner.BasePruner(
-        model, inputs, importance=CriterionImportance(Constant(1.0)), pruning_ratio=0.5, ignored_layers=[model.head], **fresh()
+        model,
+        inputs,
+        importance=CriterionImportance(Constant(1.0)),
+        pruning_ratio=0.5,
+        ignored_layers=[model.head],
+        **fresh(),
     )
     pruner.step()
     assert (model.fc1.out_features, model.fc2.out_features) == (4, 2)
@@ -643,8 +725,13 @@ def test_broken_scores_never_reach_the_host() -> None:
     model, inputs, _, _ = setting("mlp")
     options = {"pruning_ratio": 0.5, "ignored_layers": [model.head]}
     with pytest.raises(CriterionError, match="Constant scored unit 0 of group 'fc.' nan"):
-        tp.pruner.BasePruner(model, inputs, importance=CriterionImportance(Constant(float("nan"))), **options, **fresh()).step()
-    with pytest.warns(UnscoredGroupWarning, match="group 'fc1'"), pytest.warns(UnscoredGroupWarning, match="group 'fc2'"):
+        tp.pruner.BasePruner(
+            model, inputs, importance=CriterionImportance(Constant(float("nan"))), **options, **fresh()
+        ).step()
+    with (
+        pytest.warns(UnscoredGroupWarning, match="group 'fc1'"),
+        pytest.warns(UnscoredGroupWarning, match="group 'fc2'"),
+    ):
         tp.pruner.BasePruner(model, inputs, importance=CriterionImportance(Constant(None)), **options, **fresh()).step()
     assert (model.fc1.out_features, model.fc2.out_features) == (8, 5)
 
@@ -664,19 +751,24 @@ def test_ties_are_separated_and_order_is_kept(values: list[float], ordinal: int)
     assert separated.dtype == torch.float64
     assert separated.unique().numel() == len(values), "all different"
     assert bool(torch.isfinite(separated).all())
-    small = scores.abs() < 1e-30
+    small = scores.abs() <= 1e-30
     for first in range(len(values)):
         for second in range(first + 1, len(values)):
             if values[first] == values[second] or (small[first] and small[second]):
                 continue
             assert (values[first] < values[second]) == bool(separated[first] < separated[second])
     equal = [unit for unit in range(len(values)) if values[unit] == values[0]]
-    assert separated[equal].tolist() == sorted(separated[equal].tolist(), reverse=True), "of equal ones, lower units stay"
+    assert separated[equal].tolist() == sorted(separated[equal].tolist(), reverse=True), (
+        "of equal ones, lower units stay"
+    )
     slack = 1e-5 * scores.abs() + 1e-29
     assert bool(((separated - scores).abs() <= slack).all())
 
 
-@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=20), st.lists(st.integers(0, 500), min_size=2, max_size=6, unique=True))
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=20),
+    st.lists(st.integers(0, 500), min_size=2, max_size=6, unique=True),
+)
 def test_ties_between_groups_are_separated(values: list[float], ordinals: list[int]) -> None:
     joined = torch.cat([separate_ties(torch.tensor(values, dtype=torch.float64), ordinal) for ordinal in ordinals])
     assert joined.unique().numel() == len(values) * len(ordinals)

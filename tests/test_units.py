@@ -17,7 +17,9 @@ def port(name: str, index: list[int], unit: list[int] | None = None) -> Port:
 
 def owned(port: Port, size: int) -> list[list[int]]:
     """Positions by unit, as plain numbers."""
-    return [sorted(p for p, u in zip(port.index.tolist(), port.unit.tolist(), strict=True) if u == k) for k in range(size)]
+    return [
+        sorted(p for p, u in zip(port.index.tolist(), port.unit.tolist(), strict=True) if u == k) for k in range(size)
+    ]
 
 
 GOOD = port("fc", [4, 2, 0, 5], [0, 1, 0, 1])
@@ -43,11 +45,31 @@ def test_positions_of_units_are_ascending() -> None:
         (port("fc", [0, 1], [0, 2]), 2, 6, r"'fc': units 0\.\.2 are out of range, the group has 2"),
         (port("fc", [0, 1], [-1, 0]), 2, 6, r"'fc': units -1\.\.0 are out of range"),
         (port("fc", [0, 1, 2], [0, 0, 1]), 2, 6, "'fc': units own between 1 and 2 positions"),
-        (Port("fc", torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64)), 2, 6, "'fc' has no positions"),
-        (Port("fc", torch.tensor([0, 1]), torch.tensor([0])), 2, 6, "'fc': index and unit must be int64 vectors of one length"),
+        (
+            Port("fc", torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64)),
+            2,
+            6,
+            "'fc' has no positions",
+        ),
+        (
+            Port("fc", torch.tensor([0, 1]), torch.tensor([0])),
+            2,
+            6,
+            "'fc': index and unit must be int64 vectors of one length",
+        ),
         (Port("fc", torch.tensor([0.0, 1.0]), torch.tensor([0, 1])), 2, 6, "'fc': index and unit must be int64"),
-        (Port("fc", torch.tensor([[0, 1]]), torch.tensor([[0, 1]])), 2, 6, "'fc': index and unit must be int64 vectors"),
-        (Port("fc", torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1])), 2, 6, "'fc': index and unit must be int64"),
+        (
+            Port("fc", torch.tensor([[0, 1]]), torch.tensor([[0, 1]])),
+            2,
+            6,
+            "'fc': index and unit must be int64 vectors",
+        ),
+        (
+            Port("fc", torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1])),
+            2,
+            6,
+            "'fc': index and unit must be int64",
+        ),
     ],
 )
 def test_malformed_ports_are_refused(bad: Port, size: int, axis: int | None, message: str) -> None:
@@ -140,7 +162,9 @@ def models(draw: st.DrawFn) -> tuple[list[UnitGroup], dict[str, torch.Tensor]]:
     for number, size in enumerate(sizes):
         index = [place for place, (owner, _) in enumerate(order) if owner == number]
         unit = [order[place][1] for place in index]
-        groups.append(UnitGroup(f"g{number}", size, (port(f"g{number}", list(range(size))),), (port("join", index, unit),)))
+        groups.append(
+            UnitGroup(f"g{number}", size, (port(f"g{number}", list(range(size))),), (port("join", index, unit),))
+        )
         if draw(st.booleans()):
             units = draw(st.sets(st.integers(0, size - 1), min_size=1))
             kept[f"g{number}"] = torch.tensor(sorted(units))

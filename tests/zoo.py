@@ -208,6 +208,22 @@ class FusedAttention(nn.Module):
         return self.head(torch.relu(self.proj(attended)).mean(1))
 
 
+class UnboundAttention(nn.Module):
+    """As in timm: q, k and v are taken apart by a reshape and an unbind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.qkv, self.proj = nn.Linear(6, 12), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x))
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 1, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = (torch.softmax(q @ k.transpose(-2, -1), -1) @ v).transpose(1, 2).flatten(2)
+        return self.head(torch.relu(self.proj(attended)).mean(1))
+
+
 class MultiHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -457,6 +473,15 @@ CASES = {
             "proj": Expected({"proj": one_each(6)}, {"head": one_each(6)}),
         },
     ),
+    "unbound_attention": Case(
+        UnboundAttention,
+        sequence(4),
+        {
+            "embed": Expected({"embed": one_each(6)}, {"qkv": one_each(6)}),
+            "qkv": Expected({"qkv": strided(4, 3)}, {"proj": one_each(4)}),
+            "proj": Expected({"proj": one_each(6)}, {"head": one_each(6)}),
+        },
+    ),
     "multi_head": Case(
         MultiHead,
         sequence(4),
@@ -479,7 +504,11 @@ CASES = {
         image(2),
         {
             "left": Expected(
-                {"left": [[0], [1], [2], [], [], [], []], "right": [[], [], [], [0], [1], [2], [3]], "both": one_each(7)},
+                {
+                    "left": [[0], [1], [2], [], [], [], []],
+                    "right": [[], [], [], [0], [1], [2], [3]],
+                    "both": one_each(7),
+                },
                 {"head": one_each(7)},
             )
         },
@@ -570,7 +599,9 @@ class Snapshot:
             assert list(module._buffers) == names, f"buffers of {module}"
         named = list(self.model.named_parameters(remove_duplicate=False))
         assert [name for name, _ in named] == [known[0] for known in self.parameters]
-        for (name, value), (_, same, content, trainable, grad, grad_content) in zip(named, self.parameters, strict=True):
+        for (name, value), (_, same, content, trainable, grad, grad_content) in zip(
+            named, self.parameters, strict=True
+        ):
             assert value is same, f"identity of {name}"
             assert torch.equal(value, content), f"values of {name}"
             assert value.requires_grad is trainable, f"requires_grad of {name}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +49,9 @@ def run(
         str | None, typer.Option(help="Labels to keep, by name or index, separated by commas: 3,5.")
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of units to remove, in [0, 1).")] = None,
-    zeta: Annotated[float | None, typer.Option(help="Keep units that score at least this, in place of a ratio.")] = None,
+    zeta: Annotated[
+        float | None, typer.Option(help="Keep units that score at least this, in place of a ratio.")
+    ] = None,
     criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
     head: Annotated[str | None, typer.Option(help="keep, closed or open.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Keep a multiple of this many units in each group.")] = None,
@@ -57,11 +61,11 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.extraction import FILES, run_job
     from nns_plugin.jobs.recipe import load_recipe
 
     given: dict[str, Any] = {
-        "labels": None if labels is None else [_label(part) for part in labels.split(",")],
+        "labels": None if labels is None else [part.strip() for part in labels.split(",")],
         "ratio": ratio,
         "zeta": zeta,
         "criterion.name": criterion,
@@ -73,15 +77,12 @@ def run(
     sys.path.insert(0, "")  # factories may lie in the folder that the command is called from
     checked = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
     console = Console()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _notes(console):
         report = run_job(checked, output, progress=not quiet)
-    for message in dict.fromkeys(str(entry.message) for entry in caught if _is_ours(entry.category)):
-        console.print(f"note: {message}", style="yellow", highlight=False, markup=False)
     console.print(tables.comparison(report))
     console.print(tables.per_label(report))
     console.print(tables.kept_units(report))
-    console.print(f"written to {output}: baseline.onnx, subnet.onnx, subnet.safetensors, report.json", highlight=False)
+    console.print(f"written to {output}: {', '.join(FILES)}", highlight=False, markup=False)
     if not (report.baseline.parity.passed and report.subnet.parity.passed):
         console.print("parity FAILED: an ONNX file does not answer as its model does", style="bold red")
         raise typer.Exit(3)
@@ -108,9 +109,16 @@ def doctor() -> None:
         console.print(f"broken criterion plug-in {name!r}: {failure}", style="red", highlight=False, markup=False)
 
 
-def _label(text: str) -> int | str:
-    text = text.strip()
-    return int(text) if text.isdigit() else text
+@contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Print our own warnings as notes, each once, also when an error follows them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(entry.message) for entry in caught if _is_ours(entry.category)):
+                console.print(f"note: {message}", style="yellow", highlight=False, markup=False)
 
 
 def _is_ours(category: type[Warning]) -> bool:

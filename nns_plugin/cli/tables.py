@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
-from nns_plugin.jobs.environment import Host
-from nns_plugin.jobs.evaluation import LabelResult
-from nns_plugin.jobs.report import ModelReport, Report
+if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
+    from nns_plugin.jobs.environment import Host
+    from nns_plugin.jobs.report import Report
 
 
 def comparison(report: Report) -> Table:
     """Size, accuracy and latency of the dense model beside the subnet."""
-    table = Table(title=f"labels {', '.join(report.labels)} on {report.baseline.evaluation.inputs} held-out inputs")
+    table = Table(
+        title=escape(f"labels {', '.join(report.labels)} on {report.subnet.evaluation.inputs} held-out inputs")
+    )
     for column in ("", "dense", "subnet", "dense / subnet"):
         table.add_column(column, justify="left" if not column else "right")
     dense, subnet, latency = report.baseline, report.subnet, report.latency
-    for name, field in (("parameters", "parameters"), ("MACs for one input", "macs"), ("ONNX file, bytes", "file_bytes")):
+    for name, field in (
+        ("parameters", "parameters"),
+        ("MACs for one input", "macs"),
+        ("ONNX file, bytes", "file_bytes"),
+    ):
         left, right = getattr(dense, field), getattr(subnet, field)
         table.add_row(name, f"{left:,}", f"{right:,}", f"{left / right:.2f}")
     for name, left, right in (
@@ -35,7 +43,9 @@ def comparison(report: Report) -> Table:
     ):
         values = (getattr(dense.evaluation, field), getattr(subnet.evaluation, field))
         table.add_row(name, *(_percent(value) for value in values), "")
-    table.add_row("largest error of ONNX", f"{dense.parity.max_absolute_error:.1e}", f"{subnet.parity.max_absolute_error:.1e}", "")
+    table.add_row(
+        "largest error of ONNX", f"{dense.parity.max_absolute_error:.1e}", f"{subnet.parity.max_absolute_error:.1e}", ""
+    )
     table.add_row("parity", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
     table.caption = (
         f"latency: ONNX Runtime, {latency.provider}, batch {latency.batch}, {latency.threads} thread(s), "
@@ -45,18 +55,31 @@ def comparison(report: Report) -> Table:
 
 
 def per_label(report: Report) -> Table:
-    """Recall, false-positive rate and balanced accuracy of each label, dense beside subnet."""
-    table = Table(title="per label, %: dense -> subnet")
+    """Recall, false-positive rate, precision, balanced accuracy and AUROC of each label, dense above subnet."""
+    table = Table(title="per label, %")
     table.add_column("label")
-    for column in ("inputs", "recall", "false-positive rate", "precision", "balanced accuracy", "AUROC"):
+    table.add_column("model")
+    for column in ("inputs", "recall", "false pos.", "precision", "balanced acc.", "AUROC"):
         table.add_column(column, justify="right")
-    for dense, subnet in _pairs(report.baseline, report.subnet):
-        cells = [
-            f"{_percent(getattr(dense, field))} -> {_percent(getattr(subnet, field))}"
-            for field in ("recall", "false_positive_rate", "precision", "balanced_accuracy", "auroc")
-        ]
-        table.add_row(dense.label, str(subnet.inputs), *cells)
-    table.caption = f"worst label of the subnet: {report.subnet.evaluation.worst_label}"
+    models = (("dense", report.baseline), ("subnet", report.subnet))
+    for place, label in enumerate(report.labels):
+        for name, model in models:
+            result = model.evaluation.labels[place]
+            values = (
+                result.recall,
+                result.false_positive_rate,
+                result.precision,
+                result.balanced_accuracy,
+                result.auroc,
+            )
+            first = name == models[0][0]
+            table.add_row(
+                escape(label) if first else "", name, str(result.inputs), *map(_percent, values), end_section=not first
+            )
+    table.caption = (
+        f"false pos.: share of all other inputs answered with the label; worst label of the subnet: "
+        f"{escape(report.subnet.evaluation.worst_label)}"
+    )
     return table
 
 
@@ -67,7 +90,9 @@ def kept_units(report: Report) -> Table:
     for column in ("dense", "kept"):
         table.add_column(column, justify="right")
     for name, size in report.units.items():
-        table.add_row(name, str(size), str(len(report.kept_units[name])) if name in report.kept_units else "all")
+        table.add_row(
+            escape(name), str(size), str(len(report.kept_units[name])) if name in report.kept_units else "all"
+        )
     return table
 
 
@@ -77,7 +102,7 @@ def hosts(found: Iterable[Host]) -> Table:
     for column in ("package", "version", "to install"):
         table.add_column(column, overflow="fold")
     for host in found:
-        table.add_row(host.name, host.version or "missing", host.install.replace("[", "\\["))
+        table.add_row(host.name, host.version or "missing", escape(host.install))
     return table
 
 
@@ -89,10 +114,6 @@ def providers(found: Mapping[str, list[str]]) -> Table:
     for asked, got in found.items():
         table.add_row(asked, ", ".join(got))
     return table
-
-
-def _pairs(dense: ModelReport, subnet: ModelReport) -> Iterable[tuple[LabelResult, LabelResult]]:
-    return zip(dense.evaluation.labels, subnet.evaluation.labels, strict=True)
 
 
 def _percent(value: float | None) -> str:

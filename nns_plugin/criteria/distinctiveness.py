@@ -128,7 +128,9 @@ class Distinctiveness:
     def __post_init__(self) -> None:
         for name, kind in (("mode", Mode), ("vectors", Vectors)):
             if getattr(self, name) not in get_args(kind):
-                raise CriterionError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+                raise CriterionError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}"
+                )
         number = isinstance(self.center, (int, float)) and not isinstance(self.center, bool)
         if self.center not in (None, "mean") and not number:
             raise CriterionError(f"center is {self.center!r}; it must be None, a number or 'mean'")

@@ -187,15 +187,24 @@ def resolve_label(label: int | str, names: Sequence[str]) -> int:
     Raises:
         LabelError: If there is no such label.
     """
-    if isinstance(label, str) and label in names:
-        return names.index(label)
+    if isinstance(label, str):
+        if label in names:
+            return names.index(label)
+        label = int(label) if label.isdecimal() else label
     try:
-        index = -1 if isinstance(label, (str, bool)) else operator.index(label)  # NumPy's and torch's integers too
+        index = -1 if isinstance(label, (bool, str)) else operator.index(label)
     except TypeError:
         index = -1
-    if 0 <= index < len(names):
-        return index
-    raise LabelError(f"label {label!r} does not exist; expected an index in 0..{len(names) - 1} or one of {', '.join(names)}")
+    if index >= 0:
+        if str(index) in names and names.index(str(index)) != index:
+            raise LabelError(
+                f"label {index} is ambiguous: it is the name of label number {names.index(str(index))}; give the name as text"
+            )
+        if 0 <= index < len(names):
+            return index
+    raise LabelError(
+        f"label {label!r} does not exist; expected an index in 0..{len(names) - 1} or one of {', '.join(names)}"
+    )
 
 
 def _check(record: Record, port: Port) -> Record:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from nns_plugin.errors import RecipeError
@@ -46,7 +47,22 @@ class Datasets:
                 raise RecipeError(f"data.factory: {factory} returned the keys {sorted(made)}; expected {sorted(known)}")
             made = cls(**made)
         if not isinstance(made, cls):
-            raise RecipeError(f"data.factory: {factory} returned a {type(made).__name__}; expected Datasets or a mapping")
+            raise RecipeError(
+                f"data.factory: {factory} returned a {type(made).__name__}; expected Datasets or a mapping"
+            )
+        if isinstance(made.label_names, str) or not isinstance(made.label_names, Sequence):
+            raise RecipeError(
+                f"data.factory: {factory} returned label_names={made.label_names!r}; expected a list of names"
+            )
+        for field in ("calibration", "test", "train"):
+            loader = getattr(made, field)
+            if loader is None and field == "train":
+                continue
+            if isinstance(loader, (str, Tensor, Mapping)) or not hasattr(loader, "__iter__") or iter(loader) is loader:
+                raise RecipeError(
+                    f"data.factory: {factory} returned a {type(loader).__name__} for {field!r}; expected batches that can "
+                    "be gone through again and again, such as a DataLoader or a list"
+                )
         names = tuple(str(name) for name in made.label_names)
         if not names or len(set(names)) != len(names):
             raise RecipeError(f"data.factory: {factory} returned the label names {names}; they must be distinct")

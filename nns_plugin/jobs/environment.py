@@ -55,7 +55,11 @@ def hosts() -> tuple[Host, ...]:
 def versions() -> dict[str, str]:
     """Versions of Python, nns-plugin and every host; "not installed" where missing."""
     found = {host.name: host.version or "not installed" for host in hosts()}
-    return {"python": platform.python_version(), "nns-plugin": _version("nns-plugin", "nns_plugin") or "source", **found}
+    return {
+        "python": platform.python_version(),
+        "nns-plugin": _version("nns-plugin", "nns_plugin") or "source",
+        **found,
+    }
 
 
 def providers() -> dict[str, list[str]]:

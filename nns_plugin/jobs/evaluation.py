@@ -17,6 +17,7 @@ from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.preserve import preserved
 
+
 @dataclass(frozen=True)
 class LabelResult:
     """How well one label is recognised, as one against all other inputs that were evaluated.
@@ -91,7 +92,9 @@ def predict(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> 
     return joined, torch.cat(labels)
 
 
-def evaluate(logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chosen: Sequence[int], names: Sequence[str]) -> Evaluation:
+def evaluate(
+    logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chosen: Sequence[int], names: Sequence[str]
+) -> Evaluation:
     """Evaluate outputs for a label set.
 
     Args:
@@ -106,9 +109,12 @@ def evaluate(logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chos
         "other") or the set is all there is; on the inputs of the set alone otherwise (a closed head).
 
     Raises:
-        LabelError: If a label of the set has no output or no test input.
+        LabelError: If a label is out of range, or one of the set has no output or no test input.
     """
-    truth, probability = labels.numpy(), logits.double().softmax(1).numpy()
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(names):
+        raise LabelError(f"the test data has labels {low}..{high}; expected 0..{len(names) - 1}")
+    truth, probability = labels.numpy(), _probabilities(logits.double()).numpy()
     column = {label: place for place, label in enumerate(outputs) if label is not None}
     for label in chosen:
         if label not in column:
@@ -135,6 +141,12 @@ def evaluate(logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chos
         mean_balanced_accuracy=None if None in balanced else float(np.mean([value or 0.0 for value in balanced])),
         worst_label=min(results, key=_badness).label,
     )
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Softmax of logits; outputs of a model that ends in a softmax are probabilities already."""
+    sums = bool((outputs.sum(1) - 1).abs().max() < 1e-4)
+    return outputs if sums and bool((outputs >= 0).all()) and outputs.shape[1] > 1 else outputs.softmax(1)
 
 
 def _badness(result: LabelResult) -> float:

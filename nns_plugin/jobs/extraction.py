@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nns_plugin.adapters.dependency_graph import (
     build_graph,
@@ -27,7 +31,7 @@ from nns_plugin.adapters.torch_pruning import count_operations
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.criteria.semantic import resolve_label
-from nns_plugin.errors import CriterionError, LabelError, PruningError, RecipeError
+from nns_plugin.errors import CalibrationError, CriterionError, LabelError, NNSError, PruningError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.heads import OTHER, close_head, fit_other, linear_head, open_head
 from nns_plugin.jobs.datasets import Datasets
@@ -43,6 +47,9 @@ from nns_plugin.selection import keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics_file import write_safetensors
 from nns_plugin.taps import collect_inputs
 from nns_plugin.units import UnitGroup
+
+EVIDENCE = ("statistics", "model")
+FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +85,13 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
         NNSError: If anything is wrong with the recipe, the model, the data or the folder.
     """
     check_provider(recipe.measure.provider)
-    with staged_folder(output) as staging, _seeded(recipe.seed):
+    criterion_class(recipe)
+    with staged_folder(output, FILES) as staging, _seeded(recipe.seed):
         data = Datasets.parse(
             call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
         )
         chosen = _chosen(recipe, data.label_names)
+        _test_inputs(data, 1)
         dense = _dense_model(recipe, data, progress)
         pruned = extract(dense, data, recipe, chosen, progress)
         return _prove(recipe, data, chosen, dense, pruned, staging, progress)
@@ -108,9 +117,13 @@ def extract(
     graph = build_graph(model, data.example_inputs)
     groups = graph_groups(graph, resolve_layers(model, recipe.ignored_layers))
     if not groups:
-        raise PruningError("nothing in this model can be pruned: it has no unit that is written and read inside it")
+        raise PruningError(
+            "nothing in this model can be pruned: no group of units is left beside the output, ignored layers "
+            f"({', '.join(recipe.ignored_layers) or 'none'}) and groups that warnings name"
+        )
     heads = output_layers(graph)
-    statistics = calibrate(model, data.calibration, groups, labels=data.label_names, progress=progress)
+    with stage("data.calibration"):
+        statistics = calibrate(model, data.calibration, groups, labels=data.label_names, progress=progress)
     criterion = _criterion(recipe, {"statistics": statistics, "model": model}, chosen)
     scores = score_groups(criterion, groups)
     if recipe.zeta is not None:
@@ -123,7 +136,7 @@ def extract(
             units = torch.arange(group.size)
             remove_units(graph, group, units[~torch.isin(units, kept[group.name])])
     if recipe.reestimate_batch_norms:
-        reestimate_batch_norms(model, data.calibration)
+        reestimate_batch_norms(model, data.calibration, progress)
     outputs = _shrink_head(model, heads, data, recipe, chosen, progress)
     if recipe.fine_tune.epochs:
         _train(model, data, recipe, "fine_tune", outputs, progress)
@@ -144,14 +157,20 @@ def _prove(
     label_set = list(range(len(data.label_names))) if chosen is None else list(chosen)
     settings = recipe.measure
     batch = _test_inputs(data, settings.batch)
+    closed = pruned.outputs == tuple(label_set)
     reports = {}
-    for name, model, outputs in (("baseline", dense, everything), ("subnet", pruned.model, pruned.outputs)):
+    pair = (("baseline", dense, everything), ("subnet", pruned.model, pruned.outputs))
+    for name, model, outputs in tqdm(pair, desc="exporting and evaluating", disable=not progress, leave=False):
         path = staging / f"{name}.onnx"
         names = [OTHER if label is None else data.label_names[label] for label in outputs]
         export(model, data.example_inputs, path, label_names=names, opset=recipe.export.opset)
-        logits, labels = predict(model, data.test, progress)
+        with stage("data.test"):
+            logits, labels = predict(model, data.test, progress)
+        judged = outputs
+        if closed:  # the dense model is judged as the subnet is: among the set, on the inputs of the set
+            logits, judged = logits[:, [outputs.index(label) for label in label_set]], tuple(label_set)
         reports[name] = ModelReport.of(
-            evaluation=evaluate(logits, labels, outputs, label_set, data.label_names),
+            evaluation=evaluate(logits, labels, judged, label_set, data.label_names),
             operations=count_operations(model, data.example_inputs),
             path=path,
             outputs=names,
@@ -203,7 +222,9 @@ def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:
     section = recipe.model
     model = call_factory("model.factory", section.factory, section.arguments)
     if not isinstance(model, nn.Module):
-        raise RecipeError(f"model.factory: {section.factory} returned a {type(model).__name__}; expected a torch module")
+        raise RecipeError(
+            f"model.factory: {section.factory} returned a {type(model).__name__}; expected a torch module"
+        )
     if section.checkpoint is not None:
         _load_checkpoint(model, section.checkpoint)
     if recipe.train.epochs:
@@ -239,30 +260,49 @@ def _train(
     section = getattr(recipe, field)
     other = outputs.index(None) if None in outputs else -1
     targets = [outputs.index(label) if label in outputs else other for label in range(len(data.label_names))]
-    train_classifier(
-        model,
-        data.train,
-        epochs=section.epochs,
-        learning_rate=section.learning_rate,
-        weight_decay=section.weight_decay,
-        target_of_label=torch.tensor(targets),
-        title="training" if field == "train" else "fine-tuning",
-        progress=progress,
-    )
+    with stage("data.train"):
+        train_classifier(
+            model,
+            data.train,
+            epochs=section.epochs,
+            learning_rate=section.learning_rate,
+            weight_decay=section.weight_decay,
+            target_of_label=torch.tensor(targets),
+            title="training" if field == "train" else "fine-tuning",
+            progress=progress,
+        )
+
+
+def criterion_class(recipe: Recipe) -> type[Any]:
+    """The criterion that a recipe names, after a look at its options.
+
+    Raises:
+        CriterionError: If it needs something that a recipe cannot provide.
+        RecipeError: If an option does not exist or contradicts the recipe.
+    """
+    name, options = recipe.criterion.name, recipe.criterion.options
+    criterion = find(name)
+    missing = [need for need in criterion.requires if need not in EVIDENCE]
+    if missing:
+        raise CriterionError(f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide")
+    taken = {*criterion.requires, "labels"}
+    allowed = [option for option in inspect.signature(criterion).parameters if option not in taken]
+    for option in options:
+        if option not in allowed:
+            raise RecipeError(f"criterion.options: found {option!r}; {name!r} has the options {', '.join(allowed)}")
+    return criterion
 
 
 def _criterion(recipe: Recipe, evidence: Mapping[str, Any], chosen: Sequence[int] | None) -> Any:
-    name, options = recipe.criterion.name, dict(recipe.criterion.options)
-    criterion = find(name)
-    missing = [need for need in criterion.requires if need not in evidence]
-    if missing:
-        raise CriterionError(f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide")
-    arguments = {need: evidence[need] for need in criterion.requires}
+    criterion = criterion_class(recipe)
+    arguments = {need: evidence[need] for need in criterion.requires} | recipe.criterion.options
     if getattr(criterion, "accepts_labels", False):
-        options.setdefault("labels", chosen)
+        arguments["labels"] = chosen
     try:
-        return criterion(**arguments, **options)
-    except TypeError as error:
+        return criterion(**arguments)
+    except (CriterionError, TypeError, ValueError) as error:
+        if isinstance(error, LabelError):
+            raise
         raise RecipeError(f"criterion.options: {' '.join(str(error).split())}") from error
 
 
@@ -312,12 +352,18 @@ def _check_runs(model: nn.Module, example_inputs: Any, outputs: int) -> None:
             ) from error
     if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] != outputs:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise PruningError(f"the model gives {shape} for the example inputs; expected [N, {outputs}], one column a label")
+        raise PruningError(
+            f"the model gives {shape} for the example inputs; expected [N, {outputs}], one column a label"
+        )
 
 
 def _test_inputs(data: Datasets, count: int) -> Any:
     """The first inputs of the test data, repeated if they are too few."""
-    batch = parse_batch(next(iter(data.test)), 0)
+    with stage("data.test"):
+        item = next(iter(data.test), None)
+        if item is None:
+            raise CalibrationError("the test loader is empty; it must yield at least one batch")
+        batch = parse_batch(item, 0)
 
     def take(tensor: Tensor) -> Tensor:
         repeats = -(-count // tensor.shape[0])
@@ -334,4 +380,22 @@ def _test_inputs(data: Datasets, count: int) -> Any:
 def _seeded(seed: int) -> Iterator[None]:
     with preserved_rng():
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         yield
+
+
+@contextmanager
+def stage(field: str) -> Iterator[None]:
+    """Name the field of the recipe whose code or data failed.
+
+    Raises:
+        RecipeError: For whatever the user's code or data raises that is no error of ours.
+    """
+    try:
+        yield
+    except NNSError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise RecipeError(f"{field}: {type(error).__name__}: {text[:300]}") from error

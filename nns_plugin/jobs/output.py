@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,14 @@ from nns_plugin.errors import RecipeError
 
 
 @contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
+def staged_folder(output: Path, names: Sequence[str]) -> Iterator[Path]:
     """A temporary folder whose files move to ``output`` if the block succeeds.
 
     It lies inside ``output``, so that moving is a rename; an ``output`` that was made for it goes again on failure.
+
+    Args:
+        output: The folder; made if missing.
+        names: The files that will be written there.
 
     Raises:
         RecipeError: At once if ``output`` cannot be written.
@@ -29,14 +33,22 @@ def staged_folder(output: Path) -> Iterator[Path]:
         _remove_empty(made)
         raise RecipeError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
     try:
+        for name in names:
+            if (output / name).is_dir():
+                raise RecipeError(f"output: {str(output / name)!r} is a folder; expected to write a file there")
         yield staging
-        for file in sorted(staging.iterdir()):
-            os.replace(file, output / file.name)
-    except OSError as error:
-        raise RecipeError(f"output: {str(output)!r} cannot be written: {error}") from error
+        _move(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(made)
+
+
+def _move(staging: Path, output: Path) -> None:
+    try:
+        for file in sorted(staging.iterdir()):
+            os.replace(file, output / file.name)
+    except OSError as error:
+        raise RecipeError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
 
 
 def _remove_empty(folders: list[Path]) -> None:

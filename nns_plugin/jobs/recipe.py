@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nns_plugin.criteria import available
 from nns_plugin.errors import NNSError, RecipeError
@@ -20,7 +29,7 @@ Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 class Section(BaseModel):
     """A part of the recipe: unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -56,26 +65,32 @@ class CriterionSection(Section):
 class TrainingSection(Section):
     """Training with AdamW and a one-cycle schedule."""
 
-    epochs: int = Field(0, ge=0)
-    learning_rate: float = Field(0.003, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    epochs: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0.003, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+
+
+class FineTuningSection(TrainingSection):
+    """Training after removal, at a lower rate."""
+
+    learning_rate: float = Field(default=0.001, gt=0)
 
 
 class ExportSection(Section):
     """How the models become ONNX files."""
 
-    opset: int | None = Field(None, ge=18)
+    opset: int | None = Field(default=None, ge=18)
 
 
 class MeasureSection(Section):
     """How parity and latency are measured."""
 
     provider: str = "cpu"
-    threads: int = Field(1, ge=1)
-    batch: int = Field(1, ge=1)
-    samples: int = Field(300, ge=20)
-    rtol: float = Field(1e-3, ge=0)
-    atol: float = Field(1e-5, ge=0)
+    threads: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1)
+    samples: int = Field(default=300, ge=20)
+    rtol: float = Field(default=1e-3, ge=0)
+    atol: float = Field(default=1e-5, ge=0)
 
 
 class Recipe(Section):
@@ -83,20 +98,20 @@ class Recipe(Section):
 
     model: ModelSection
     data: DataSection
-    labels: list[int | str] | None = Field(None, min_length=1)
+    labels: list[StrictInt | StrictStr] | None = Field(default=None, min_length=1)
     criterion: CriterionSection = CriterionSection()
-    ratio: float | None = Field(None, ge=0, lt=1)
-    zeta: float | None = Field(None, ge=0, le=1)
+    ratio: float | None = Field(default=None, ge=0, lt=1)
+    zeta: float | None = Field(default=None, ge=0, le=1)
     across_groups: bool = False
-    round_to: int = Field(1, ge=1)
+    round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
     reestimate_batch_norms: bool = True
     head: Head | None = None
     train: TrainingSection = TrainingSection()
-    fine_tune: TrainingSection = TrainingSection(learning_rate=0.001)
+    fine_tune: FineTuningSection = FineTuningSection()
     export: ExportSection = ExportSection()
     measure: MeasureSection = MeasureSection()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("criterion", mode="before")
     @classmethod
@@ -148,7 +163,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         content["criterion"] = {"name": content["criterion"]}
     for name, value in (overrides or {}).items():
         for one, other in (("ratio", "zeta"), ("zeta", "ratio")):
-            if name == one:
+            if name == one and other not in (overrides or {}):
                 content.pop(other, None)
         _set(content, name.split("."), value, source)
     try:
@@ -175,7 +190,7 @@ def call_factory(field: str, reference: str, arguments: Mapping[str, Any]) -> An
         found: Any = importlib.import_module(module_name)
         for name in path.split("."):
             found = getattr(found, name)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise RecipeError(f"{field}: {reference!r} cannot be imported: {_one_line(error)}") from error
     if not isinstance(found, Callable):  # type: ignore[arg-type]
         raise RecipeError(f"{field}: {reference!r} is a {type(found).__name__}; expected a callable")
@@ -183,7 +198,7 @@ def call_factory(field: str, reference: str, arguments: Mapping[str, Any]) -> An
         return found(**arguments)
     except NNSError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(f"{field}: {reference!r} called with {dict(arguments)} raised {_one_line(error)}") from error
 
 

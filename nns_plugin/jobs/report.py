@@ -10,6 +10,7 @@ from typing import Any
 from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
 from nns_plugin.jobs.evaluation import Evaluation
 
+
 @dataclass(frozen=True)
 class ModelReport:
     """What was measured of one model.

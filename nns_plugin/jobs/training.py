@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.errors import CalibrationError, RecipeError
+from nns_plugin.errors import CalibrationError, LabelError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 
 
@@ -39,9 +39,10 @@ def train_classifier(
 
     Raises:
         CalibrationError: If the loader yields no labelled inputs.
+        LabelError: If a label is out of range.
         RecipeError: If the loss is no longer finite.
     """
-    batches = sum(1 for _ in loader)
+    batches = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
     if batches == 0:
         raise CalibrationError("the training loader is empty; it must yield at least one batch")
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
@@ -54,7 +55,7 @@ def train_classifier(
                 batch = parse_batch(item, number)
                 if batch.labels is None:
                     raise CalibrationError("the training loader yields inputs alone; expected (inputs, labels)")
-                targets = batch.labels if target_of_label is None else target_of_label[batch.labels]
+                targets = batch.labels if target_of_label is None else _targets(batch.labels, target_of_label, number)
                 targets = targets.to(device)
                 logits = run_model(model, to_device(batch.inputs, device))
                 loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1)
@@ -70,3 +71,12 @@ def train_classifier(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     optimizer.zero_grad()
     model.eval()
+
+
+def _targets(labels: Tensor, target_of_label: Tensor, number: int) -> Tensor:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= target_of_label.numel():
+        raise LabelError(
+            f"batch {number} of the training loader has labels {low}..{high}; expected 0..{target_of_label.numel() - 1}"
+        )
+    return target_of_label[labels]
