@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch_pruning as tp
@@ -17,14 +17,21 @@ from tqdm.auto import tqdm
 from nns_plugin.adapters.dependency_graph import UnusableGroupWarning, graph_groups, trace_group
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.compensation import RIDGE, means, mixing, take_over
-from nns_plugin.consumers import add_to_bias, channel_groups, has_bias, reading_matrices, write_matrices
+from nns_plugin.consumers import (
+    add_to_bias,
+    channel_groups,
+    has_bias,
+    reading_matrices,
+    weight_of,
+    write_matrices,
+)
 from nns_plugin.errors import GroupError, PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.forward import device_of, parse_batch, to_device
-from nns_plugin.observe import calibrate
+from nns_plugin.observe import axis_length, calibrate
 from nns_plugin.preserve import in_evaluation, preserved
 from nns_plugin.refit import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
-from nns_plugin.statistics import Record, Statistics
+from nns_plugin.statistics import Layout, Record, Statistics
 from nns_plugin.taps import execution_order, tap
 from nns_plugin.units import UnitGroup
 
@@ -260,7 +267,8 @@ def add_shift(module: nn.Module, norm: nn.Module | None, shift: Tensor) -> None:
     if has_bias(module):
         add_to_bias(module, shift)
     elif norm is not None:
-        norm.running_mean.sub_(shift.to(norm.running_mean))  # type: ignore[union-attr, operator]
+        running_mean = cast(Tensor, norm.running_mean)
+        running_mean.sub_(shift.to(running_mean))
 
 
 def following_norm(graph: tp.DependencyGraph, module: nn.Module) -> nn.Module | None:
@@ -289,35 +297,29 @@ def _worse_than_nothing(
         module, layout = model.get_submodule(name), statistics.records["in", name].layout
         before = reading_matrices(module, layout) or []
         taken = [torch.where(new == 0, old, 0.0) for new, old in zip(matrices, before, strict=True)]
-        planned, nothing = copy.deepcopy(module), copy.deepcopy(module)
-        write_matrices(planned, layout, [new - old for new, old in zip(matrices, before, strict=True)])
-        write_matrices(nothing, layout, taken)
-        changes[name] = (planned, nothing, shift)
+        changed = [new - old for new, old in zip(matrices, before, strict=True)]
+        changes[name] = (
+            _difference(module, layout, changed, shift),
+            _difference(module, layout, taken, torch.zeros_like(shift)),
+        )
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in changes}
     device = device_of(model)
     with preserved(model), torch.no_grad():
         model.eval()
         for number, item in enumerate(loader):
             inputs = to_device(parse_batch(item, number).inputs, device)
-            for name, (planned, nothing, shift) in changes.items():
-                errors[name] += _errors(planned, nothing, shift, tap(model, name, inputs, "in"))
+            for name, layers in changes.items():
+                reached = tap(model, name, inputs, "in")
+                errors[name] += torch.stack([layer(reached).double().square().sum().cpu() for layer in layers])
     return {name for name, (planned, nothing) in errors.items() if not float(planned) <= float(nothing)}
 
 
-def _errors(planned: nn.Module, nothing: nn.Module, shift: Tensor, inputs: Tensor) -> Tensor:
-    values = []
-    for change, rise in ((planned, shift), (nothing, None)):
-        output = change(inputs)
-        base = change.bias
-        axis = (1, -1) if isinstance(change, nn.modules.conv._ConvNd) else (-1, 1)
-        shape = [1] * output.dim()
-        shape[axis[0]] = -1
-        if base is not None:
-            output = output - base.reshape(shape)
-        if rise is not None:
-            output = output + rise.to(output).reshape(shape)
-        values.append(output.double().square().sum().cpu())
-    return torch.stack(values)
+def _difference(module: nn.Module, layout: Layout, matrices: Sequence[Tensor], shift: Tensor) -> nn.Module:
+    """A layer like another one, whose weights and bias are the given ones."""
+    layer = copy.deepcopy(module)
+    write_matrices(layer, layout, matrices)
+    layer.bias = nn.Parameter(shift.to(weight_of(layer)))
+    return layer
 
 
 def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:
@@ -392,7 +394,7 @@ def _apply(module: nn.Module, norm: nn.Module | None, sums: LeastSquares, ridge:
     groups, outputs, _ = weights.shape
     bias = torch.zeros(groups, outputs, 1, dtype=torch.float64)
     if has_bias(module):
-        bias = module.bias.detach().double().cpu().reshape(groups, outputs, 1)  # type: ignore[union-attr, operator]
+        bias = cast(Tensor, module.bias).detach().double().cpu().reshape(groups, outputs, 1)
     prior = torch.cat([weights, bias], 2)
     solution = sums.solve(prior, has_bias(module) or norm is not None, ridge)
     if not sums.error(solution) <= sums.error(prior):
@@ -410,7 +412,7 @@ def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Ten
     kept = {}
     for name, parts in gone.items():
         module = dense.get_submodule(name)
-        length = module.out_channels if isinstance(module, nn.modules.conv._ConvNd) else module.out_features
+        length = axis_length(module, "out", name)
         everything = torch.arange(length)
         kept[name] = everything[~torch.isin(everything, torch.cat(parts))]
     return kept

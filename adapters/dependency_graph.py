@@ -91,7 +91,7 @@ def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
             # Tensors of inference mode, which clone() makes ordinary, have no gradients.
             graph.example_inputs = map_tensors(example_inputs, lambda value: value.to(device_of(model)).clone())
             # Without forward_fn, the host takes a batch apart and calls the model on its inputs as if they were many.
-            return graph.build_dependency(
+            graph.build_dependency(
                 model, graph.example_inputs, forward_fn=run_model, output_transform=_own_operations, verbose=False
             )
         except Exception as error:
@@ -99,6 +99,7 @@ def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
                 f"the model cannot be traced on example inputs of shape {_shapes(example_inputs)}: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
+    return graph
 
 
 def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
@@ -200,8 +201,8 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
         axis = axis_length(model.get_submodule(port.name), role, port.name)
         if port.index.numel() > axis:
             raise PruningError(
-                f"group {group.name!r} has {port.index.numel()} positions at {port.name!r}, which has {axis} now; narrow "
-                "the group after each removal, or trace the model again"
+                f"group {group.name!r} has {port.index.numel()} positions at {port.name!r}, which has {axis} now; "
+                "narrow the group after each removal, or trace the model again"
             )
         if port.positions(units).numel() == axis:
             raise PruningError(
@@ -292,7 +293,8 @@ def _misread(graph: TracedGraph, groups: Sequence[UnitGroup]) -> dict[str, str]:
             return misread(model, graph.example_inputs, groups)
         except RuntimeError as error:  # operations without gradients, or that overwrite what gradients need
             warnings.warn(
-                f"where units are read could not be checked, torch-pruning's word is taken for it: {str(error).splitlines()[0]}",
+                "where units are read could not be checked, torch-pruning's word is taken for it: "
+                f"{str(error).splitlines()[0]}",
                 UncheckedGroupsWarning,
                 stacklevel=4,
             )
@@ -302,7 +304,13 @@ def _misread(graph: TracedGraph, groups: Sequence[UnitGroup]) -> dict[str, str]:
 def _own_operations(outputs: Any) -> list[Tensor]:
     """Give every output an operation of its own, so that the graph has a node for it."""
     found: list[Tensor] = []
-    map_tensors(outputs, lambda value: found.append(value + 0) or value if value.requires_grad else value)
+
+    def keep(value: Tensor) -> Tensor:
+        if value.requires_grad:
+            found.append(value + 0)
+        return value
+
+    map_tensors(outputs, keep)
     if not found:
         raise GroupError("no output of the model has a gradient")
     return found

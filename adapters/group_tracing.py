@@ -94,7 +94,8 @@ def _components(count: int, links: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
             label.scatter_reduce_(0, right, smallest, "amin")
         if torch.equal(label, before):
             break
-    return label.unique(return_inverse=True)[1]
+    number: Tensor = label.unique(return_inverse=True)[1]
+    return number
 
 
 def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Tensor]]:
@@ -110,8 +111,8 @@ def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Te
     index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
     if index.numel() != whole:
         raise GroupError(
-            f"it owns {index.numel()} of {whole} positions of {name_of(graph, item.dep)!r}, whose {coupled} groups must "
-            "stay equal; units of several groups would have to go together"
+            f"it owns {index.numel()} of {whole} positions of {name_of(graph, item.dep)!r}, whose {coupled} groups "
+            "must stay equal; units of several groups would have to go together"
         )
     by_offset = root[index.argsort()].reshape(coupled, -1)
     return [(by_offset[0].repeat(coupled - 1), by_offset[1:].flatten())]
@@ -134,7 +135,7 @@ def _reader_links(host_group: tp.dependency.Group, reader: Any) -> list[tuple[Te
 
 def _unread(ports: Sequence[tuple[str, Port]], unit_of_root: Tensor) -> bool:
     read = torch.cat([port.unit for role, port in ports if role == "in"])
-    return unit_of_root[read].unique().numel() <= int(unit_of_root.max())
+    return len(set(unit_of_root[read].tolist())) <= int(unit_of_root.max())
 
 
 def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
@@ -142,7 +143,7 @@ def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
     if isinstance(module, nn.GroupNorm):
         return module.num_groups
     if isinstance(module, nn.MultiheadAttention):
-        return module.num_heads
+        return int(module.num_heads)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not _is_depthwise(module):
         return module.groups
     if isinstance(module, tp.ops._SplitOp) and module.split_sizes:

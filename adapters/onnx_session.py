@@ -79,15 +79,19 @@ class Arguments(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """Number of inputs."""
         return len(next(iter((*self.args, *self.kwargs.values()))))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Arguments:
+        """The same arguments with every tensor changed."""
         return Arguments(tuple(map(change, self.args)), {name: change(t) for name, t in self.kwargs.items()})
 
     def doubled(self) -> Arguments:
+        """The batch twice, one after the other."""
         return self.map(lambda tensor: torch.cat([tensor, tensor]))
 
     def to(self, device: torch.device) -> Arguments:
+        """The same arguments on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
 
@@ -275,6 +279,7 @@ def feed_of(session: Any, arguments: Arguments, path: object) -> dict[str, npt.N
 
 
 def run_session(session: Any, feed: Mapping[str, npt.NDArray[Any]], path: object) -> list[npt.NDArray[Any]]:
+    """Outputs of one run, in the order of the session; raises ExportError if it cannot run on the inputs."""
     try:
         return list(session.run(None, feed))
     except Exception as error:

@@ -32,6 +32,11 @@ class FollowedStatistics:
     ``load_state_dict`` advance; writing to a parameter's ``.data`` is not noticed.
     """
 
+    _graph: weakref.ref[Any] | None
+    _seen: int
+    _marks: list[tuple[weakref.ref[Any], int]]
+    _roots: dict[tuple[str, bool], tuple[str, list[int]]]
+
     def __init__(
         self, statistics: Statistics, recollect: Callable[[tp.DependencyGraph], Statistics] | None = None
     ) -> None:
@@ -128,10 +133,10 @@ class FollowedStatistics:
         self._roots = {}
 
     def _forget(self) -> None:
-        self._graph: weakref.ref[Any] | None = None
+        self._graph = None
         self._seen = 0
-        self._marks: list[tuple[weakref.ref[Any], int]] = []
-        self._roots: dict[tuple[str, bool], tuple[str, list[int]]] = {}
+        self._marks = []
+        self._roots = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_statistics": self._statistics, "_recollect": self._recollect}

@@ -90,10 +90,8 @@ def _follows_codes(
     if not flow.coded:
         _code(flow, weights, groups)
     for port in group.producers:
-        codes = (
-            _codes(group)[port.unit].to(flow.writes[port.name][0].device)[:, None] if port.name in flow.writes else None
-        )
         for leaf in flow.writes.get(port.name, []):
+            codes = _codes(group)[port.unit].to(leaf.device)[:, None]
             plain, weighted = (flow.by_position(port.name, value)[port.index] for value in flow.coded[id(leaf)])
             slack = 1e-3 * plain.abs() + 1e-6 * plain.abs().amax()
             if bool(((weighted - codes * plain).abs() > slack).any()):
@@ -220,7 +218,8 @@ def _recorded(model: nn.Module, groups: Sequence[UnitGroup]) -> Iterator[_Flow]:
 
 def _straight_through(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A norm over channels with its own values, but the gradients of the identity: it does not move positions."""
-    return output.detach() + (args[0] - args[0].detach())
+    x: Tensor = args[0]
+    return output.detach() + (x - x.detach())
 
 
 def _reader(flow: _Flow, name: str) -> Any:

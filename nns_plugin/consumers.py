@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from nns_plugin.statistics import Layout
 
 Convolution = nn.modules.conv._ConvNd
 Transposed = nn.modules.conv._ConvTransposeNd
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that has exactly one."""
+    return cast(Tensor, module.weight)
 
 
 def channel_groups(module: nn.Module) -> int:
@@ -70,14 +76,14 @@ def write_matrices(module: nn.Module, layout: Layout, matrices: Sequence[Tensor]
         for name, part in zip(names, matrices[0][:, 0].chunk(len(names)), strict=True):
             getattr(module, name).copy_(part)
         return
-    weight = module.weight
+    weight = weight_of(module)
     if isinstance(module, nn.Linear):
         value = matrices[0].transpose(1, 2).reshape(weight.shape)
     elif isinstance(module, Transposed):
         value = torch.cat([part.permute(2, 0, 1) for part in matrices], 0).reshape(weight.shape)
     else:
         value = torch.cat([part.transpose(1, 2) for part in matrices], 0).reshape(weight.shape)
-    weight.copy_(value)  # type: ignore[operator]
+    weight.copy_(value)
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -94,7 +100,8 @@ def add_to_bias(module: nn.Module, shift: Tensor) -> None:
             bias = getattr(module, name)
             bias.copy_(bias.double() + part.to(bias.device))
         return
-    module.bias.copy_(module.bias.double() + shift.to(module.bias.device))  # type: ignore[union-attr, operator]
+    bias = cast(Tensor, module.bias)
+    bias.copy_(bias.double() + shift.to(bias.device))
 
 
 def _input_weights(module: nn.RNNBase) -> list[str]:

@@ -40,8 +40,9 @@ def calibrate(
 
     The model runs in evaluation mode without gradients and is left exactly as it was found, random number
     generators included, also when its forward raises. Under ``torch.distributed`` the sums of all processes are
-    reduced. Memory is O(labels x units), plus O(units^2) with Gram matrices, whatever the number of inputs. Dimension 0 of every observed activation
-    must be the batch, or a whole multiple of it (windows, heads) with the inputs in order.
+    reduced. Memory is O(labels x units), plus O(units^2) with Gram matrices, whatever the number of inputs. Dimension
+    0 of every observed activation must be the batch, or a whole multiple of it (windows, heads) with the inputs in
+    order.
 
     Args:
         model: The model; runs on the device of its first parameter.
@@ -130,8 +131,8 @@ def _agree(outcome: Statistics | Exception) -> None:
         raise CalibrationError(f"calibration failed in {failures} of {count} processes; see their errors")
     if not failures and outcomes.unique().numel() > 1:
         raise CalibrationError(
-            "the processes calibrate different models, groups or labels; give all of them the same weights and buffers, "
-            "groups, labels and threshold"
+            "the processes calibrate different models, groups or labels; give all of them the same weights and "
+            "buffers, groups, labels and threshold"
         )
 
 
@@ -211,8 +212,8 @@ class _Run:
                 found = f"{activation.dtype}{list(activation.shape)}"
             raise CalibrationError(
                 f"module {collector.name!r} works on {found}; expected a floating-point tensor of "
-                f"{collector.dimensions or 'two or more'} dimensions whose dimension {int(collector.time_first)} is the "
-                f"batch of {self.size} or a whole multiple of it"
+                f"{collector.dimensions or 'two or more'} dimensions whose dimension {int(collector.time_first)} is "
+                f"the batch of {self.size} or a whole multiple of it"
             )
         # Readers of one tensor are reduced once; the weak reference proves that an identity was not used again.
         axes = (collector.channels_second, collector.time_first, collector.gram_groups)
@@ -281,8 +282,9 @@ def _collectors(
         layout = layout_of(groups, (side, name), axis_length(module, side, name), pool)
         layout = next((known for known in layouts if known.same(layout)), layout)
         layouts.append(layout)
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        dimensions = len(module.kernel_size) + 2 if convolution else 3 if hasattr(module, "batch_first") else None
+        dimensions: int | None = 3 if hasattr(module, "batch_first") else None
+        if convolution := isinstance(module, nn.modules.conv._ConvNd):
+            dimensions = len(module.kernel_size) + 2
         time_first = getattr(module, "batch_first", True) is False
         gram_groups = _gram_groups(module, side, layout, max_gram_units, name)
         collectors[side, name] = _Collector(name, layout, convolution, time_first, dimensions, module, gram_groups)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from nns_plugin.compensation import solve_positive
-from nns_plugin.consumers import Convolution, Transposed
+from nns_plugin.consumers import Convolution, Transposed, channel_groups, weight_of
 
 
 def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -50,27 +51,25 @@ def output_matrix(module: nn.Module, output: Tensor) -> Tensor:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weights of a layer in the layout of :func:`unfolded`: ``[G, O / G, D]``."""
-    weight = module.weight.detach()  # type: ignore[operator]
-    if isinstance(module, nn.Linear):
-        return weight[None]
-    groups = module.groups
+    weight = weight_of(module).detach()
+    groups = channel_groups(module)
+    parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if isinstance(module, Transposed):
-        kernel = tuple(range(2, weight.dim()))
-        parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:]).transpose(1, 2)
-        return parts.flip([axis + 1 for axis in kernel]).flatten(2)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+        kernel = tuple(range(3, parts.dim()))
+        parts = parts.transpose(1, 2).flip(kernel)
+    return parts.flatten(2)
 
 
 @torch.no_grad()
 def set_weight_matrix(module: nn.Module, matrix: Tensor) -> None:
     """Put back what :func:`weight_matrix` gave, in place."""
-    weight = module.weight
-    matrix = matrix.to(weight.device, weight.dtype)  # type: ignore[union-attr]
+    weight = weight_of(module)
+    matrix = matrix.to(weight.device, weight.dtype)
     if isinstance(module, Transposed):
-        shape = (matrix.shape[0], matrix.shape[1], weight.shape[0] // matrix.shape[0], *module.kernel_size)
-        parts = matrix.reshape(shape).flip([axis + 3 for axis in range(len(module.kernel_size))])
-        matrix = parts.transpose(1, 2)
-    weight.copy_(matrix.reshape(weight.shape))  # type: ignore[operator, union-attr]
+        size = tuple(module.kernel_size)
+        parts = matrix.reshape(matrix.shape[0], matrix.shape[1], weight.shape[0] // matrix.shape[0], *size)
+        matrix = parts.flip(tuple(range(3, parts.dim()))).transpose(1, 2)
+    weight.copy_(matrix.reshape(weight.shape))
 
 
 @dataclass
@@ -145,6 +144,6 @@ def _padded(module: Convolution, inputs: Tensor) -> tuple[Tensor, tuple[int, ...
     pads: list[int] = []
     settings = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
     for size, dilation, padding, extra in reversed(list(settings)):
-        around = dilation * (size - 1) - int(padding)
+        around = dilation * (size - 1) - int(cast(int, padding))
         pads += [around, around + extra]
     return nn.functional.pad(spread, pads), (1,) * len(module.kernel_size)

@@ -100,7 +100,7 @@ class Record:
 
     def cpu(self) -> Record:
         """The record on the CPU, where statistics live."""
-        return replace(self, **{name: value.cpu() for name, value in self.sums().items()})
+        return Record(self.layout, **{name: value.cpu() for name, value in self.sums().items()})
 
     def merge(self, other: Record) -> Record:
         """The record of both calibrations together.
@@ -114,7 +114,7 @@ class Record:
                 f"records hold {_shapes(mine)} and {_shapes(theirs)}; only records of the same model, groups and "
                 "labels can be merged"
             )
-        return replace(self, **{name: mine[name] + theirs[name] for name in mine})
+        return Record(self.layout, **{name: mine[name] + theirs[name] for name in mine})
 
     def narrow(self, kept_positions: Tensor) -> Record:
         """The record after only ``kept_positions`` (int64, ascending) of the axis are left."""
@@ -173,8 +173,8 @@ class Statistics:
         alike = known.size == group.size and known.side == group.side and mine.keys() == theirs.keys()
         if not alike or not all(_same_port(mine[name], theirs[name]) for name in mine):
             raise StaleStatisticsError(
-                f"group {group.name!r} has {group.size} units at {', '.join(theirs)}, but the statistics were collected "
-                f"for {known.size} at {', '.join(mine)}, or for other positions there; calibrate again"
+                f"group {group.name!r} has {group.size} units at {', '.join(theirs)}, but the statistics were "
+                f"collected for {known.size} at {', '.join(mine)}, or for other positions there; calibrate again"
             )
         return True
 
@@ -245,7 +245,7 @@ class Statistics:
         records = {}
         for key, record in self.records.items():
             sums = {name: distributed_sum(value) for name, value in record.sums().items()}
-            records[key] = replace(record, **sums)
+            records[key] = Record(record.layout, **sums)
         return replace(self, records=records)
 
     def save(self, path: str | Path) -> None:

@@ -81,9 +81,10 @@ def load(path: Path, model: nn.Module | None) -> Statistics:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise StatisticsError(
-                    f"{str(path)!r} is no statistics file: its format is {metadata.get('format')!r}, expected {FORMAT!r}"
+                    f"{str(path)!r} is no statistics file: its format is {metadata.get('format')!r}, "
+                    f"expected {FORMAT!r}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)  # noqa: SIM118: no dictionary
         statistics = _decode(json.loads(metadata["nns"]), tensors)
     except FileNotFoundError as error:
         raise StatisticsError(f"there is no file {str(path)!r}") from error
@@ -97,7 +98,8 @@ def load(path: Path, model: nn.Module | None) -> Statistics:
         differs = difference(statistics.fingerprint, fingerprint(model))
         if differs:
             raise StatisticsError(
-                f"{str(path)!r} belongs to another model: {differs}; calibrate again, or load the weights it was made with"
+                f"{str(path)!r} belongs to another model: {differs}; calibrate again, or load the weights it was made "
+                "with"
             )
     return statistics
 

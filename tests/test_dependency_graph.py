@@ -406,6 +406,26 @@ def test_forms_of_example_inputs(kind: str) -> None:
     assert [group.name for group in unit_groups(zoo.Mlp(), inputs)] == ["fc1", "fc2"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["conv_norm", "residual", "group_norm", "fused_attention"])
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    case = zoo.CASES[name]
+    found = groups_of(case.make().to(dtype), case.inputs(2).to(dtype))
+    assert {group.name: zoo.by_hand(group) for group in found} == case.groups
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["conv_norm", "residual", "shared", "fused_attention", "multi_head"])
+def test_on_a_gpu(name: str) -> None:
+    """Groups and their positions stay on the CPU; example inputs may lie there too."""
+    case = zoo.CASES[name]
+    model = case.make().cuda()
+    found = groups_of(model, case.inputs(2))
+    assert {group.name: zoo.by_hand(group) for group in found} == case.groups
+    remove_units(build_graph(model, case.inputs(2)), found[0], torch.tensor([0]))
+    assert model(case.inputs(2).cuda()).shape == (2, 3)
+
+
 def test_a_batch_is_not_taken_for_several_inputs() -> None:
     """torch-pruning by itself calls model(*inputs), and this model would take both rows as arguments."""
 

@@ -24,7 +24,8 @@ CENTRES = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 3
 
 def model(hidden=32, outputs=4):
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    layers = nn.Linear(12, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+    return nn.Sequential(*layers)
 
 def flat():
     return nn.Sequential(nn.Linear(12, 4))
@@ -103,6 +104,9 @@ def data_missing_file():
         def __getitem__(self, place):
             raise FileNotFoundError(2, "No such file", "image.png")
     return data(calibration=DataLoader(Images(), 4))
+
+def data_numbered():
+    return data(label_names=["3", "1", "0", "2"])
 
 def data_exit():
     raise SystemExit(0)
@@ -337,6 +341,7 @@ def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
         ({"model": {"factory": "user_factories:model", "checkpoint": __file__}}, "is no safetensors file"),
         ({"labels": ["fox"]}, "label 'fox' does not exist"),
         ({"labels": [7]}, "label 7 does not exist"),
+        ({"labels": [3], "data": {"factory": "user_factories:data_numbered"}}, "label 3 is ambiguous"),
         ({"ignored_layers": ["nowhere"]}, "ignored layer 'nowhere' is not in the model"),
         ({"criterion": {"name": "semantic", "options": {"measure": "size"}}}, "measure is 'size'"),
         ({"criterion": {"name": "semantic", "options": {"size": 1}}}, "criterion.options"),
@@ -383,6 +388,14 @@ def test_a_layer_with_a_computed_weight_is_left_alone() -> None:
         warnings.simplefilter("always")
         assert unit_groups(model, torch.randn(2, 4)) == ()
     assert any("computes its weight from others" in str(entry.message) for entry in caught)
+
+
+def test_names_that_are_numbers_are_names(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.extraction import run_job
+
+    section = {"factory": "user_factories:data_numbered"}
+    report = run_job(recipe(data=section, labels=["3", "0"], train={"epochs": 0}), tmp_path / "out")
+    assert report.subnet.outputs == ("3", "0", "other")
 
 
 def test_an_output_file_that_is_a_folder_is_found_before_any_work(recipe: Any, tmp_path: Path) -> None:

@@ -359,8 +359,7 @@ class Shaped(nn.Module):
         self.first, self.layer, self.change = nn.Linear(4, 4), layer, change
 
     def forward(self, x: Tensor) -> Any:
-        out = self.layer(self.change(x))
-        return out
+        return self.layer(self.change(x))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="the extra cli is not installed")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
-from nns_plugin.errors import RecipeError
-from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe
+from nns_plugin.errors import RecipeError  # noqa: E402
+from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipe.yaml"
 

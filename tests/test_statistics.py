@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ GROUPS = reader(CONV.units)
 def collect(order: list[int], cuts: list[int]) -> Statistics:
     """Statistics of the inputs in an order, cut into batches."""
     edges = [0, *sorted(set(cuts)), len(order)]
-    batches = [order[start:stop] for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+    batches = [order[start:stop] for start, stop in pairwise(edges) if stop > start]
     return calibrate(MODEL, [(DATA[0][batch], DATA[1][batch]) for batch in batches], GROUPS, labels=LABELS)
 
 

@@ -538,11 +538,14 @@ def test_groups_that_are_read_elsewhere_are_left_alone_by_name(loader_is_there: 
     """In every step, although only the tracing of unit_groups can tell."""
     model, inputs = JoinsInput(), torch.randn(2, 2, 3, 3)
     loader = [(torch.randn(6, 2, 3, 3), torch.arange(6) % 3)]
-    with pytest.warns(UnusableGroupWarning, match="left out: group of 'first': 'second' does not read its units"):
+
+    def build() -> SemanticImportance:
         if loader_is_there:
-            importance = SemanticImportance.from_loader(model, inputs, loader, [0])
-        else:
-            importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
+            return SemanticImportance.from_loader(model, inputs, loader, [0])
+        return SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
+
+    with pytest.warns(UnusableGroupWarning, match="left out: group of 'first': 'second' does not read its units"):
+        importance = build()
     pruner = tp.pruner.BasePruner(
         model,
         inputs,
@@ -621,6 +624,24 @@ def test_sparse_training_pruners_can_use_the_scores() -> None:
         pruner.regularize(model)
         pruner.step()
         assert model.conv1.out_channels == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", PRUNERS)
+def test_on_a_gpu(name: str) -> None:
+    model, inputs, loader, groups = setting("conv_norm")
+    dense = deepcopy(model)
+    model.cuda()
+    importance = SemanticImportance.from_loader(model, inputs, loader, [0, 2])
+    options = {"pruning_ratio": 0.5, "ignored_layers": [model.head]}
+    pruner = getattr(tp.pruner, name)(model, inputs.cuda(), importance=importance, **options, **fresh())
+    if hasattr(pruner, "reg") or name == "GrowingRegPruner":
+        model(inputs.cuda()).sum().backward()
+        pruner.regularize(model)
+    pruner.step()
+    for group in groups:
+        scores = by_hand(dense, loader, group, [0, 2])
+        assert kept_units(dense, model, group) == lowest(scores, group.size - int(group.size * 0.5))
 
 
 def test_scores_are_one_a_root_position() -> None:

@@ -169,6 +169,7 @@ class _State:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     boost = 1e-12 * float(matrix.diagonal().mean())
     while int(failed):

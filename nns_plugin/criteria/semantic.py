@@ -195,13 +195,8 @@ def resolve_label(label: int | str, names: Sequence[str]) -> int:
         index = -1 if isinstance(label, (bool, str)) else operator.index(label)
     except TypeError:
         index = -1
-    if index >= 0:
-        if str(index) in names and names.index(str(index)) != index:
-            raise LabelError(
-                f"label {index} is ambiguous: it is the name of label number {names.index(str(index))}; give the name as text"
-            )
-        if 0 <= index < len(names):
-            return index
+    if 0 <= index < len(names):
+        return index
     raise LabelError(
         f"label {label!r} does not exist; expected an index in 0..{len(names) - 1} or one of {', '.join(names)}"
     )

@@ -100,8 +100,10 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
 def extract(
     dense: nn.Module, data: Datasets, recipe: Recipe, chosen: Sequence[int] | None, progress: bool = False
 ) -> Pruned:
-    """Prune a copy of a model as a recipe says: calibrate, score, select, remove, re-estimate batch
-    norms, shrink the head, fine-tune.
+    """Prune a copy of a model as a recipe says.
+
+    It is calibrated, its units are scored, selected and removed, batch norms re-estimated, the head shrunk, and the
+    rest fine-tuned.
 
     Args:
         dense: The model; left as it was found.
@@ -338,6 +340,12 @@ def _shrink_head(
 def _chosen(recipe: Recipe, names: Sequence[str]) -> list[int] | None:
     if recipe.labels is None:
         return None
+    for label in recipe.labels:
+        if isinstance(label, int) and str(label) in names and names.index(str(label)) != label:
+            raise LabelError(
+                f"label {label} is ambiguous: it is an index, and the name of label number {names.index(str(label))}; "
+                f'write "{label}" for the name'
+            )
     return sorted({resolve_label(label, names) for label in recipe.labels})
 
 
