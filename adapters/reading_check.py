@@ -47,9 +47,11 @@ def misread(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> dict[
     weights = {name: [0.5 + torch.rand_like(x) for x in flow.reads[name]] for name in flow.reads}
     suspects = [group for group in read if not _follows_codes(flow, weights, read, group)] if read else []
     reasons = {}
-    for group in suspects:
+    for group in read:
         for port in group.consumers:
-            if not _reaches(flow, weights, group, port):
+            if not _connected(flow, weights, group, port) or (
+                group in suspects and not _reaches(flow, weights, group, port)
+            ):
                 reasons[group.name] = f"{port.name!r} does not read its units where torch-pruning says"
     for group in read:
         for port in group.consumers:
@@ -127,7 +129,7 @@ def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup,
 
     Units are told apart by the binary digits of their numbers: two that are confused differ in a digit.
     """
-    leaves = [(name, leaf) for name in {p.name for p in group.producers} for leaf in flow.writes.get(name, [])]
+    leaves = _leaves(flow, group)
     claimed = torch.zeros(group.size, dtype=torch.bool)
     claimed[port.unit] = True
     silent = _silent_units(flow, group, port)
@@ -155,6 +157,16 @@ def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup,
             if bool((reached & chosen[unit] & ~silent[unit] & ~arrived).any()):
                 return False
     return True
+
+
+def _connected(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup, port: Port) -> bool:
+    """Whether any unit reaches a consumer, unless it reads constants from all of them."""
+    gradients = _gradients(_read(flow, weights, port, port.index, False), [leaf for _, leaf in _leaves(flow, group)])
+    return any(bool(each.any()) for each in gradients) or bool(_silent_units(flow, group, port)[port.unit].all())
+
+
+def _leaves(flow: _Flow, group: UnitGroup) -> list[tuple[str, Tensor]]:
+    return [(name, leaf) for name in {port.name for port in group.producers} for leaf in flow.writes.get(name, [])]
 
 
 def _silent_units(flow: _Flow, group: UnitGroup, port: Port) -> Tensor:
@@ -234,10 +246,15 @@ def _reader(flow: _Flow, name: str) -> Any:
 def _cutter(flow: _Flow, name: str) -> Any:
     def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, Tensor) or not first.is_floating_point():
-            return None
-        leaf = first.detach().requires_grad_()
-        flow.writes.setdefault(name, []).append(leaf)
-        return (leaf.clone(), *output[1:]) if isinstance(output, tuple) else leaf.clone()
+
+        def detached(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value
+            leaf = value.detach().requires_grad_()
+            if value is first:
+                flow.writes.setdefault(name, []).append(leaf)
+            return leaf.clone()
+
+        return map_tensors(output, detached)
 
     return cut

@@ -84,7 +84,8 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Mapping):
         return {name: map_tensors(value, function) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(map_tensors(value, function) for value in inputs)
+        mapped = [map_tensors(value, function) for value in inputs]
+        return type(inputs)(*mapped) if hasattr(inputs, "_fields") else tuple(mapped)
     return function(inputs) if isinstance(inputs, Tensor) else inputs
 
 

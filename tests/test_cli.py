@@ -29,7 +29,8 @@ def test_run_prints_every_number_and_writes_every_file(
     assert run("run", "--labels", "1,8", "--ratio", "0.3", "--quiet", "--output", str(output)) == 0
     printed = capsys.readouterr().out
     for text in (
-        "parameters", "MACs", "ONNX file", "latency p50", "latency p90", "mean balanced accuracy", "closed-set accuracy",
+        "parameters", "MACs", "ONNX file", "latency p50", "latency p90", "mean balanced accuracy",
+        "closed-set accuracy",
         "open-set accuracy", "parity", "recall", "false pos.", "balanced acc.", "AUROC", "worst label",
     ):  # fmt: skip
         assert text in printed

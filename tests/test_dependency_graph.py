@@ -216,6 +216,16 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
         lambda: torch.randn(3, 7, 4),
         "'a': torch-pruning cannot follow its units: IndexError",
     ),
+    "the last hidden state of an LSTM": (
+        lambda: Free(
+            lambda m, x: m.head(m.lstm(torch.relu(m.a(x)))[1][0][-1]),
+            a=nn.Linear(4, 6),
+            lstm=nn.LSTM(6, 6, batch_first=True),
+            head=nn.Linear(6, 3),
+        ),
+        lambda: torch.randn(3, 7, 4),
+        f"'a': 'head' {ELSEWHERE}",
+    ),
     "a depthwise convolution of the input": (
         lambda: Free(lambda m, x: m.head(pooled(m.d(x))), d=nn.Conv2d(2, 2, 3, groups=2), head=nn.Linear(2, 3)),
         lambda: torch.randn(3, 2, 4, 4),
@@ -282,6 +292,22 @@ def test_a_norm_over_a_concatenation_mixes_groups() -> None:
     )
     found = {group.name: zoo.by_hand(group).consumers for group in unit_groups(model, torch.randn(4, 4))}
     assert found == {"a": {"head": zoo.one_each(3)}, "b": {"head": zoo.one_each(5, 3)}}
+
+
+def test_packed_sequences() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(torch.relu(m.a(x)), torch.tensor([3, 2]), batch_first=True)
+        out, _ = nn.utils.rnn.pad_packed_sequence(m.lstm(packed)[0], batch_first=True)
+        return m.head(torch.relu(m.b(out)).mean(1))
+
+    layers = {
+        "a": nn.Linear(4, 6),
+        "lstm": nn.LSTM(6, 5, batch_first=True),
+        "b": nn.Linear(5, 7),
+        "head": nn.Linear(7, 3),
+    }
+    found, _ = recorded(lambda: unit_groups(Free(run, **layers), torch.randn(2, 3, 4)))
+    assert zoo.by_hand(found[-1]) == zoo.Expected({"b": zoo.one_each(7)}, {"head": zoo.one_each(7)})
 
 
 def test_operations_in_place() -> None:

@@ -55,6 +55,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.reading_check": frozenset(),
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
+    f"{ADAPTERS}.group_tracing": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
     f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
     f"{ADAPTERS}.onnx_latency": frozenset(),
@@ -64,7 +65,7 @@ HOSTS: dict[str, frozenset[str]] = {
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.compensated": frozenset({f"{ADAPTERS}.dependency_graph"}),
-    f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.reading_check"}),
+    f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.group_tracing", f"{ADAPTERS}.reading_check"}),
     f"{ADAPTERS}.pruning_history": frozenset({f"{ADAPTERS}.dependency_graph"}),
     f"{ADAPTERS}.torch_pruning": frozenset(
         {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}

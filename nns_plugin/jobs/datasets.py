@@ -60,8 +60,8 @@ class Datasets:
                 continue
             if isinstance(loader, (str, Tensor, Mapping)) or not hasattr(loader, "__iter__") or iter(loader) is loader:
                 raise RecipeError(
-                    f"data.factory: {factory} returned a {type(loader).__name__} for {field!r}; expected batches that can "
-                    "be gone through again and again, such as a DataLoader or a list"
+                    f"data.factory: {factory} returned a {type(loader).__name__} for {field!r}; expected batches "
+                    "that can be gone through again and again, such as a DataLoader or a list"
                 )
         names = tuple(str(name) for name in made.label_names)
         if not names or len(set(names)) != len(names):
