@@ -114,7 +114,7 @@ def compensated_step(
         else:
             _compensate(model, graph, removals, known, method, loader)
             _remove(graph, removals)
-            known = known.narrow(_kept(removals))
+            known = known.narrow(_kept(removals, known))
     if reestimate:
         _reestimate(model, loader)
     if dense is not None and loader is not None:
@@ -172,10 +172,11 @@ def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistic
     return statistics
 
 
-def _kept(removals: Sequence[Removal]) -> dict[str, Tensor]:
+def _kept(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tensor]:
+    observed = {group.name for group in statistics.groups}
     kept = {}
     for removal in removals:
-        if removal.group is not None:
+        if removal.group is not None and removal.group.name in observed:
             units = torch.arange(removal.group.size)
             kept[removal.group.name] = units[~torch.isin(units, removal.units)]
     return kept
