@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nns_plugin import Statistics, UnitGroup, calibrate, criteria
 from nns_plugin.criteria import BUILT_IN, Criterion, UnscoredGroupWarning, available, broken, find, score, score_groups
+from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.semantic import Semantic
 from nns_plugin.errors import CriterionError
 
@@ -37,6 +38,13 @@ SETTINGS: dict[str, dict[str, Callable[[nn.Module, Statistics], Criterion]]] = {
         "frequency": lambda model, statistics: Semantic(statistics, [0, 2], "frequency"),
         "contrast": lambda model, statistics: Semantic(statistics, ["1"], contrast="rest"),
     },
+    "distinctiveness": {
+        "pairwise": lambda model, statistics: Distinctiveness(statistics, model),
+        "centred": lambda model, statistics: Distinctiveness(statistics, model, center="mean"),
+        "sigmoid": lambda model, statistics: Distinctiveness(statistics, model, center=0.5),
+        "weights": lambda model, statistics: Distinctiveness(statistics, model, vectors="weights"),
+        "span": lambda model, statistics: Distinctiveness(statistics, model, mode="span"),
+    },
 }
 
 if SETTINGS.keys() != BUILT_IN.keys():
@@ -51,8 +59,8 @@ def calibrated(case: str) -> tuple[nn.Module, tuple[UnitGroup, ...], Statistics,
     """A model, its groups, and statistics of the same data: collected at once, and merged from two parts."""
     torch.manual_seed(0)
     model, groups, loader = zoo.CASES[case].make().eval(), zoo.groups_of(case), zoo.labelled(case, 18, batch=6)
-    whole = calibrate(model, loader, groups)
-    return model, groups, whole, calibrate(model, loader[:1], groups).merge(calibrate(model, loader[1:], groups))
+    whole, first, rest = (calibrate(model, part, groups, gram=True) for part in (loader, loader[:1], loader[1:]))
+    return model, groups, whole, first.merge(rest)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,7 +97,7 @@ def test_contract(name: str, way: str, case: str) -> None:
 def test_scores_survive_a_file(name: str, way: str, tmp_path: Path) -> None:
     build, groups = SETTINGS[name][way], zoo.groups_of("conv_norm")
     model = zoo.CASES["conv_norm"].make()
-    statistics = calibrate(model, zoo.labelled("conv_norm", 12), groups)
+    statistics = calibrate(model, zoo.labelled("conv_norm", 12), groups, gram=True)
     statistics.save(tmp_path / "s.safetensors")
     loaded = Statistics.load(tmp_path / "s.safetensors", model)
     before = score_groups(build(model, statistics), groups)
@@ -103,7 +111,7 @@ def test_declarations(name: str) -> None:
     assert found is BUILT_IN[name]
     assert isinstance(found.requires, tuple)
     model = zoo.CASES["mlp"].make()
-    statistics = calibrate(model, zoo.labelled("mlp", 6), zoo.groups_of("mlp"))
+    statistics = calibrate(model, zoo.labelled("mlp", 6), zoo.groups_of("mlp"), gram=True)
     assert all(isinstance(build(model, statistics), Criterion) for build in SETTINGS[name].values())
     assert found.__doc__
     assert "Source:" in found.__doc__
@@ -204,7 +212,7 @@ def plug_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
 def test_a_package_can_add_a_criterion(plug_ins: Callable[..., None]) -> None:
     plug_ins(("good", "third:Good"), ("child", "third:Child"))
-    assert sorted(available()) == ["child", "good", *sorted(BUILT_IN)]
+    assert sorted(available()) == sorted(["child", "good", *BUILT_IN])
     assert find("good").__name__ == "Good"
     assert broken() == {}
 
@@ -227,7 +235,7 @@ def test_a_package_can_add_a_criterion(plug_ins: Callable[..., None]) -> None:
 def test_a_broken_plug_in_is_isolated_and_named(plug_ins: Callable[..., None], value: str, reason: str) -> None:
     plug_ins(("bad", value), ("good", "third:Good"))
     with pytest.warns(RuntimeWarning, match=f"criterion plug-in 'bad' is left out: {reason}"):
-        assert sorted(available()) == ["good", *sorted(BUILT_IN)]
+        assert sorted(available()) == sorted(["good", *BUILT_IN])
     assert list(broken()) == ["bad"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -255,7 +263,8 @@ def test_two_packages_that_want_one_name_get_none(plug_ins: Callable[..., None])
 def test_an_unknown_criterion_names_those_there_are(plug_ins: Callable[..., None]) -> None:
     plug_ins(("good", "third:Good"))
     with pytest.raises(
-        CriterionError, match="criterion 'magnitude' cannot be used, it is not installed; available: good, semantic"
+        CriterionError,
+        match="criterion 'magnitude' cannot be used, it is not installed; available: distinctiveness, good, semantic",
     ):
         find("magnitude")
 

@@ -113,6 +113,10 @@ class Distinctiveness:
 
     Raises:
         CriterionError: If an option is unknown, or the statistics have no Gram matrices.
+
+    Source:
+        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995, for
+        ``"pairwise"``; ``"span"`` is its generalisation from one other unit to all.
     """
 
     statistics: Statistics

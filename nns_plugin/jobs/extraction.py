@@ -125,7 +125,8 @@ def extract(
         )
     heads = output_layers(graph)
     with stage("data.calibration"):
-        statistics = calibrate(model, data.calibration, groups, labels=data.label_names, progress=progress)
+        gram = getattr(criterion_class(recipe), "needs_gram", False)
+        statistics = calibrate(model, data.calibration, groups, labels=data.label_names, gram=gram, progress=progress)
     criterion = _criterion(recipe, {"statistics": statistics, "model": model}, chosen)
     scores = score_groups(criterion, groups)
     if recipe.zeta is not None:
