@@ -25,6 +25,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import add_data_dir, read_mnist
+from nns_paper import (
+    PAPER_DENSE_ACCURACY,
+    PAPER_DENSE_KB,
+    PAPER_DENSE_RECALL,
+    PAPER_INTEGRATED_KB,
+    PAPER_INTEGRATION,
+    PAPER_ORIGINAL_KB,
+    PAPER_RECALL,
+    PAPER_UNITS,
+    PAPER_VECTORIZED_KB,
+)
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -44,47 +55,6 @@ ZETAS = (0.4, 0.5)
 BATCH_SIZE = 1000
 
 Shares = NDArray[np.float64]
-
-# The paper's figures as printed, recall in percent ("accuracy" there). Table 5: kept units are its parameters / 784.
-PAPER_UNITS = {0.4: (8, 7, 12, 12, 4, 14, 9, 3, 11, 3), 0.5: (4, 5, 8, 11, 2, 12, 7, 2, 6, 3)}
-PAPER_RECALL = {
-    0.4: (100, 88.5, 91.9, 96.6, 0, 55.0, 93.8, 56.2, 77.4, 100),
-    0.5: (100, 98.9, 94.3, 100, 0, 88.7, 85.5, 77.1, 77.4, 100),
-}
-PAPER_DENSE_RECALL = (94.4, 92.7, 79.8, 88.8, 78.4, 74.9, 87.6, 87.6, 73.1, 79.3)
-PAPER_DENSE_ACCURACY = 84
-# Tables 2 and 3: KB of text files at zeta 0.4.
-PAPER_DENSE_KB = (1692, 1519, 1507, 1569, 1569, 1470, 1594, 1532, 1556, 1458)
-PAPER_VECTORIZED_KB = (684, 274, 245, 391, 391, 157, 450, 304, 362, 128)
-PAPER_ORIGINAL_KB, PAPER_INTEGRATED_KB = 2658, (1692, 684)
-# Table 4: rows are labels. Label 9's two rows change where the other rows of the other zeta do: its printed zetas are
-# taken to be swapped, and are swapped back here.
-PAPER_INTEGRATION = {
-    0.4: (
-        (100, 93.4, 82.2, 82.2, 82.2, 80.3, 83.1, 83.1, 81.3, 81.3),
-        (7.2, 84.3, 84.3, 84.3, 84.3, 82.2, 82.2, 82.2, 80.2, 80.2),
-        (1.6, 0, 79.8, 79.8, 79.8, 80.6, 79.8, 79.8, 81.4, 81.4),
-        (4.4, 57.7, 87.7, 87.7, 87.7, 88.8, 85.5, 85.5, 83.3, 83.3),
-        (0, 2.9, 0.9, 0.9, 0.9, 1.9, 2.9, 2.9, 3.9, 3.9),
-        (2.2, 44.9, 51.6, 51.6, 51.6, 58.4, 68.5, 68.5, 67.4, 67.4),
-        (1, 9.2, 61.8, 61.8, 61.8, 64.9, 75.2, 75.2, 72.1, 72.1),
-        (26.6, 43.8, 55.2, 55.2, 55.2, 59, 59, 59, 55.2, 55.2),
-        (0, 65.5, 61.2, 61.2, 61.2, 61.2, 59.1, 59.1, 75.2, 75.2),
-        (0, 92.7, 90.7, 90.7, 90.7, 90.7, 90.7, 90.7, 92.7, 92.7),
-    ),
-    0.5: (
-        (100, 98.1, 77.5, 77.5, 77.5, 80, 83.1, 83.1, 83.1, 83.1),
-        (0, 97.9, 93.7, 85.4, 85.4, 82.2, 82.2, 82.2, 82.2, 82.2),
-        (0, 0, 87, 75, 75, 80, 79.8, 79.8, 79.8, 79.8),
-        (4.4, 8.8, 52.2, 87.7, 87.7, 88.8, 85.5, 85.5, 85.5, 85.5),
-        (0, 0, 0, 0, 0, 1.9, 2.9, 2.9, 2.9, 2.9),
-        (2.2, 30.3, 43.8, 51.6, 51.6, 58.4, 68.5, 68.5, 68.5, 68.5),
-        (13.4, 4.1, 19.5, 58.7, 58.7, 64.9, 75.2, 75.2, 75.2, 75.2),
-        (8.5, 18, 17.1, 52.3, 52.3, 59, 59, 59, 59, 59),
-        (0, 29, 20.4, 51.1, 51.6, 61.2, 59.1, 59.1, 59.1, 59.1),
-        (0, 87.6, 86.5, 92.7, 92.7, 90.7, 90.7, 90.7, 90.7, 90.7),
-    ),
-}
 
 
 class Perceptron(nn.Module):
