@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.dependency_graph import UnusableGroupWarning, graph_groups, trace_group
+from nns_plugin.adapters.dependency_graph import UnusableGroupWarning, groups_again, trace_group
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.compensation import RIDGE, means, mixing, take_over
 from nns_plugin.consumers import (
@@ -33,7 +33,7 @@ from nns_plugin.preserve import in_evaluation, preserved
 from nns_plugin.refit import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
 from nns_plugin.statistics import Layout, Record, Statistics
 from nns_plugin.taps import execution_order, tap
-from nns_plugin.units import UnitGroup
+from nns_plugin.units import UnitGroup, complement
 
 Method = Literal["refit", "least_squares", "mean", "none"]
 Recalibrate = Literal["once", "each_group"]
@@ -177,8 +177,7 @@ def _kept(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tens
     kept = {}
     for removal in removals:
         if removal.group is not None and removal.group.name in observed:
-            units = torch.arange(removal.group.size)
-            kept[removal.group.name] = units[~torch.isin(units, removal.units)]
+            kept[removal.group.name] = complement(removal.group.size, removal.units)
     return kept
 
 
@@ -193,7 +192,7 @@ def _group_by_group(
     for removal in removals:
         _compensate(graph.model, graph, [removal], known, method, loader)
         _remove(graph, [removal])
-        known = calibrate(graph.model, loader, graph_groups(graph), labels=known.labels, gram=True)
+        known = calibrate(graph.model, loader, groups_again(graph, known.groups), labels=known.labels, gram=True)
     return known
 
 
@@ -251,7 +250,7 @@ def _plan(
     changed, shifts = [], []
     for number, matrix in enumerate(matrices):
         removed = gone[gone // size == number] - number * size
-        kept = torch.arange(size)[~torch.isin(torch.arange(size), removed)]
+        kept = complement(size, removed)
         gram = record.gram[number]
         if method == "mean":
             mix = means(gram, kept, removed) if constant else torch.zeros(removed.numel(), kept.numel() + 1).double()
@@ -324,17 +323,15 @@ def _difference(module: nn.Module, layout: Layout, matrices: Sequence[Tensor], s
 
 
 def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return
-    if loader is None:
+    if loader is not None:
+        reestimate_batch_norms(model, loader)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         warnings.warn(
             "batch norms keep their statistics of the dense model: pass a loader to re-estimate them, or "
             "reestimate=False",
             CompensationWarning,
             stacklevel=3,
         )
-        return
-    reestimate_batch_norms(model, loader)
 
 
 def _refit(

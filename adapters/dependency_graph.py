@@ -17,7 +17,7 @@ from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.forward import device_of, map_tensors, run_model
 from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
-from nns_plugin.units import Port, UnitGroup
+from nns_plugin.units import Port, UnitGroup, complement
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
@@ -129,6 +129,16 @@ def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> li
     return groups
 
 
+def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
+    """Those groups of a host's graph that were found before, as they are now.
+
+    Where units are read was checked when the former groups were found; a host's own graph keeps no inputs to check
+    new ones with.
+    """
+    known = {group.name for group in former}
+    return tuple(group for group in graph_groups(graph) if group.name in known)
+
+
 def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
     """Modules of a model given as such or by name, with everything inside them.
 
@@ -213,7 +223,7 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
         host_groups[0].prune()
         gone = parts[0]
         for part in parts[1:]:
-            left = torch.arange(group.size)[~torch.isin(torch.arange(group.size), gone)]
+            left = complement(group.size, gone)
             _removal(graph, group.narrow(left), torch.searchsorted(left, part)).prune()
             gone = torch.cat([gone, part])
     for name, parameter in model.named_parameters():  # the host makes new parameters, all trainable

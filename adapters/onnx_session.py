@@ -98,21 +98,9 @@ class Arguments(NamedTuple):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients; on exit it is again exactly what it was."""
-    # A forward that keeps its activations (self.x = x, self.seen.append(x)) would leave the exporter's fake tensors.
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    values = [value for _, held in attributes for value in held.values()]
-    containers = [(value, value.copy()) for value in values if type(value) in (dict, list)]
     with preserved(model), torch.inference_mode(False), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, held in attributes:
-                vars(module).clear()
-                vars(module).update(held)
-            for container, content in containers:
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+        model.eval()
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.compensated import compensated_step
 from nns_plugin.adapters.dependency_graph import (
     UnusableGroupWarning,
-    graph_groups,
+    groups_again,
     trace_group,
     unit_groups,
     writes_output,
@@ -197,12 +197,8 @@ class SemanticImportance(CriterionImportance):
         """
         statistics = calibrate(model, loader, unit_groups(model, example_inputs), **options)
 
-        known = {group.name for group in statistics.groups}
-
         def recollect(graph: tp.DependencyGraph) -> Statistics:
-            # Where units are read was checked above; the host's graph has no inputs to check it with.
-            groups = [group for group in graph_groups(graph) if group.name in known]
-            return calibrate(graph.model, loader, groups, **options)
+            return calibrate(graph.model, loader, groups_again(graph, statistics.groups), **options)
 
         importance = cls(statistics, labels, measure, contrast)
         importance._followed = FollowedStatistics(statistics, recollect)

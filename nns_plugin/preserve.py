@@ -28,7 +28,8 @@ def preserved_rng() -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Restore everything but the values of the parameters on leaving, also after an exception.
 
-    Restored are the attributes of every module (training flags, caches, counters), the identity and content of every
+    Restored are the attributes of every module (training flags, caches, counters) and what lists and dictionaries
+    among them hold, the identity and content of every
     buffer, ``requires_grad`` of every parameter, the weights of embeddings with ``max_norm``, which a forward rescales
     in place, and the random number generators. Hooks are removed by whoever registers them.
 
@@ -39,6 +40,8 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         The same model.
     """
     attributes = [(module, module.training, dict(vars(module))) for module in model.modules()]
+    held = [value for _, _, saved in attributes for value in saved.values()]
+    containers = [(value, value.copy()) for value in held if type(value) in (dict, list)]
     buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     rescaled = [
@@ -58,6 +61,9 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
                 del vars(module)[name]
             vars(module).update(saved)
             module.training = flag
+        for container, items in containers:
+            container.clear()
+            container.extend(items) if isinstance(container, list) else container.update(items)
         for module, named in buffers:
             for name, _ in list(module._buffers.items()):
                 if name not in named:

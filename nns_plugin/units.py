@@ -140,6 +140,12 @@ def check_group(group: UnitGroup) -> None:
             )
 
 
+def complement(size: int, units: Tensor) -> Tensor:
+    """Those of ``0..size-1`` that are not among ``units``, ``[k]`` int64 ascending."""
+    everything = torch.arange(size)
+    return everything[~torch.isin(everything, units)]
+
+
 def narrow_groups(groups: Sequence[UnitGroup], kept: dict[str, Tensor]) -> tuple[UnitGroup, ...]:
     """All groups of a model after units have been removed from some of them.
 

@@ -46,7 +46,7 @@ from nns_plugin.preserve import preserved, preserved_rng
 from nns_plugin.selection import keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics_file import write_safetensors
 from nns_plugin.taps import collect_inputs
-from nns_plugin.units import UnitGroup
+from nns_plugin.units import UnitGroup, complement
 
 EVIDENCE = ("statistics", "model")
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
@@ -136,8 +136,7 @@ def extract(
         kept = keep_by_ratio(scores, ratio, round_to=recipe.round_to, across_groups=recipe.across_groups)
     for group in groups:
         if group.name in kept:
-            units = torch.arange(group.size)
-            remove_units(graph, group, units[~torch.isin(units, kept[group.name])])
+            remove_units(graph, group, complement(group.size, kept[group.name]))
     if recipe.reestimate_batch_norms:
         reestimate_batch_norms(model, data.calibration, progress)
     outputs = _shrink_head(model, heads, data, recipe, chosen, progress)
