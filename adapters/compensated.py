@@ -411,6 +411,5 @@ def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Ten
     for name, parts in gone.items():
         module = dense.get_submodule(name)
         length = axis_length(module, "out", name)
-        everything = torch.arange(length)
-        kept[name] = everything[~torch.isin(everything, torch.cat(parts))]
+        kept[name] = complement(length, torch.cat(parts))
     return kept

@@ -17,7 +17,7 @@ from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.forward import device_of, map_tensors, run_model
 from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
-from nns_plugin.units import Port, UnitGroup, complement
+from nns_plugin.units import UnitGroup, complement, role_ports
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
@@ -207,7 +207,7 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
         )
     model, parts = graph.model, _parts(group, units)
     host_groups = [_removal(graph, group, part) for part in parts]
-    for role, port in _role_ports(group):
+    for role, port in role_ports(group):
         axis = axis_length(model.get_submodule(port.name), role, port.name)
         if port.index.numel() > axis:
             raise PruningError(
@@ -259,7 +259,7 @@ def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.d
         raise PruningError(
             f"units of group {group.name!r} cannot be removed, the model is not the one that was traced: {error}"
         ) from error
-    expected = {(role, port.name): port.positions(units) for role, port in _role_ports(group)}
+    expected = {(role, port.name): port.positions(units) for role, port in role_ports(group)}
     for (role, name), positions in expected.items():
         there = found.get((role, name), positions[:0])
         # Other groups' removals may have moved the positions on a shared layer, but not their number.
@@ -271,10 +271,6 @@ def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.d
     if not graph.check_pruning_group(host_group):
         raise PruningError(f"removing {units.numel()} units of group {group.name!r} would leave a layer empty")
     return host_group
-
-
-def _role_ports(group: UnitGroup) -> list[tuple[str, Port]]:
-    return [("out", port) for port in group.producers] + [("in", port) for port in group.consumers]
 
 
 def _host_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> list[tp.dependency.Group]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nns_plugin.errors import StaleStatisticsError, StatisticsError
 from nns_plugin.fingerprint import difference
-from nns_plugin.units import Port, UnitGroup, check_port, narrow_groups
+from nns_plugin.units import Port, UnitGroup, check_port, narrow_groups, removed_positions
 
 Key = tuple[str, str]  # side ("in" or "out") and module name
 
@@ -225,20 +225,14 @@ class Statistics:
             ascending = units.numel() > 0 and bool((units.diff() > 0).all())
             if not ascending or int(units[0]) < 0 or int(units[-1]) >= sizes[name]:
                 raise StatisticsError(f"kept units of group {name!r} must be some of 0..{sizes[name] - 1}, ascending")
-        removed: dict[Key, list[Tensor]] = {}
-        for group in self.groups:
-            if group.name in kept:
-                for side, ports in (("in", group.consumers), ("out", group.producers)):
-                    for port in ports:
-                        gone = port.index[~torch.isin(port.unit, kept[group.name])]
-                        removed.setdefault((side, port.name), []).append(gone)
+        removed = removed_positions(self.groups, kept)
         records = {}
         for key, record in self.records.items():
             stays = torch.ones(record.layout.channel.numel(), dtype=torch.bool)
-            for gone in removed.get(key, []):
-                stays[gone] = False
+            if key in removed:
+                stays[removed[key]] = False
             records[key] = record.narrow(stays.nonzero().flatten())
-        return replace(self, records=records, groups=narrow_groups(self.groups, dict(kept)), fingerprint={})
+        return replace(self, records=records, groups=narrow_groups(self.groups, kept), fingerprint={})
 
     def all_reduce(self) -> Statistics:
         """The sums of all processes of the default ``torch.distributed`` group, in every process."""

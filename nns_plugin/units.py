@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +146,26 @@ def complement(size: int, units: Tensor) -> Tensor:
     return everything[~torch.isin(everything, units)]
 
 
-def narrow_groups(groups: Sequence[UnitGroup], kept: dict[str, Tensor]) -> tuple[UnitGroup, ...]:
+def removed_positions(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Positions that go when only some units of some groups stay.
+
+    Args:
+        groups: The groups of one model.
+        kept: As for :func:`narrow_groups`.
+
+    Returns:
+        For each side (``"in"`` or ``"out"``) and module name the positions, ``[k]`` int64 ascending.
+    """
+    removed: dict[tuple[str, str], list[Tensor]] = {}
+    for group in groups:
+        if group.name in kept:
+            for side, port in role_ports(group):
+                gone = port.index[~torch.isin(port.unit, kept[group.name])]
+                removed.setdefault((side, port.name), []).append(gone)
+    return {key: torch.cat(parts).sort().values for key, parts in removed.items()}
+
+
+def narrow_groups(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> tuple[UnitGroup, ...]:
     """All groups of a model after units have been removed from some of them.
 
     Several groups may own positions of one module (a concatenation), so positions are renumbered together.
@@ -158,13 +177,7 @@ def narrow_groups(groups: Sequence[UnitGroup], kept: dict[str, Tensor]) -> tuple
     Returns:
         The narrowed groups, in the same order; unit numbers are renumbered to ``0..k-1``.
     """
-    removed: dict[tuple[str, str], list[Tensor]] = {}
-    for group in groups:
-        if group.name in kept:
-            for role, port in _role_ports(group):
-                gone = port.index[~torch.isin(port.unit, kept[group.name])]
-                removed.setdefault((role, port.name), []).append(gone)
-    shifts = {key: torch.cat(parts).sort().values for key, parts in removed.items()}
+    shifts = removed_positions(groups, kept)
 
     def narrow_port(role: str, port: Port, renumber: Tensor | None) -> Port:
         index, unit = port.index, port.unit
@@ -193,5 +206,6 @@ def narrow_groups(groups: Sequence[UnitGroup], kept: dict[str, Tensor]) -> tuple
     return tuple(narrowed)
 
 
-def _role_ports(group: UnitGroup) -> list[tuple[str, Port]]:
+def role_ports(group: UnitGroup) -> list[tuple[str, Port]]:
+    """All ports of a group with their sides: ``"out"`` for producers, ``"in"`` for consumers."""
     return [("out", port) for port in group.producers] + [("in", port) for port in group.consumers]
