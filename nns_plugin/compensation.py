@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from nns_plugin.angles import Center, angles, centred, offsets
 from nns_plugin.errors import StatisticsError
 
+Merge = Literal["none", "add", "scaled"]
 RIDGE = 1e-6
 
 
@@ -49,6 +53,64 @@ def means(gram: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
     result = torch.zeros(removed.numel(), kept.numel() + 1, dtype=torch.float64)
     result[:, -1] = gram[removed, -1].double() / gram[-1, -1].double().clamp_min(1)
     return result
+
+
+def merging(
+    gram: Tensor, kept: Tensor, removed: Tensor, survivor: Tensor, *, merge: Merge = "scaled", center: Center = None
+) -> Tensor:
+    """How single kept channels stand in for the removed ones, each for itself.
+
+    ``"scaled"``: ``x_u ~ a x_v + c_u - a c_v`` with ``a = <u - c_u, v - c_v> / |v - c_v|^2``, exact for a pair whose
+    centred vectors are parallel. ``"add"``: ``x_u ~ x_v`` for a pair that does the same and ``x_u ~ -x_v`` for one that
+    cancels, as if their lengths were equal. ``"none"``: ``x_u ~ 0``.
+
+    Args:
+        gram: ``[C + 1, C + 1]`` Gram matrix of the channels and the constant 1, which stands last.
+        kept: ``[K]`` int64 kept channels, ascending.
+        removed: ``[R]`` int64 removed channels.
+        survivor: ``[R]`` int64, for each removed channel the kept one that takes over, or -1 for none.
+        merge: See above.
+        center: What is taken off the channels' values: ``None``, a number, or ``"mean"`` for their means.
+
+    Returns:
+        ``[R, K + 1]`` float64, the constant's share last.
+
+    Source:
+        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995, for
+        ``"add"`` on outgoing weights.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64)
+        >>> x = torch.cat([x, torch.ones(2, 1)], 1)
+        >>> merging(x.T @ x, torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+        tensor([[2., 0.]], dtype=torch.float64)
+    """
+    result = torch.zeros(removed.numel(), kept.numel() + 1, dtype=torch.float64)
+    rows = (survivor >= 0).nonzero().flatten()
+    if merge == "none" or not rows.numel():
+        return result
+    gram, count = gram.double(), float(gram[-1, -1])
+    total = gram[:-1, -1]
+    inner = centred(gram[:-1, :-1], total, count, center)
+    u, v = removed[rows], survivor[rows]
+    products, squares = inner[u, v], inner[v, v]
+    if merge == "add":
+        factor = products.sign()
+    else:
+        factor = torch.where(squares > 0, products / squares.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        offset = offsets(total, count, center)
+        result[rows, -1] = offset[u] - factor * offset[v]
+    result[rows, torch.searchsorted(kept, v)] = factor
+    return result
+
+
+def nearest(gram: Tensor, kept: Tensor, removed: Tensor, center: Center) -> Tensor:
+    """For each removed channel the kept one whose vector is nearest to parallel, ``[R]`` int64; -1 if none is kept."""
+    if not kept.numel():
+        return torch.full_like(removed, -1)
+    degrees = angles(centred(gram[:-1, :-1].double(), gram[:-1, -1].double(), float(gram[-1, -1]), center))
+    distance = torch.minimum(degrees, 180 - degrees)[removed][:, kept]
+    return kept[distance.argmin(1)]
 
 
 def take_over(weight: Tensor, mix: Tensor, kept: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:

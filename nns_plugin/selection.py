@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nns_plugin.errors import SelectionError
+
+Complement = Literal["one", "both"]
 
 
 def keep_by_ratio(
@@ -69,6 +73,106 @@ def keep_by_threshold(scores: Mapping[str, Tensor], zeta: float, *, round_to: in
         name: _best(value, _rounded(int((value >= zeta).sum()), value.numel(), round_to))
         for name, value in scores.items()
     }
+
+
+@dataclass(frozen=True)
+class AngleRule:
+    """Which pairs of units are redundant, by the angle between their vectors.
+
+    Attributes:
+        similar: Degrees under which two units do the same: the later one goes.
+        complementary: Degrees over which two units cancel each other; 180 for none.
+        complement: Of a pair that cancels, ``"one"`` (the later one) or ``"both"`` go.
+
+    Raises:
+        SelectionError: If an angle is outside its range, or ``complement`` is unknown.
+
+    Source:
+        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995: 15 and
+        165 degrees, both units of a pair that cancels.
+    """
+
+    similar: float = 15.0
+    complementary: float = 165.0
+    complement: Complement = "one"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.similar <= self.complementary <= 180:
+            raise SelectionError(
+                f"similar is {self.similar} and complementary {self.complementary} degrees; expected "
+                "0 <= similar <= complementary <= 180"
+            )
+        if self.complement not in get_args(Complement):
+            raise SelectionError(f"complement is {self.complement!r}; it must be one of one, both")
+
+
+@dataclass(frozen=True, eq=False)
+class AngleSelection:
+    """What an angle rule leaves of a group of U units.
+
+    Attributes:
+        kept: ``[k]`` int64 ascending.
+        survivor: ``[U]`` int64: for each unit the one that stays in its place, itself if it is kept, and -1 if
+            nobody does.
+        pairs: Number of pairs that were acted on.
+    """
+
+    kept: Tensor
+    survivor: Tensor
+    pairs: int
+
+
+def keep_by_angle(degrees: Tensor, rule: AngleRule = AngleRule()) -> AngleSelection:
+    """Remove one unit of each pair that does the same, and one or both of each pair that cancels.
+
+    Pairs are taken in the order (0, 1), (0, 2), ..., (1, 2), ...; where one of a pair is gone already, the other stays,
+    and so do two that cancel if nothing else would be left.
+
+    Args:
+        degrees: ``[U, U]`` angles, from :func:`nns_plugin.angles.angles`.
+        rule: Which pairs are redundant.
+
+    Returns:
+        The kept units, at least one, and who stays in place of the others.
+
+    Raises:
+        SelectionError: If the angles are not a square matrix of finite numbers.
+
+    Example:
+        >>> degrees = torch.tensor([[0.0, 10.0, 170.0], [10.0, 0.0, 175.0], [170.0, 175.0, 0.0]])
+        >>> keep_by_angle(degrees).survivor
+        tensor([0, 0, 0])
+    """
+    if degrees.dim() != 2 or degrees.shape[0] != degrees.shape[1] or not bool(torch.isfinite(degrees).all()):
+        raise SelectionError(f"the angles are {list(degrees.shape)}; expected a square matrix of finite numbers")
+    size = degrees.shape[0]
+    similar, opposite = degrees < rule.similar, degrees > rule.complementary
+    survivor = torch.arange(size)
+    alive = torch.ones(size, dtype=torch.bool)
+    pairs = 0
+    for unit in range(size):
+        if not alive[unit]:
+            continue
+        later = alive.clone()
+        later[: unit + 1] = False
+        cancelled = (opposite[unit] & later).nonzero().flatten()
+        same = similar[unit] & later
+        if rule.complement == "one":
+            same |= opposite[unit] & later
+        elif cancelled.numel():
+            same[int(cancelled[0]) :] = False  # after that pair the unit is gone
+            if int(alive.sum()) - int(same.sum()) > 2:
+                both = torch.tensor([unit, int(cancelled[0])])
+                alive[both], survivor[both] = False, -1
+                pairs += 1
+            else:
+                same = similar[unit] & later
+        alive[same] = False
+        survivor[same] = unit
+        pairs += int(same.sum())
+    gone = survivor[survivor] < 0  # whose survivor went later, together with its complement
+    survivor[(survivor >= 0) & gone] = -1
+    return AngleSelection(alive.nonzero().flatten(), survivor, pairs)
 
 
 def _check(scores: Mapping[str, Tensor], round_to: int) -> None:

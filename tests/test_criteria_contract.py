@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nns_plugin import Statistics, UnitGroup, calibrate, criteria
 from nns_plugin.criteria import BUILT_IN, Criterion, UnscoredGroupWarning, available, broken, find, score, score_groups
 from nns_plugin.criteria.distinctiveness import Distinctiveness
+from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
 from nns_plugin.errors import CriterionError
 
@@ -44,6 +45,10 @@ SETTINGS: dict[str, dict[str, Callable[[nn.Module, Statistics], Criterion]]] = {
         "sigmoid": lambda model, statistics: Distinctiveness(statistics, model, center=0.5),
         "weights": lambda model, statistics: Distinctiveness(statistics, model, vectors="weights"),
         "span": lambda model, statistics: Distinctiveness(statistics, model, mode="span"),
+    },
+    "mean_weight": {
+        "magnitudes": lambda model, statistics: MeanWeight(model),
+        "values": lambda model, statistics: MeanWeight(model, weights="values"),
     },
 }
 
@@ -264,7 +269,8 @@ def test_an_unknown_criterion_names_those_there_are(plug_ins: Callable[..., None
     plug_ins(("good", "third:Good"))
     with pytest.raises(
         CriterionError,
-        match="criterion 'magnitude' cannot be used, it is not installed; available: distinctiveness, good, semantic",
+        match="criterion 'magnitude' cannot be used, it is not installed; "
+        "available: distinctiveness, good, mean_weight, semantic",
     ):
         find("magnitude")
 

@@ -21,11 +21,13 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"nns_plugin.errors", "nns_plugin.fingerprint", "nns_plugin.forward", "nns_plugin.preserve"}),
     frozenset(
         {
+            "nns_plugin.angles",
             "nns_plugin.batch_norm",
             "nns_plugin.compensation",
             "nns_plugin.consumers",
             "nns_plugin.heads",
             "nns_plugin.observe",
+            "nns_plugin.producers",
             "nns_plugin.reduction",
             "nns_plugin.refit",
             "nns_plugin.selection",

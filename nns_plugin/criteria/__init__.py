@@ -12,17 +12,23 @@ from typing import Any
 
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score, score_groups
 from nns_plugin.criteria.distinctiveness import Distinctiveness
+from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
 from nns_plugin.errors import CriterionError
 
 ENTRY_POINT_GROUP = "nns_plugin.criteria"
 
-BUILT_IN: dict[str, type[Any]] = {"distinctiveness": Distinctiveness, "semantic": Semantic}
+BUILT_IN: dict[str, type[Any]] = {
+    "distinctiveness": Distinctiveness,
+    "mean_weight": MeanWeight,
+    "semantic": Semantic,
+}
 
 __all__ = [
     "BUILT_IN",
     "Criterion",
     "Distinctiveness",
+    "MeanWeight",
     "Semantic",
     "UnscoredGroupWarning",
     "available",

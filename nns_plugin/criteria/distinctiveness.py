@@ -8,44 +8,17 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.angles import Center, angles, centred, check_center
 from nns_plugin.compensation import RIDGE
 from nns_plugin.consumers import channel_groups, reading_matrices
 from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
 from nns_plugin.errors import CriterionError, StaleStatisticsError
+from nns_plugin.producers import incoming_weights
 from nns_plugin.statistics import Record, Statistics
 from nns_plugin.units import Port, UnitGroup
 
 Mode = Literal["pairwise", "span"]
 Vectors = Literal["activations", "weights"]
-
-
-def angles(inner: Tensor) -> Tensor:
-    """Angles between vectors, from their inner products.
-
-    Args:
-        inner: ``[U, U]`` inner products.
-
-    Returns:
-        ``[U, U]`` degrees in [0, 180]: 0 on the diagonal and between two zero vectors, 90 between a zero vector and
-        any other.
-
-    Source:
-        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-2.0, 0.0]])
-        >>> angles(x @ x.T)
-        tensor([[  0.,  45., 180.],
-                [ 45.,   0., 135.],
-                [180., 135.,   0.]])
-    """
-    norm = inner.diagonal().clamp_min(0).sqrt()
-    zero = norm <= 1e-9 * norm.max().clamp_min(torch.finfo(inner.dtype).tiny)
-    safe = torch.where(zero, 1.0, norm)
-    degrees = torch.rad2deg(torch.arccos((inner / safe / safe[:, None]).clamp(-1, 1)))
-    degrees = torch.where(zero ^ zero[:, None], 90.0, degrees)
-    degrees = torch.where(zero & zero[:, None], 0.0, degrees)
-    return degrees.fill_diagonal_(0.0)
 
 
 def greedy_angles(degrees: Tensor) -> Tensor:
@@ -77,25 +50,6 @@ def greedy_angles(degrees: Tensor) -> Tensor:
     return scores
 
 
-def centred(gram: Tensor, total: Tensor, count: float, center: float | str | None) -> Tensor:
-    """Inner products of vectors after a center was taken off, from those before.
-
-    Args:
-        gram: ``[C, C]`` inner products.
-        total: ``[C]`` sums of the vectors' entries.
-        count: Number of entries.
-        center: ``None`` for none, a number, or ``"mean"`` for each vector's own mean.
-
-    Returns:
-        ``[C, C]``: ``<u - c_u, v - c_v> = <u, v> - c_v sum(u) - c_u sum(v) + n c_u c_v``.
-    """
-    if center is None:
-        return gram
-    offset = total / count if center == "mean" else torch.full_like(total, float(center))
-    cross = offset[:, None] * total
-    return gram - cross - cross.T + count * offset[:, None] * offset
-
-
 @dataclass(frozen=True, eq=False)
 class Distinctiveness:
     """Units that others can stand in for go first.
@@ -122,7 +76,7 @@ class Distinctiveness:
     statistics: Statistics
     model: nn.Module
     mode: Mode = "pairwise"
-    center: float | Literal["mean"] | None = None
+    center: Center = None
     vectors: Vectors = "activations"
     ridge: float = RIDGE
 
@@ -135,9 +89,7 @@ class Distinctiveness:
                 raise CriterionError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}"
                 )
-        number = isinstance(self.center, (int, float)) and not isinstance(self.center, bool)
-        if self.center not in (None, "mean") and not number:
-            raise CriterionError(f"center is {self.center!r}; it must be None, a number or 'mean'")
+        check_center(self.center)
         if not self.ridge > 0:
             raise CriterionError(f"ridge is {self.ridge}; it must be positive")
         if all(record.gram is None for record in self.statistics.records.values()):
@@ -147,8 +99,16 @@ class Distinctiveness:
         """Scores ``[U]``; ``None`` if the group has no Gram matrix or, for ``"span"``, no reader."""
         if self.mode == "span":
             return self._span(group)
+        degrees = self.degrees(group)
+        return None if degrees is None else greedy_angles(degrees)
+
+    def degrees(self, group: UnitGroup) -> Tensor | None:
+        """Angles ``[U, U]`` between the units' vectors, for :func:`nns_plugin.selection.keep_by_angle`.
+
+        ``None`` if the group has no Gram matrix, or no incoming weights.
+        """
         inner = self._incoming(group) if self.vectors == "weights" else self._activations(group)
-        return None if inner is None else greedy_angles(angles(inner))
+        return None if inner is None else angles(inner)
 
     def _span(self, group: UnitGroup) -> Tensor | None:
         if not group.consumers or not self.statistics.observed(group):
@@ -174,23 +134,8 @@ class Distinctiveness:
         return inner
 
     def _incoming(self, group: UnitGroup) -> Tensor | None:
-        inner = torch.zeros(group.size, group.size, dtype=torch.float64)
-        for port in group.producers:
-            weight = getattr(self.model.get_submodule(port.name), "weight", None)
-            if not isinstance(weight, Tensor):
-                return None
-            module = self.model.get_submodule(port.name)
-            if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                if module.groups > 1:
-                    return None
-                weight = weight.transpose(0, 1)
-            elif isinstance(module, nn.Embedding):
-                weight = weight.T
-            rows = weight.detach().double().cpu().flatten(1)
-            order = port.unit.argsort(stable=True)
-            vectors = rows[port.index[order]].reshape(group.size, -1)
-            inner += vectors @ vectors.T
-        return inner
+        vectors = incoming_weights(self.model, group)
+        return None if vectors is None else sum((v @ v.T for v in vectors), torch.zeros(()).double())
 
 
 def readings_of(module: nn.Module, record: Record, port: Port) -> list[Reading] | None:
@@ -221,7 +166,7 @@ def readings_of(module: nn.Module, record: Record, port: Port) -> list[Reading] 
     return readings
 
 
-def unit_products(record: Record, port: Port, size: int, center: float | str | None) -> Tensor:
+def unit_products(record: Record, port: Port, size: int, center: Center) -> Tensor:
     """Inner products ``[U, U]`` of the units' activations at one port; a unit of several channels joins them."""
     assert record.gram is not None
     channel = record.layout.channel[port.index]

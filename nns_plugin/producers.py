@@ -1,0 +1,42 @@
+"""Producers: the weights with which a group's units are written, as one vector a unit."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nns_plugin.consumers import Transposed
+from nns_plugin.units import UnitGroup
+
+
+def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
+    """The incoming weights of each unit, biases apart.
+
+    Args:
+        model: The model that the group belongs to.
+        group: Its U units.
+
+    Returns:
+        For each producer ``[U, D]`` float64 on the CPU: all weights that write the unit's positions there. ``None``
+        if a producer has no weight whose out-axis is known.
+    """
+    vectors = []
+    for port in group.producers:
+        rows = _rows(model.get_submodule(port.name))
+        if rows is None:
+            return None
+        order = port.unit.argsort(stable=True)
+        vectors.append(rows[port.index[order]].reshape(group.size, -1))
+    return vectors
+
+
+def _rows(module: nn.Module) -> Tensor | None:
+    """Weights of a module, ``[out-positions, D]``."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if isinstance(module, Transposed):  # [C, O / G, K...]
+        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
+        weight = parts.transpose(1, 2).flatten(0, 1)
+    elif isinstance(module, nn.Embedding):
+        weight = weight.T
+    return weight.detach().double().cpu().flatten(1)
