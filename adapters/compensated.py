@@ -1,41 +1,34 @@
-"""Compensated steps: torch-pruning decides what goes, and the survivors take over what it contributed."""
+"""Compensated removal: a host decides what goes, and the survivors take over what it contributed."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.dependency_graph import UnusableGroupWarning, groups_again, trace_group
+from nns_plugin.adapters.removals import Removal, kept_outputs, kept_units, planned_removals, removed_channels
 from nns_plugin.batch_norm import reestimate_batch_norms
-from nns_plugin.compensation import RIDGE, means, mixing, take_over
-from nns_plugin.consumers import (
-    add_to_bias,
-    channel_groups,
-    has_bias,
-    reading_matrices,
-    weight_of,
-    write_matrices,
-)
-from nns_plugin.errors import GroupError, PruningError, StaleStatisticsError
+from nns_plugin.channel_plans import ChannelMethod, Plan, Survivors, apply_plan, plan_removal, worse_than_nothing
+from nns_plugin.consumers import Convolution, has_bias
+from nns_plugin.errors import PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
-from nns_plugin.forward import device_of, parse_batch, to_device
-from nns_plugin.observe import axis_length, calibrate
-from nns_plugin.preserve import in_evaluation, preserved
-from nns_plugin.refit import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
-from nns_plugin.statistics import Layout, Record, Statistics
-from nns_plugin.taps import execution_order, tap
-from nns_plugin.units import UnitGroup, complement
+from nns_plugin.forward import device_of, first_inputs, to_device
+from nns_plugin.group_mixing import GroupMixing
+from nns_plugin.preserve import in_evaluation
+from nns_plugin.refit import weight_matrix
+from nns_plugin.refitting import Refitting
+from nns_plugin.statistics import Statistics
+from nns_plugin.taps import execution_order
 
-Method = Literal["refit", "least_squares", "mean", "none"]
+Method = Literal["refit", "least_squares", "merge", "mean", "none"]
 Recalibrate = Literal["once", "each_group"]
 
 
@@ -43,23 +36,35 @@ class CompensationWarning(UserWarning):
     """A consumer was compensated in a weaker way than was asked for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Removal:
-    """What a host's step removes from one group.
+@dataclass(frozen=True)
+class Compensation:
+    """How survivors take over; see :func:`compensated_step` for what each field means."""
 
-    Attributes:
-        group: The unit group; ``None`` if the host's group could not be followed.
-        units: ``[k]`` int64, the units that go.
-        root: The host's root module.
-        handler: The host's pruning function of the root.
-        positions: The root's positions that go.
-    """
+    method: Method = "refit"
+    recalibrate: Recalibrate = "once"
+    reestimate: bool = True
+    ridge: float = 1e-4
+    max_unfolded: int = 8192
 
-    group: UnitGroup | None
-    units: Tensor
-    root: nn.Module
-    handler: Any
-    positions: list[int]
+    def check(self, loader: Iterable[Any] | None) -> None:
+        """Refuse what cannot work, before anything changes.
+
+        Raises:
+            PruningError: If an option is unknown or the loader is missing.
+        """
+        for name, kind in (("method", Method), ("recalibrate", Recalibrate)):
+            if getattr(self, name) not in get_args(kind):
+                raise PruningError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        if self.recalibrate == "each_group" and self.method not in ("refit", "least_squares"):
+            raise PruningError(
+                f"recalibrate='each_group' goes with least_squares and refit, not with method {self.method!r}"
+            )
+        if loader is None and (self.method == "refit" or self.recalibrate == "each_group"):
+            raise PruningError(f"method {self.method!r} with recalibrate={self.recalibrate!r} needs a loader; pass one")
+        if isinstance(loader, Iterator):
+            raise PruningError("the loader is an iterator, which yields once; pass something that yields anew")
+        if not self.ridge > 0:
+            raise PruningError(f"ridge is {self.ridge}; it must be positive")
 
 
 def compensated_step(
@@ -103,60 +108,21 @@ def compensated_step(
         PruningError: If the method is unknown or the loader is missing.
         StaleStatisticsError: If the statistics do not belong to the model.
     """
-    _check_options(method, recalibrate, loader)
-    graph, model = pruner.DG, pruner.model
+    how = Compensation(method, recalibrate, reestimate, ridge, max_unfolded)
+    how.check(loader)
     known = _followed(pruner, statistics)
-    dense = copy.deepcopy(model) if method == "refit" else None
     with torch.no_grad():
         removals = planned_removals(pruner)
-        if recalibrate == "each_group":
-            known = _group_by_group(graph, removals, known, method, loader)
-        else:
-            _compensate(model, graph, removals, known, method, loader)
-            _remove(graph, removals)
-            known = known.narrow(_kept(removals, known))
-    if reestimate:
-        _reestimate(model, loader)
-    if dense is not None and loader is not None:
-        _refit(dense, model, graph, removals, loader, ridge, max_unfolded, progress)
+    known = compensated_removal(pruner.DG, removals, known, how, loader, progress=progress)
     _FOLLOWED[pruner] = (statistics, known)
     follow = getattr(pruner.importance, "follow", None)
     if follow is not None:
-        follow(graph, known)
+        follow(pruner.DG, known)
     return known
 
 
 # For each pruner the statistics that it was given and what has become of them.
 _FOLLOWED: weakref.WeakKeyDictionary[Any, tuple[Statistics, Statistics]] = weakref.WeakKeyDictionary()
-
-
-def planned_removals(pruner: tp.pruner.BasePruner) -> list[Removal]:
-    """What a step of the pruner removes, in the order of the groups' first producers; nothing is removed yet."""
-    graph = pruner.DG
-    removals = []
-    for host_group in list(pruner.step(interactive=True)):
-        dep, positions = host_group[0]
-        root, handler = dep.target.module, dep.handler
-        is_out = graph.is_out_channel_pruning_fn(handler)
-        length = graph.get_out_channels(root) if is_out else graph.get_in_channels(root)
-        try:
-            traced = trace_group(graph.get_pruning_group(root, handler, list(range(length))))
-        except GroupError as error:
-            warnings.warn(f"removed without compensation: {error}", UnusableGroupWarning, stacklevel=3)
-            removals.append(Removal(None, torch.tensor([]), root, handler, list(positions)))
-            continue
-        units = traced.unit_of_root[torch.tensor(positions, dtype=torch.int64)].unique()
-        removals.append(Removal(traced.group, units, root, handler, list(positions)))
-    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
-    return sorted(removals, key=lambda removal: order[removal.group.name] if removal.group else -1)
-
-
-def _check_options(method: str, recalibrate: str, loader: Iterable[Any] | None) -> None:
-    for name, value, kind in (("method", method, Method), ("recalibrate", recalibrate, Recalibrate)):
-        if value not in get_args(kind):
-            raise PruningError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
-    if loader is None and (method == "refit" or recalibrate == "each_group"):
-        raise PruningError(f"method {method!r} with recalibrate={recalibrate!r} needs a loader; pass one")
 
 
 def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistics:
@@ -172,103 +138,179 @@ def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistic
     return statistics
 
 
-def _kept(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tensor]:
-    observed = {group.name for group in statistics.groups}
-    kept = {}
-    for removal in removals:
-        if removal.group is not None and removal.group.name in observed:
-            kept[removal.group.name] = complement(removal.group.size, removal.units)
-    return kept
-
-
-def _remove(graph: tp.DependencyGraph, removals: Sequence[Removal]) -> None:
-    for removal in removals:  # rebuilt one by one: positions on a concatenation move with each removal
-        graph.get_pruning_group(removal.root, removal.handler, removal.positions).prune()
-
-
-def _group_by_group(
-    graph: tp.DependencyGraph, removals: Sequence[Removal], known: Statistics, method: str, loader: Any
-) -> Statistics:
-    for removal in removals:
-        _compensate(graph.model, graph, [removal], known, method, loader)
-        _remove(graph, [removal])
-        known = calibrate(graph.model, loader, groups_again(graph, known.groups), labels=known.labels, gram=True)
-    return known
-
-
-def _compensate(
-    model: nn.Module,
+def compensated_removal(
     graph: tp.DependencyGraph,
     removals: Sequence[Removal],
     statistics: Statistics,
-    method: str,
+    how: Compensation,
+    loader: Iterable[Any] | None = None,
+    *,
+    survivors: Mapping[str, Survivors] | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Carry out planned removals and let the kept units take over.
+
+    Args:
+        graph: Dependency graph of the model, which is changed in place.
+        removals: What goes.
+        statistics: Of the model as it is.
+        how: How the survivors take over.
+        loader: As for :func:`compensated_step`.
+        survivors: For ``"merge"``, by name of the consumer: who takes over from whom. By default the kept channel
+            whose vector is nearest to parallel does, unless plain removal errs less on the calibration data.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The statistics of the pruned model, narrowed.
+    """
+    how.check(loader)
+    model = graph.model
+    dense = copy.deepcopy(model).eval() if how.method == "refit" or how.recalibrate == "each_group" else None
+    with torch.no_grad():
+        if dense is not None and loader is not None and how.recalibrate == "each_group":
+            statistics = _group_by_group(graph, dense, removals, statistics, loader)
+        else:
+            if how.method != "none":
+                _compensate(graph, removals, statistics, how, loader, survivors)
+            for removal in removals:
+                removal.carry_out(graph)
+            statistics = statistics.narrow(kept_units(removals, statistics))
+        if how.method == "refit" and dense is not None and loader is not None:
+            _refit(graph, dense, removals, how, loader, progress)
+        elif how.reestimate:
+            _reestimate(model, loader)
+    return statistics
+
+
+def _compensate(
+    graph: tp.DependencyGraph,
+    removals: Sequence[Removal],
+    statistics: Statistics,
+    how: Compensation,
     loader: Iterable[Any] | None,
+    survivors: Mapping[str, Survivors] | None,
 ) -> None:
     """Write compensated weights into the still whole consumers; columns that go are left at 0."""
-    if method == "none":
-        return
-    plans = {}
-    for name, gone in _removed_channels(removals, statistics).items():
-        module, record = model.get_submodule(name), statistics.records["in", name]
-        norm = following_norm(graph, module)
-        plan = _plan(module, record, gone, method, has_bias(module) or norm is not None)
-        if plan is None:
-            warnings.warn(
-                f"{name!r} is not compensated: its input has no Gram matrix", CompensationWarning, stacklevel=4
-            )
-            continue
-        plans[name] = (plan, norm)
-    if loader is not None:
-        worse = _worse_than_nothing(model, {name: plan for name, (plan, _) in plans.items()}, statistics, loader)
-        plans = {name: plan for name, plan in plans.items() if name not in worse}
-    for name, ((matrices, shift), norm) in plans.items():
+    method: ChannelMethod = how.method if how.method in ("merge", "mean") else "least_squares"
+    model, plans, norms = graph.model, {}, {}
+    for name, gone in removed_channels(removals, statistics).items():
         module = model.get_submodule(name)
-        write_matrices(module, statistics.records["in", name].layout, matrices)
-        add_shift(module, norm, shift)
-
-
-def _removed_channels(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tensor]:
-    """For each observed consumer the channels that go, ``[k]`` int64."""
-    gone: dict[str, list[Tensor]] = {}
-    for removal in removals:
-        for port in removal.group.consumers if removal.group is not None else ():
-            record = statistics.records.get(("in", port.name))
-            if record is not None:
-                positions = port.index[torch.isin(port.unit, removal.units)]
-                gone.setdefault(port.name, []).append(record.layout.channel[positions])
-    return {name: torch.cat(parts).unique() for name, parts in gone.items()}
-
-
-def _plan(
-    module: nn.Module, record: Record, gone: Tensor, method: str, constant: bool
-) -> tuple[list[Tensor], Tensor] | None:
-    """New reading matrices of a consumer and the shift of its outputs, one channel group after the other."""
-    matrices = reading_matrices(module, record.layout)
-    if matrices is None or record.gram is None:
-        return None
-    size = record.layout.slot.numel() // channel_groups(module)
-    changed, shifts = [], []
-    for number, matrix in enumerate(matrices):
-        removed = gone[gone // size == number] - number * size
-        kept = complement(size, removed)
-        gram = record.gram[number]
-        if method == "mean":
-            mix = means(gram, kept, removed) if constant else torch.zeros(removed.numel(), kept.numel() + 1).double()
+        norms[name] = following_norm(graph, module)
+        plan = plan_removal(
+            module,
+            statistics.records["in", name],
+            gone,
+            method,
+            constant=has_bias(module) or norms[name] is not None,
+            survivors=None if survivors is None else survivors.get(name),
+        )
+        if plan is None:
+            _warn(f"{name!r} is not compensated: its input has no Gram matrix")
         else:
-            mix = mixing(gram, kept, removed, constant=constant, ridge=RIDGE)
-        weight, shift = take_over(matrix, mix, kept, removed)
-        changed.append(weight)
-        shifts.append(shift)
-    return changed, torch.cat(shifts)
+            plans[name] = plan
+    # What is refitted is compared then, and what a caller says who takes over from whom is not ours to judge.
+    unfit = {name for name in plans if how.method != "refit" or _unfit(model.get_submodule(name), how.max_unfolded)}
+    judged = {name: plan for name, plan in plans.items() if survivors is None and name in unfit}
+    for name in _not_worth_it(model, judged, statistics, loader):
+        del plans[name]
+    for name, plan in plans.items():
+        apply_plan(model.get_submodule(name), statistics.records["in", name].layout, plan, norms[name])
 
 
-def add_shift(module: nn.Module, norm: nn.Module | None, shift: Tensor) -> None:
-    """Let a consumer's outputs rise by a shift ``[O]``: in its bias, or in the batch norm that follows."""
-    if has_bias(module):
-        add_to_bias(module, shift)
-    elif norm is not None:
-        running_mean = cast(Tensor, norm.running_mean)
-        running_mean.sub_(shift.to(running_mean))
+def _not_worth_it(
+    model: nn.Module, plans: Mapping[str, Plan], statistics: Statistics, loader: Iterable[Any] | None
+) -> list[str]:
+    """Consumers whose plan errs more on the calibration data than plain removal, which they get instead."""
+    worse = {name for name, plan in plans.items() if plan.is_worse}
+    open_plans = {name: plan for name, plan in plans.items() if plan.is_worse is None}
+    if loader is not None:
+        worse |= worse_than_nothing(model, open_plans, statistics, loader)
+    elif open_plans:
+        _warn(
+            f"kernels of several positions ({', '.join(open_plans)}) are compensated without a look whether plain "
+            "removal errs less: pass a loader"
+        )
+    if worse:
+        _warn(f"plain removal errs less on the calibration data at {', '.join(sorted(worse))}: it is left at that")
+    return sorted(worse)
+
+
+def _group_by_group(
+    graph: tp.DependencyGraph, dense: nn.Module, removals: Sequence[Removal], statistics: Statistics, loader: Any
+) -> Statistics:
+    """Remove one group after the other, in the order in which they run, and mix its readers' real inputs anew."""
+    model = graph.model
+    example = to_device(first_inputs(loader), device_of(model))
+    writers = {removal.group.name for removal in removals if removal.group is not None}
+    order = {name: place for place, name in enumerate(execution_order(model, writers, example))}
+    mixing, narrowed = GroupMixing(dense, model, loader), statistics
+    done: list[Removal] = []
+    for removal in sorted(removals, key=lambda removal: order.get(removal.group.name, -1) if removal.group else -1):
+        removal.carry_out(graph)
+        done.append(removal)
+        narrowed = narrowed.narrow(kept_units([removal], narrowed))
+        kept = kept_outputs(dense, done)
+        readers = [port.name for port in removal.group.consumers] if removal.group is not None else []
+        with in_evaluation(model):
+            for name in execution_order(model, readers, example):
+                if ("in", name) not in narrowed.records:
+                    continue
+                whole, narrow = (known.records["in", name].layout for known in (statistics, narrowed))
+                norm = following_norm(graph, model.get_submodule(name))
+                mixing.mix(name, whole, narrow, norm, kept.get(name))
+    return narrowed
+
+
+def _refit(
+    graph: tp.DependencyGraph,
+    dense: nn.Module,
+    removals: Sequence[Removal],
+    how: Compensation,
+    loader: Iterable[Any],
+    progress: bool,
+) -> None:
+    """Refit all consumers of what was removed, in the order in which they run."""
+    model = graph.model
+    names = {port.name for removal in removals if removal.group for port in removal.group.consumers}
+    left_out = {name: reason for name in names if (reason := _unfit(model.get_submodule(name), how.max_unfolded))}
+    for name, reason in sorted(left_out.items()):
+        _warn(f"{name!r} is not refitted, it keeps the weights that least squares gave it: {reason}")
+    if left_out and how.reestimate:
+        # What is refitted repeats the dense model's outputs, and its norm gets their statistics; the rest does not.
+        reestimate_batch_norms(model, loader)
+    example = to_device(first_inputs(loader), device_of(model))
+    kept = kept_outputs(dense, removals)
+    modules = {module: name for name, module in model.named_modules()}
+    refitting = Refitting(dense, model, loader, how.ridge)
+    order = execution_order(model, names - left_out.keys(), example)
+    with in_evaluation(model):
+        for name in tqdm(order, desc="refitting", disable=not progress, leave=False):
+            norm = following_norm(graph, model.get_submodule(name))
+            refitting.refit(name, None if norm is None else modules[norm], kept.get(name))
+
+
+def _unfit(module: nn.Module, max_unfolded: int) -> str | None:
+    """Why a consumer cannot be refitted; ``None`` if it can."""
+    if not isinstance(module, (nn.Linear, Convolution)):
+        return f"it is a {type(module).__name__}"
+    depth = weight_matrix(module).shape[2]
+    if depth > max_unfolded:
+        return f"its input unfolds to {depth} rows, more than max_unfolded={max_unfolded}"
+    return None
+
+
+def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:
+    if loader is not None:
+        reestimate_batch_norms(model, loader)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        _warn(
+            "batch norms keep their statistics of the dense model: pass a loader to re-estimate them, or "
+            "reestimate=False"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, CompensationWarning, stacklevel=5)
 
 
 def following_norm(graph: tp.DependencyGraph, module: nn.Module) -> nn.Module | None:
@@ -283,133 +325,3 @@ def following_norm(graph: tp.DependencyGraph, module: nn.Module) -> nn.Module | 
         return None
     norm = outputs[0].module
     return norm if norm.running_mean is not None else None
-
-
-def _worse_than_nothing(
-    model: nn.Module, plans: Mapping[str, tuple[list[Tensor], Tensor]], statistics: Statistics, loader: Iterable[Any]
-) -> set[str]:
-    """Consumers whose kernel spans several positions and whose plan errs more on the data than plain removal."""
-    risky = {name: plan for name, plan in plans.items() if plan[0][0].shape[1] > 1}
-    if not risky:
-        return set()
-    changes = {}
-    for name, (matrices, shift) in risky.items():
-        module, layout = model.get_submodule(name), statistics.records["in", name].layout
-        before = reading_matrices(module, layout) or []
-        taken = [torch.where(new == 0, old, 0.0) for new, old in zip(matrices, before, strict=True)]
-        changed = [new - old for new, old in zip(matrices, before, strict=True)]
-        changes[name] = (
-            _difference(module, layout, changed, shift),
-            _difference(module, layout, taken, torch.zeros_like(shift)),
-        )
-    errors = {name: torch.zeros(2, dtype=torch.float64) for name in changes}
-    device = device_of(model)
-    with preserved(model), torch.no_grad():
-        model.eval()
-        for number, item in enumerate(loader):
-            inputs = to_device(parse_batch(item, number).inputs, device)
-            for name, layers in changes.items():
-                reached = tap(model, name, inputs, "in")
-                errors[name] += torch.stack([layer(reached).double().square().sum().cpu() for layer in layers])
-    return {name for name, (planned, nothing) in errors.items() if not float(planned) <= float(nothing)}
-
-
-def _difference(module: nn.Module, layout: Layout, matrices: Sequence[Tensor], shift: Tensor) -> nn.Module:
-    """A layer like another one, whose weights and bias are the given ones."""
-    layer = copy.deepcopy(module)
-    write_matrices(layer, layout, matrices)
-    layer.bias = nn.Parameter(shift.to(weight_of(layer)))
-    return layer
-
-
-def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:
-    if loader is not None:
-        reestimate_batch_norms(model, loader)
-    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        warnings.warn(
-            "batch norms keep their statistics of the dense model: pass a loader to re-estimate them, or "
-            "reestimate=False",
-            CompensationWarning,
-            stacklevel=3,
-        )
-
-
-def _refit(
-    dense: nn.Module,
-    model: nn.Module,
-    graph: tp.DependencyGraph,
-    removals: Sequence[Removal],
-    loader: Iterable[Any],
-    ridge: float,
-    max_unfolded: int,
-    progress: bool,
-) -> None:
-    names = {port.name for removal in removals if removal.group for port in removal.group.consumers}
-    device = device_of(model)
-    example = to_device(parse_batch(next(iter(loader)), 0).inputs, device)
-    order = execution_order(model, names, example)
-    kept = kept_outputs(dense, removals)
-    dense.eval()
-    with in_evaluation(model), torch.no_grad():
-        for name in tqdm(order, desc="refitting", disable=not progress, leave=False):
-            module = model.get_submodule(name)
-            if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                warnings.warn(
-                    f"{name!r} is a {type(module).__name__}, which is not refitted", CompensationWarning, stacklevel=4
-                )
-                continue
-            depth = weight_matrix(module).shape[2]
-            if depth > max_unfolded:
-                warnings.warn(
-                    f"{name!r} unfolds to {depth} rows, more than max_unfolded={max_unfolded}: it keeps its "
-                    "least-squares weights",
-                    CompensationWarning,
-                    stacklevel=4,
-                )
-                continue
-            sums = _regression(dense, model, name, kept.get(name), loader, device)
-            _apply(module, following_norm(graph, module), sums, ridge)
-
-
-def _regression(
-    dense: nn.Module, model: nn.Module, name: str, kept: Tensor | None, loader: Iterable[Any], device: torch.device
-) -> LeastSquares:
-    module = model.get_submodule(name)
-    groups, outputs, depth = weight_matrix(module).shape
-    sums = LeastSquares.empty(groups, depth, outputs)
-    for number, item in enumerate(loader):
-        inputs = to_device(parse_batch(item, number).inputs, device)
-        target = tap(dense, name, inputs, "out")
-        if kept is not None:
-            target = target.index_select(-1 if isinstance(module, nn.Linear) else 1, kept.to(device))
-        sums.add(unfolded(module, tap(model, name, inputs, "in")), output_matrix(module, target))
-    return sums
-
-
-def _apply(module: nn.Module, norm: nn.Module | None, sums: LeastSquares, ridge: float) -> None:
-    """Give a consumer the solution if it errs less on the data than the weights that it has."""
-    weights = weight_matrix(module).double().cpu()
-    groups, outputs, _ = weights.shape
-    bias = torch.zeros(groups, outputs, 1, dtype=torch.float64)
-    if has_bias(module):
-        bias = cast(Tensor, module.bias).detach().double().cpu().reshape(groups, outputs, 1)
-    prior = torch.cat([weights, bias], 2)
-    solution = sums.solve(prior, has_bias(module) or norm is not None, ridge)
-    if not sums.error(solution) <= sums.error(prior):
-        return
-    set_weight_matrix(module, solution[:, :, :-1])
-    add_shift(module, norm, (solution - prior)[:, :, -1].flatten())
-
-
-def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Tensor]:
-    """For each layer that loses outputs, the out-positions that stay, ``[k]`` int64 ascending."""
-    gone: dict[str, list[Tensor]] = {}
-    for removal in removals:
-        for port in removal.group.producers if removal.group is not None else ():
-            gone.setdefault(port.name, []).append(port.positions(removal.units))
-    kept = {}
-    for name, parts in gone.items():
-        module = dense.get_submodule(name)
-        length = axis_length(module, "out", name)
-        kept[name] = complement(length, torch.cat(parts))
-    return kept

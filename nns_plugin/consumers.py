@@ -25,6 +25,15 @@ def channel_groups(module: nn.Module) -> int:
     return module.groups if isinstance(module, Convolution) else 1
 
 
+def tap_share(module: nn.Module) -> float:
+    """Share of its kernel's positions that an output of a consumer sums, away from the borders.
+
+    A constant input raises the outputs of a transposed convolution by this share of the kernel's sum, on average;
+    those of every other layer by all of it.
+    """
+    return 1 / math.prod(module.stride) if isinstance(module, Transposed) else 1.0
+
+
 def padded_positions(module: nn.Module, spatial: Sequence[int]) -> int:
     """Number of zero positions that a convolution adds around an input of the given spatial shape."""
     if not isinstance(module, Convolution) or isinstance(module, Transposed) or module.padding_mode != "zeros":

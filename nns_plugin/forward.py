@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -93,3 +93,15 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lives; the CPU for a model without parameters."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def first_inputs(loader: Iterable[Any]) -> Any:
+    """The inputs of a loader's first batch.
+
+    Raises:
+        CalibrationError: If there is none.
+    """
+    item = next(iter(loader), None)
+    if item is None:
+        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
+    return parse_batch(item, 0).inputs

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nns_plugin.compensation import solve_positive
 from nns_plugin.consumers import Convolution, Transposed, channel_groups, weight_of
+from nns_plugin.statistics import Layout
 
 
 def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -39,6 +40,15 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
     for size in module.kernel_size:
         depth *= size
     return laid.reshape(module.groups, depth, -1)
+
+
+def channel_matrix(module: nn.Module, layout: Layout, inputs: Tensor) -> Tensor:
+    """The input of a consumer by channel: ``[G, C / G, M]`` for its G channel groups and M inputs and positions."""
+    groups, channels = channel_groups(module), layout.slot.numel()
+    if isinstance(module, Convolution):
+        return inputs.transpose(0, 1).reshape(groups, channels // groups, -1)
+    # Pooled positions of a channel are adjacent.
+    return inputs.reshape(-1, channels, inputs.shape[-1] // channels).transpose(0, 1).reshape(1, channels, -1)
 
 
 def output_matrix(module: nn.Module, output: Tensor) -> Tensor:

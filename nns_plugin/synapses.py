@@ -66,8 +66,8 @@ def prune_under_mean(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
         found[name] = module
     removed = {}
     for name, module in found.items():
-        mask = getattr(module, "weight_mask", None)
-        kept = over_mean(module.weight if mask is None else module.weight_orig, mask)
+        mask: Tensor | None = getattr(module, "weight_mask", None)
+        kept = over_mean(getattr(module, "weight_orig", module.weight), mask)
         before = kept.numel() if mask is None else int(mask.sum())
         prune.custom_from_mask(module, "weight", kept.to(module.weight.dtype))
         removed[name] = before - int(kept.sum())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.preserve import preserved
+
+ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 
 def tap(model: nn.Module, name: str, inputs: Any, side: str) -> Tensor:
@@ -48,6 +52,73 @@ def tap(model: nn.Module, name: str, inputs: Any, side: str) -> Tensor:
     finally:
         handle.remove()
     raise CalibrationError(f"module {name!r} did not run")
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """What a module works on and gives, and what its output is added to further on, if that was asked for."""
+
+    inputs: Tensor
+    output: Tensor
+    beside: Tensor | None
+
+
+def passage(model: nn.Module, name: str, inputs: Any, added: str | None = None) -> Passage:
+    """Run a model in its present modes until one module has run, or until its output is added to something.
+
+    Args:
+        model: The model.
+        name: Name of the module.
+        inputs: Inputs of the model.
+        added: Name of a module, itself or a later one: go on until what it gives is one of two equally shaped summands,
+            the other of which is ``beside``; if it never is, the model runs to its end and ``beside`` is ``None``.
+
+    Raises:
+        CalibrationError: If the module does not run.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not seen:
+            seen.append((args[0] if args else kwargs["input"], output))
+            if added is None:
+                raise _Reached(output)
+
+    summing = _Summing()
+    handles = [model.get_submodule(name).register_forward_hook(note, with_kwargs=True)]
+    try:
+        if added is None:
+            run_model(model, inputs)
+        else:
+            handles.append(model.get_submodule(added).register_forward_hook(summing.watch))
+            with summing:
+                run_model(model, inputs)
+        beside = None
+    except _Reached as reached:
+        beside = None if added is None else reached.tensor
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise CalibrationError(f"module {name!r} did not run")
+    return Passage(*seen[0], beside)
+
+
+class _Summing(TorchFunctionMode):
+    """Stops a forward where a watched tensor is added to another one, and carries the other one out."""
+
+    watched: Tensor | None = None
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.watched is None and isinstance(output, Tensor):
+            self.watched = output
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watched is not None and getattr(func, "__name__", "") in ADDITIONS and len(args) == 2 and not kwargs:
+            others = [part for part in args if part is not self.watched]
+            if len(others) == 1 and isinstance(others[0], Tensor) and others[0].shape == self.watched.shape:
+                raise _Reached(others[0])
+        return func(*args, **(kwargs or {}))
 
 
 def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> list[str]:

@@ -23,13 +23,16 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "nns_plugin.angles",
             "nns_plugin.batch_norm",
+            "nns_plugin.channel_plans",
             "nns_plugin.compensation",
             "nns_plugin.consumers",
+            "nns_plugin.group_mixing",
             "nns_plugin.heads",
             "nns_plugin.observe",
             "nns_plugin.producers",
             "nns_plugin.reduction",
             "nns_plugin.refit",
+            "nns_plugin.refitting",
             "nns_plugin.selection",
             "nns_plugin.statistics",
             "nns_plugin.statistics_file",
@@ -56,6 +59,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.dependency_graph": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.reading_check": frozenset(),
+    f"{ADAPTERS}.removals": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.group_tracing": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
@@ -66,9 +70,10 @@ HOSTS: dict[str, frozenset[str]] = {
 }
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
-    f"{ADAPTERS}.compensated": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.compensated": frozenset({f"{ADAPTERS}.removals"}),
     f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.group_tracing", f"{ADAPTERS}.reading_check"}),
     f"{ADAPTERS}.pruning_history": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.removals": frozenset({f"{ADAPTERS}.dependency_graph"}),
     f"{ADAPTERS}.torch_pruning": frozenset(
         {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}
     ),
