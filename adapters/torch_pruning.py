@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,16 +24,20 @@ from nns_plugin.adapters.pruning_history import FollowedStatistics
 from nns_plugin.compensation import RIDGE
 from nns_plugin.criteria.contract import Criterion, score
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
+from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
 from nns_plugin.errors import CriterionError, GroupError
 from nns_plugin.forward import device_of
 from nns_plugin.observe import calibrate
+from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
+from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.statistics import Statistics
 
 __all__ = [
     "CriterionImportance",
     "DistinctivenessImportance",
+    "MeanWeightImportance",
     "SemanticImportance",
     "compensated_step",
     "count_operations",
@@ -113,6 +117,8 @@ class DistinctivenessImportance(CriterionImportance):
         center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
         vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
         ridge: For ``"span"``.
+        sensitivity: For ``"span"``; belongs to one state of the model, so in iterative pruning use ``from_loader``.
+        cost: For ``"span"``.
 
     Raises:
         CriterionError: If an option is unknown, or the statistics have no Gram matrices.
@@ -128,10 +134,65 @@ class DistinctivenessImportance(CriterionImportance):
         center: float | Literal["mean"] | None = None,
         vectors: Vectors = "activations",
         ridge: float = RIDGE,
+        sensitivity: Mapping[str, Tensor] | None = None,
+        cost: Mapping[str, float] | None = None,
     ) -> None:
         # The model is the pruner's; it is put in its place when the first group comes.
-        criterion = Distinctiveness(statistics, nn.Identity(), mode, center, vectors, ridge)
+        criterion = Distinctiveness(statistics, nn.Identity(), mode, center, vectors, ridge, sensitivity, cost)
         super().__init__(criterion, FollowedStatistics(statistics))
+
+    @classmethod
+    def for_operations(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        statistics: Statistics | None = None,
+        ridge: float = RIDGE,
+        **options: Any,
+    ) -> DistinctivenessImportance:
+        """Span scores for ``global_pruning=True``: how much removal moves the model's outputs, per operation it saves.
+
+        Measures the sensitivity of the model's outputs, which needs gradients but no labels, and the operations that
+        a unit of each group costs. Both belong to the model as it is: for one step, not for iterative pruning.
+
+        Args:
+            model: The model that is going to be pruned.
+            example_inputs: As for torch-pruning.
+            loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
+            statistics: Of the model, with ``gram=True``; collected from the loader by default.
+            ridge: See the class.
+            **options: Of :func:`nns_plugin.calibrate`, where statistics are collected.
+        """
+        if statistics is None:
+            statistics = calibrate(model, loader, unit_groups(model, example_inputs), gram=True, **options)
+        groups = statistics.groups
+        sensitivity = output_sensitivity(model, loader, groups)
+        cost = unit_operations(model, groups, layer_operations(model, example_inputs))
+        return cls(statistics, "span", ridge=ridge, sensitivity=sensitivity, cost=cost)
+
+
+class MeanWeightImportance(CriterionImportance):
+    """Units whose incoming weights sum up to little go first, as a torch-pruning importance.
+
+    Args:
+        weights: Sum of ``"magnitudes"`` or of ``"values"``.
+
+    Raises:
+        CriterionError: If ``weights`` is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.MeanWeight`.
+    """
+
+    def __init__(self, weights: Weights = "magnitudes") -> None:
+        super().__init__(MeanWeight(nn.Identity(), weights))
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        model = group._DG.model
+        if not isinstance(self._criterion, MeanWeight) or self._criterion.model is not model:
+            self._criterion = dataclasses.replace(self._criterion, model=model)  # type: ignore[type-var]
+        return self._criterion
 
 
 class SemanticImportance(CriterionImportance):
@@ -251,6 +312,7 @@ def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
 
 IMPORTANCES: dict[str, type[CriterionImportance]] = {
     "DistinctivenessImportance": DistinctivenessImportance,
+    "MeanWeightImportance": MeanWeightImportance,
     "SemanticImportance": SemanticImportance,
 }
 

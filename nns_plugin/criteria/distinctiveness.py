@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -64,9 +65,15 @@ class Distinctiveness:
             ``"mean"`` for each unit's own mean.
         vectors: For ``"pairwise"``: ``"activations"``, or ``"weights"`` for the incoming weights.
         ridge: For ``"span"``: added to the diagonals of the Gram matrices, relative to their means.
+        sensitivity: For ``"span"``, from :func:`nns_plugin.sensitivity.output_sensitivity`: errors count by the
+            geometric mean of what they are relative to the reader's output energy and what they move the model's
+            outputs.
+        cost: For ``"span"``, by group name: what one unit costs, such as operations from
+            :func:`nns_plugin.operations.unit_operations`; scores are errors per cost, for ranking across groups.
 
     Raises:
-        CriterionError: If an option is unknown, or the statistics have no Gram matrices.
+        CriterionError: If an option is unknown, the statistics have no Gram matrices, or a group has no cost.
+        StaleStatisticsError: If sensitivities or weights are of another state of the model.
 
     Source:
         Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995, for
@@ -79,6 +86,8 @@ class Distinctiveness:
     center: Center = None
     vectors: Vectors = "activations"
     ridge: float = RIDGE
+    sensitivity: Mapping[str, Tensor] | None = None
+    cost: Mapping[str, float] | None = None
 
     requires: ClassVar[tuple[str, ...]] = ("statistics", "model")
     needs_gram: ClassVar[bool] = True
@@ -117,10 +126,17 @@ class Distinctiveness:
         for port in group.consumers:
             record = self.statistics.record(group, port)
             module = self.model.get_submodule(port.name)
-            if record is None or record.gram is None or (found := readings_of(module, record, port)) is None:
+            known = None if self.sensitivity is None else self.sensitivity.get(port.name)
+            if record is None or record.gram is None or (found := readings_of(module, record, port, known)) is None:
                 return None
             readings += found
-        return greedy_errors(_joined(readings), group.size, self.ridge)
+        errors = greedy_errors(_joined(readings), group.size, self.ridge)
+        if self.cost is None:
+            return errors
+        cost = self.cost.get(group.name)
+        if cost is None or not 0 < cost < torch.inf:
+            raise CriterionError(f"the cost of group {group.name!r} is {cost}; expected a positive number")
+        return errors / cost
 
     def _activations(self, group: UnitGroup) -> Tensor | None:
         if not self.statistics.observed(group):
@@ -138,8 +154,16 @@ class Distinctiveness:
         return None if vectors is None else sum((v @ v.T for v in vectors), torch.zeros(()).double())
 
 
-def readings_of(module: nn.Module, record: Record, port: Port) -> list[Reading] | None:
+def readings_of(
+    module: nn.Module, record: Record, port: Port, sensitivity: Tensor | None = None
+) -> list[Reading] | None:
     """How one consumer reads the units of a port, one reading a channel group; ``None`` if it cannot be told.
+
+    Args:
+        module: The consumer.
+        record: Of its input.
+        port: Where it reads the units.
+        sensitivity: ``[O]`` mean squared gradient of the model's outputs with respect to its outputs.
 
     Raises:
         StaleStatisticsError: If the weights have another shape than the record.
@@ -155,14 +179,27 @@ def readings_of(module: nn.Module, record: Record, port: Port) -> list[Reading] 
     flat = [matrix.flatten(0, 1) for matrix in matrices]
     energies = [matrix.T @ matrix for matrix in flat]
     total = sum(output_energy(record.gram[number], energy) for number, energy in enumerate(energies))
+    factor = 1 / total if total > 0 else 0.0
+    if sensitivity is not None:
+        if sensitivity.numel() != sum(matrix.shape[0] for matrix in matrices):
+            raise StaleStatisticsError(
+                f"the sensitivity of {port.name!r} is that of {sensitivity.numel()} outputs, but it has "
+                f"{sum(matrix.shape[0] for matrix in matrices)}; measure it again"
+            )
+        # The geometric mean of err / total and s err / n, for n inputs.
+        factor = (factor / float(record.inputs.sum())) ** 0.5
+        rows = [
+            part.double().sqrt().repeat_interleave(matrix.shape[1])
+            for part, matrix in zip(sensitivity.chunk(groups), matrices, strict=True)
+        ]
+        energies = [(matrix.T * row) @ matrix for matrix, row in zip(flat, rows, strict=True)]
     readings = []
     for number, block in enumerate(owner.chunk(groups)):
         own = (block >= 0).nonzero().flatten()
         if own.numel():
             basis = torch.cat([own, torch.tensor([block.numel()])])
             gram = record.gram[number][basis][:, basis]
-            weight = 1 / total if total > 0 else 0.0
-            readings.append(Reading(gram, energies[number][own][:, own], block[own], weight))
+            readings.append(Reading(gram, energies[number][own][:, own], block[own], factor))
     return readings
 
 
