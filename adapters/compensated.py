@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.removals import Removal, kept_outputs, kept_units, planned_removals, removed_channels
 from nns_plugin.batch_norm import reestimate_batch_norms
-from nns_plugin.channel_plans import ChannelMethod, Plan, Survivors, apply_plan, plan_removal, worse_than_nothing
+from nns_plugin.channel_plans import ChannelMethod, Plan, apply_plan, plan_removal, worse_than_nothing
 from nns_plugin.consumers import Convolution, has_bias
 from nns_plugin.errors import PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
@@ -26,6 +26,7 @@ from nns_plugin.preserve import in_evaluation
 from nns_plugin.refit import weight_matrix
 from nns_plugin.refitting import Refitting
 from nns_plugin.statistics import Statistics
+from nns_plugin.survivors import Survivors
 from nns_plugin.taps import execution_order
 
 Method = Literal["refit", "least_squares", "merge", "mean", "none"]

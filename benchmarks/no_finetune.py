@@ -1,7 +1,7 @@
 """Accuracy after removal without any training: which importance selects x how the survivors compensate.
 
 MNIST: a perceptron 784-300-100-10 is trained once a seed; every importance removes the same share of both hidden
-layers. ResNet-20 on CIFAR-10: importances rank the units of all groups together (the global mode of torch-pruning), with
+layers. ResNet-20 on CIFAR-10: importances rank the units of all groups together (torch-pruning's global mode), with
 the ratio that reaches a given speed-up in multiply-accumulate operations, found by bisection; statistics, batch norms
 and refit see the same unlabelled training images, those of a seed. Importances that need gradients get the labels, too.
 Accuracy is that of the 10 000 test images.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.angles import Center
-from nns_plugin.compensation import RIDGE, Merge, means, merging, mixing, nearest, take_over
+from nns_plugin.compensation import RIDGE, means, merging, mixing, nearest, take_over
 from nns_plugin.consumers import (
     add_to_bias,
     channel_groups,
@@ -24,6 +24,7 @@ from nns_plugin.consumers import (
 from nns_plugin.forward import device_of, parse_batch, to_device
 from nns_plugin.preserve import preserved
 from nns_plugin.statistics import Layout, Record, Statistics
+from nns_plugin.survivors import Survivors
 from nns_plugin.taps import tap
 from nns_plugin.units import complement
 
@@ -46,21 +47,6 @@ class Plan:
     shift: Tensor
     nothing: list[Tensor]
     is_worse: bool | None
-
-
-@dataclass(frozen=True, eq=False)
-class Survivors:
-    """Who takes over from whom in ``"merge"``, and how.
-
-    Attributes:
-        channel: ``[C]`` int64, for each of a consumer's channels the one that stands for it; -1 for none.
-        merge: See :func:`nns_plugin.compensation.merging`.
-        center: What is taken off the channels' values.
-    """
-
-    channel: Tensor
-    merge: Merge
-    center: Center
 
 
 def plan_removal(

@@ -24,6 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.angles",
             "nns_plugin.batch_norm",
             "nns_plugin.channel_plans",
+            "nns_plugin.circle",
             "nns_plugin.compensation",
             "nns_plugin.consumers",
             "nns_plugin.group_mixing",
@@ -38,6 +39,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.sensitivity",
             "nns_plugin.statistics",
             "nns_plugin.statistics_file",
+            "nns_plugin.survivors",
             "nns_plugin.taps",
             "nns_plugin.units",
         }
@@ -57,6 +59,7 @@ JOBS = BASE | {"pydantic", "sklearn", "yaml"}
 CLI = JOBS | {"rich", "typer"}
 HOSTS: dict[str, frozenset[str]] = {
     ADAPTERS: frozenset(),
+    f"{ADAPTERS}.angle_pruning": frozenset(),
     f"{ADAPTERS}.compensated": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.dependency_graph": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
@@ -72,6 +75,9 @@ HOSTS: dict[str, frozenset[str]] = {
 }
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
+    f"{ADAPTERS}.angle_pruning": frozenset(
+        {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.removals"}
+    ),
     f"{ADAPTERS}.compensated": frozenset({f"{ADAPTERS}.removals"}),
     f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.group_tracing", f"{ADAPTERS}.reading_check"}),
     f"{ADAPTERS}.pruning_history": frozenset({f"{ADAPTERS}.dependency_graph"}),

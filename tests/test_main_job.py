@@ -278,10 +278,57 @@ def test_every_head(recipe: Any, head: str, outputs: tuple[int | None, ...]) -> 
     assert (evaluation.open_set_accuracy is None) == (head == "closed")
 
 
-def test_without_labels_all_are_kept(recipe: Any) -> None:
-    result, evaluation = pruned(recipe, None, labels=None)
+def test_without_labels_all_are_kept_and_survivors_take_over(recipe: Any) -> None:
+    result, evaluation = pruned(recipe, None, labels=None, ratio=0.6)
     assert result.outputs == (0, 1, 2, 3)
     assert [label.label for label in evaluation.labels] == ["ant", "bee", "cat", "dog"]
+    _, plain = pruned(recipe, None, labels=None, ratio=0.6, compensation={"method": "none"})
+    assert evaluation.closed_set_accuracy > max(0.9, plain.closed_set_accuracy)
+
+
+def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do_with_them(recipe: Any) -> None:
+    """A unit that only a dropped label uses goes, and one that a kept label uses stays."""
+    from nns_plugin.jobs.datasets import Datasets
+    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.recipe import call_factory
+
+    data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
+    dense = call_factory("model", "user_factories:model", {"hidden": 8})
+    with torch.no_grad():
+        dense[4].weight.zero_()
+        for unit, label in enumerate([0, 0, 1, 2, 2, 3, 0, 2]):
+            dense[4].weight[label, unit] = 1.0
+    checked = recipe(criterion={"name": "distinctiveness", "options": {"mode": "span"}}, ratio=0.7, head="closed")
+    result = extract(dense, data, checked, [1, 3])
+    assert {2, 5} <= set(result.kept["2"].tolist())
+    assert result.outputs == (1, 3)
+
+
+@pytest.mark.parametrize("head", ["keep", "closed", "open"])
+@pytest.mark.parametrize("across_groups", [False, True])
+def test_distinctiveness_with_every_head(recipe: Any, head: str, across_groups: bool) -> None:
+    criterion = {"name": "distinctiveness", "options": {"mode": "span"}}
+    result, evaluation = pruned(recipe, [1, 3], head=head, criterion=criterion, ratio=0.7, across_groups=across_groups)
+    assert result.outputs == {"keep": (0, 1, 2, 3), "closed": (1, 3), "open": (1, 3, None)}[head]
+    assert result.model[4].out_features == len(result.outputs)
+    assert evaluation.closed_set_accuracy > 0.95
+    if head == "open":
+        assert evaluation.open_set_accuracy > 0.9
+
+
+@pytest.mark.parametrize("merge", ["none", "add", "scaled"])
+def test_units_may_go_by_angles(recipe: Any, merge: str) -> None:
+    result, _ = pruned(
+        recipe, None, labels=None, ratio=None, angle={"similar": 60, "complement": "both", "merge": merge}
+    )
+    assert all(1 <= units.numel() < 32 for units in result.kept.values())
+
+
+@pytest.mark.parametrize("method", ["least_squares", "merge", "mean", "refit"])
+def test_any_criterion_may_be_compensated(recipe: Any, method: str) -> None:
+    result, evaluation = pruned(recipe, [1, 3], compensation={"method": method}, ratio=0.7)
+    assert result.outputs == (1, 3, None)
+    assert evaluation.closed_set_accuracy > 0.9
 
 
 def test_zeta_and_rounding(recipe: Any) -> None:

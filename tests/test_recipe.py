@@ -28,15 +28,54 @@ def test_the_example_says_what_the_default_does() -> None:
         {
             "model.arguments": {"width": 32},
             "data.arguments": {"seed": 0},
-            "criterion.options": {"measure": "mean", "contrast": None},
+            "criterion": {"name": "semantic", "options": {"measure": "mean", "contrast": None}},
+            "compensation.method": "none",
             "head": "open",
         },
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "criterion", "options", "method"),
+    [
+        ({}, "semantic", {}, "none"),
+        ({"labels": None, "head": "keep"}, "distinctiveness", {"mode": "span"}, "refit"),
+        ({"labels": None, "head": "keep", "criterion.options": {"ridge": 0.1}}, "distinctiveness", None, "refit"),
+        ({"criterion": "distinctiveness"}, "distinctiveness", {}, "refit"),
+        ({"angle": {}}, "distinctiveness", {}, "merge"),
+        ({"labels": None, "criterion": "semantic", "compensation.method": "mean"}, "semantic", {}, "mean"),
+        ({"criterion": "mean_weight"}, "mean_weight", {}, "none"),
+    ],
+)
+def test_criterion_and_compensation_by_default(
+    change: dict[str, Any], criterion: str, options: dict[str, Any] | None, method: str
+) -> None:
+    recipe = load_recipe(None, change)
+    assert recipe.effective_criterion.name == criterion
+    assert recipe.effective_criterion.options == ({"mode": "span", "ridge": 0.1} if options is None else options)
+    assert recipe.effective_method == method
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"angle": {}, "ratio": 0.5}, "ratio and angle exclude each other"),
+        ({"angle": {"similar": 170, "complementary": 20}}, "similar must be at most complementary"),
+        ({"angle": {}, "criterion": "semantic"}, "angle goes with criterion distinctiveness, not with semantic"),
+        ({"angle": {}, "compensation.method": "refit"}, "angle goes with compensation merge, not with refit"),
+        ({"angle": {}, "across_groups": True}, "across_groups goes with ratio"),
+        ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
+        ({"angle": {"merge": "twice"}}, "field 'angle.merge': found 'twice'"),
+    ],
+)
+def test_what_does_not_go_together_is_told(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(None, change)
+
+
 def test_the_example_names_every_field() -> None:
     example = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    assert set(Recipe.model_fields) - set(example) == {"zeta"}
+    assert set(Recipe.model_fields) - set(example) == {"zeta", "angle"}
     assert "zeta" in EXAMPLE.read_text(encoding="utf-8")
 
 

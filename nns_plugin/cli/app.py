@@ -46,13 +46,16 @@ def run(
         Path | None, typer.Argument(help="A recipe in YAML; without one, scikit-learn's handwritten digits.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Labels to keep, by name or index, separated by commas: 3,5.")
+        str | None, typer.Option(help="Labels to keep, by name or index, separated by commas: 3,5. Or: all.")
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of units to remove, in [0, 1).")] = None,
     zeta: Annotated[
         float | None, typer.Option(help="Keep units that score at least this, in place of a ratio.")
     ] = None,
     criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
+    compensation: Annotated[
+        str | None, typer.Option(help="How kept units take over: refit, least_squares, merge, mean or none.")
+    ] = None,
     head: Annotated[str | None, typer.Option(help="keep, closed or open.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Keep a multiple of this many units in each group.")] = None,
     fine_tune: Annotated[int | None, typer.Option(help="Epochs of fine-tuning after removal.")] = None,
@@ -69,13 +72,17 @@ def run(
         "ratio": ratio,
         "zeta": zeta,
         "criterion.name": criterion,
+        "compensation.method": compensation,
         "head": head,
         "round_to": round_to,
         "fine_tune.epochs": fine_tune,
         "seed": seed,
     }
     sys.path.insert(0, "")  # factories may lie in the folder that the command is called from
-    checked = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if labels == "all":
+        overrides["labels"] = None
+    checked = load_recipe(recipe, overrides)
     console = Console()
     with _notes(console):
         report = run_job(checked, output, progress=not quiet)

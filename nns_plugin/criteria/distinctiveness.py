@@ -90,6 +90,7 @@ class Distinctiveness:
     cost: Mapping[str, float] | None = None
 
     requires: ClassVar[tuple[str, ...]] = ("statistics", "model")
+    optional: ClassVar[tuple[str, ...]] = ("sensitivity", "cost")
     needs_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nns_plugin.adapters.compensated import Compensation, compensated_removal
 from nns_plugin.adapters.dependency_graph import (
     build_graph,
     graph_groups,
     output_layers,
-    remove_units,
     resolve_layers,
 )
 from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
+from nns_plugin.adapters.removals import removals_of
 from nns_plugin.adapters.torch_pruning import count_operations
-from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.criteria.semantic import resolve_label
 from nns_plugin.errors import CalibrationError, CriterionError, LabelError, NNSError, PruningError, RecipeError
@@ -42,11 +42,15 @@ from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.observe import calibrate
+from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved, preserved_rng
-from nns_plugin.selection import keep_by_ratio, keep_by_threshold
+from nns_plugin.selection import AngleRule, keep_by_angle, keep_by_ratio, keep_by_threshold
+from nns_plugin.sensitivity import output_sensitivity
+from nns_plugin.statistics import Statistics
 from nns_plugin.statistics_file import write_safetensors
+from nns_plugin.survivors import Survivors, survivors_of
 from nns_plugin.taps import collect_inputs
-from nns_plugin.units import UnitGroup, complement
+from nns_plugin.units import UnitGroup
 
 EVIDENCE = ("statistics", "model")
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
@@ -102,8 +106,8 @@ def extract(
 ) -> Pruned:
     """Prune a copy of a model as a recipe says.
 
-    It is calibrated, its units are scored, selected and removed, batch norms re-estimated, the head shrunk, and the
-    rest fine-tuned.
+    It is calibrated, its units are scored, selected and removed, the kept ones take over, batch norms are re-estimated,
+    the head is shrunk, and the rest fine-tuned. With compensation the head is shrunk first.
 
     Args:
         dense: The model; left as it was found.
@@ -117,29 +121,35 @@ def extract(
     """
     model = copy.deepcopy(dense)
     graph = build_graph(model, data.example_inputs)
+    heads = output_layers(graph)
+    how = Compensation(
+        recipe.effective_method,  # type: ignore[arg-type]
+        recipe.compensation.recalibrate,
+        recipe.reestimate_batch_norms,
+        recipe.compensation.ridge,
+        recipe.compensation.max_unfolded,
+    )
+    outputs = None
+    if how.method != "none" or getattr(criterion_class(recipe), "needs_gram", False):
+        # First, so that a unit counts for what the kept labels do with it, and the survivors take over that.
+        outputs = _shrink_head(model, heads, data, recipe, chosen, progress)
+        graph = build_graph(model, data.example_inputs)
     groups = graph_groups(graph, resolve_layers(model, recipe.ignored_layers))
     if not groups:
         raise PruningError(
             "nothing in this model can be pruned: no group of units is left beside the output, ignored layers "
             f"({', '.join(recipe.ignored_layers) or 'none'}) and groups that warnings name"
         )
-    heads = output_layers(graph)
     with stage("data.calibration"):
-        gram = getattr(criterion_class(recipe), "needs_gram", False)
+        gram = how.method != "none" or getattr(criterion_class(recipe), "needs_gram", False)
         statistics = calibrate(model, data.calibration, groups, labels=data.label_names, gram=gram, progress=progress)
-    criterion = _criterion(recipe, {"statistics": statistics, "model": model}, chosen)
-    scores = score_groups(criterion, groups)
-    if recipe.zeta is not None:
-        kept = keep_by_threshold(scores, recipe.zeta, round_to=recipe.round_to)
-    else:
-        ratio = 0.5 if recipe.ratio is None else recipe.ratio
-        kept = keep_by_ratio(scores, ratio, round_to=recipe.round_to, across_groups=recipe.across_groups)
-    for group in groups:
-        if group.name in kept:
-            remove_units(graph, group, complement(group.size, kept[group.name]))
-    if recipe.reestimate_batch_norms:
-        reestimate_batch_norms(model, data.calibration, progress)
-    outputs = _shrink_head(model, heads, data, recipe, chosen, progress)
+    criterion = _criterion(recipe, _evidence(recipe, model, data, statistics, progress), chosen)
+    kept, survivors = _selected(recipe, criterion, statistics, groups)
+    removals = removals_of(graph, groups, kept)
+    compensated_removal(graph, removals, statistics, how, data.calibration, survivors=survivors, progress=progress)
+    if outputs is None or None in outputs:
+        # The output "other" is fitted to what the features have become.
+        outputs = _shrink_head(model, heads, data, recipe, chosen, progress, again=outputs is not None)
     if recipe.fine_tune.epochs:
         _train(model, data, recipe, "fine_tune", outputs, progress)
     _check_runs(model, data.example_inputs, len(outputs))
@@ -282,12 +292,12 @@ def criterion_class(recipe: Recipe) -> type[Any]:
         CriterionError: If it needs something that a recipe cannot provide.
         RecipeError: If an option does not exist or contradicts the recipe.
     """
-    name, options = recipe.criterion.name, recipe.criterion.options
-    criterion = find(name)
+    name, options = recipe.effective_criterion.name, recipe.effective_criterion.options
+    criterion = find(str(name))
     missing = [need for need in criterion.requires if need not in EVIDENCE]
     if missing:
         raise CriterionError(f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide")
-    taken = {*criterion.requires, "labels"}
+    taken = {*criterion.requires, *getattr(criterion, "optional", ()), "labels"}
     allowed = [option for option in inspect.signature(criterion).parameters if option not in taken]
     for option in options:
         if option not in allowed:
@@ -297,7 +307,8 @@ def criterion_class(recipe: Recipe) -> type[Any]:
 
 def _criterion(recipe: Recipe, evidence: Mapping[str, Any], chosen: Sequence[int] | None) -> Any:
     criterion = criterion_class(recipe)
-    arguments = {need: evidence[need] for need in criterion.requires} | recipe.criterion.options
+    arguments = {need: evidence[need] for need in criterion.requires} | recipe.effective_criterion.options
+    arguments |= {name: evidence[name] for name in getattr(criterion, "optional", ()) if name in evidence}
     if getattr(criterion, "accepts_labels", False):
         arguments["labels"] = chosen
     try:
@@ -308,6 +319,38 @@ def _criterion(recipe: Recipe, evidence: Mapping[str, Any], chosen: Sequence[int
         raise RecipeError(f"criterion.options: {' '.join(str(error).split())}") from error
 
 
+def _evidence(
+    recipe: Recipe, model: nn.Module, data: Datasets, statistics: Statistics, progress: bool
+) -> dict[str, Any]:
+    """What a criterion may be built from; the costly parts only where they change something."""
+    evidence: dict[str, Any] = {"statistics": statistics, "model": model}
+    wanted = getattr(criterion_class(recipe), "optional", ())
+    if "sensitivity" in wanted and (recipe.across_groups or recipe.labels is not None):
+        with stage("data.calibration"):
+            evidence["sensitivity"] = output_sensitivity(model, data.calibration, statistics.groups, progress=progress)
+    if "cost" in wanted and recipe.across_groups:
+        operations = layer_operations(model, data.example_inputs)
+        evidence["cost"] = unit_operations(model, statistics.groups, operations)
+    return evidence
+
+
+def _selected(
+    recipe: Recipe, criterion: Any, statistics: Statistics, groups: Sequence[UnitGroup]
+) -> tuple[dict[str, Tensor], dict[str, Survivors] | None]:
+    """The kept units of each group that can be scored, and after a selection by angles who takes over from whom."""
+    if recipe.angle is not None:
+        rule = AngleRule(recipe.angle.similar, recipe.angle.complementary, recipe.angle.complement)
+        angles = {group.name: criterion.degrees(group) for group in groups}
+        selections = {name: keep_by_angle(degrees, rule) for name, degrees in angles.items() if degrees is not None}
+        survivors = survivors_of(statistics, groups, selections, recipe.angle.merge, criterion.center)
+        return {name: selection.kept for name, selection in selections.items()}, survivors
+    scores = score_groups(criterion, groups)
+    if recipe.zeta is not None:
+        return keep_by_threshold(scores, recipe.zeta, round_to=recipe.round_to), None
+    ratio = 0.5 if recipe.ratio is None else recipe.ratio
+    return keep_by_ratio(scores, ratio, round_to=recipe.round_to, across_groups=recipe.across_groups), None
+
+
 def _shrink_head(
     model: nn.Module,
     heads: Sequence[str],
@@ -315,7 +358,9 @@ def _shrink_head(
     recipe: Recipe,
     chosen: Sequence[int] | None,
     progress: bool,
+    again: bool = False,
 ) -> tuple[int | None, ...]:
+    """Keep the chosen labels' outputs, and fit the output "other"; ``again`` if it is there already."""
     if chosen is None or recipe.effective_head == "keep":
         return tuple(range(len(data.label_names)))
     if len(heads) != 1:
@@ -330,7 +375,7 @@ def _shrink_head(
     features, labels = collect_inputs(model, heads[0], data.calibration, progress)
     if labels is None:
         raise LabelError("head 'open' needs labelled calibration data; it yields inputs alone")
-    close_head(head, chosen)
+    close_head(head, range(len(chosen)) if again else chosen)
     with torch.no_grad():
         kept_logits = head(features.to(head.weight)).cpu()
     open_head(head, *fit_other(features, kept_logits, ~torch.isin(labels, torch.tensor(chosen))))

@@ -19,10 +19,13 @@ from pydantic import (
     model_validator,
 )
 
+from nns_plugin.compensation import Merge
 from nns_plugin.criteria import available
 from nns_plugin.errors import NNSError, RecipeError
+from nns_plugin.selection import Complement
 
 Head = Literal["keep", "closed", "open"]
+SELECTIONS = ("ratio", "zeta", "angle")
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -50,16 +53,34 @@ class DataSection(Section):
 class CriterionSection(Section):
     """Which criterion scores the units, and its options."""
 
-    name: str = "semantic"
+    name: str | None = None
     options: dict[str, Any] = {}
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _known(cls, name: str | None) -> str | None:
         names = available()
-        if name not in names:
+        if name is not None and name not in names:
             raise ValueError(f"expected one of {', '.join(sorted(names))}")
         return name
+
+
+class CompensationSection(Section):
+    """How kept units take over from removed ones; see ``nns_plugin.adapters.compensated.compensated_step``."""
+
+    method: Literal["refit", "least_squares", "merge", "mean", "none"] | None = None
+    recalibrate: Literal["once", "each_group"] = "once"
+    ridge: float = Field(default=1e-4, gt=0)
+    max_unfolded: int = Field(default=8192, ge=1)
+
+
+class AngleSection(Section):
+    """Selection by the angles between units' vectors, in degrees, and how the survivors of pairs take over."""
+
+    similar: float = Field(default=15.0, ge=0, le=180)
+    complementary: float = Field(default=165.0, ge=0, le=180)
+    complement: Complement = "one"
+    merge: Merge = "scaled"
 
 
 class TrainingSection(Section):
@@ -94,12 +115,14 @@ class MeasureSection(Section):
 
 
 class Recipe(Section):
-    """A whole job. Exactly one of ``ratio`` and ``zeta`` decides how much goes; a ratio of 0.5 by default."""
+    """A whole job. One of ``ratio``, ``zeta`` and ``angle`` decides how much goes; a ratio of 0.5 by default."""
 
     model: ModelSection
     data: DataSection
     labels: list[StrictInt | StrictStr] | None = Field(default=None, min_length=1)
     criterion: CriterionSection = CriterionSection()
+    compensation: CompensationSection = CompensationSection()
+    angle: AngleSection | None = None
     ratio: float | None = Field(default=None, ge=0, lt=1)
     zeta: float | None = Field(default=None, ge=0, le=1)
     across_groups: bool = False
@@ -120,18 +143,47 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.ratio is not None and self.zeta is not None:
-            raise ValueError("ratio and zeta exclude each other; give one of them")
+        given = [name for name in SELECTIONS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.angle is not None and self.angle.similar > self.angle.complementary:
+            raise ValueError("angle: similar must be at most complementary")
+        if self.angle is not None and self.effective_criterion.name != "distinctiveness":
+            raise ValueError(f"angle goes with criterion distinctiveness, not with {self.effective_criterion.name}")
+        if self.angle is not None and self.compensation.method not in (None, "merge"):
+            raise ValueError(f"angle goes with compensation merge, not with {self.compensation.method}")
         if self.labels is None and self.head in ("closed", "open"):
             raise ValueError(f"head {self.head!r} needs labels; name some, or use head: keep")
-        if self.across_groups and self.zeta is not None:
-            raise ValueError("across_groups goes with ratio, not with zeta")
+        if self.across_groups and (self.zeta is not None or self.angle is not None):
+            raise ValueError("across_groups goes with ratio, not with zeta or angle")
         return self
 
     @property
     def effective_head(self) -> Head:
         """The head to make: ``open`` with a label set and ``keep`` without, unless one is named."""
         return self.head or ("keep" if self.labels is None else "open")
+
+    @property
+    def effective_criterion(self) -> CriterionSection:
+        """The criterion: by default ``semantic`` with a label set, and ``distinctiveness`` without.
+
+        For a ratio, the latter scores by ``"span"``; for angles, pair by pair.
+        """
+        if self.criterion.name is not None:
+            return self.criterion
+        if self.labels is not None and self.angle is None:
+            return self.criterion.model_copy(update={"name": "semantic"})
+        options = self.criterion.options if self.angle is not None else {"mode": "span"} | self.criterion.options
+        return CriterionSection(name="distinctiveness", options=options)
+
+    @property
+    def effective_method(self) -> str:
+        """How survivors take over: ``merge`` after a selection by angles, else ``refit`` with ``distinctiveness``."""
+        if self.compensation.method is not None:
+            return self.compensation.method
+        if self.angle is not None:
+            return "merge"
+        return "refit" if self.effective_criterion.name == "distinctiveness" else "none"
 
 
 def default_recipe() -> dict[str, Any]:
@@ -151,8 +203,8 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
     Args:
         path: A YAML file; relative checkpoint paths in it are relative to its folder.
-        overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio`` or
-            ``zeta`` replaces the other.
+        overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio``,
+            ``zeta`` or ``angle`` replaces the others.
 
     Raises:
         RecipeError: One line that names the field, what was found and what is allowed.
@@ -162,15 +214,15 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     if "criterion" in content and isinstance(content["criterion"], str):
         content["criterion"] = {"name": content["criterion"]}
     for name, value in (overrides or {}).items():
-        for one, other in (("ratio", "zeta"), ("zeta", "ratio")):
-            if name == one and other not in (overrides or {}):
+        for other in SELECTIONS if name in SELECTIONS else ():
+            if other != name and other not in (overrides or {}):
                 content.pop(other, None)
         _set(content, name.split("."), value, source)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_describe(error)}") from None
-    if recipe.ratio is None and recipe.zeta is None:
+    if all(getattr(recipe, name) is None for name in SELECTIONS):
         recipe = recipe.model_copy(update={"ratio": 0.5})
     checkpoint = recipe.model.checkpoint
     if path is not None and checkpoint is not None and not checkpoint.is_absolute():
