@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLUSH = 64
+# Channels that are gone stay in the matrices as zeros until fewer than this share is left: copying costs, too.
+COMPACT = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tenso
     reader ``e[u] = |W[:, u]|^2 / A[u, u]`` after optimal compensation; then, with a = A[:, u] / A[u, u], W becomes
     ``W - W[:, u] a^T`` and A becomes ``A - A[u, u] a a^T``. The unit with the smallest sum over its readers goes
     first. Only ``diag(A)``, ``diag(W^T W)`` and the rows of removed units are formed at once; the matrices follow
-    every 64 removals, as matrix products, and shrink to the units that are left.
+    every 64 removals, as matrix products, and shrink now and then to the units that are left.
 
     Args:
         readings: One a consumer (or a group of a grouped convolution).
@@ -78,21 +80,22 @@ class _State:
         diagonal = gram.diagonal()[:-1]
         mean = float(diagonal.mean())
         diagonal += ridge * mean if mean > 0 else 1.0
-        self.inverse = torch.cholesky_inverse(_cholesky(gram))[:-1, :-1].contiguous()
-        self.energy = reading.energy.double().clone()
+        self.inverse = torch.cholesky_inverse(_cholesky(gram, ridge))[:-1, :-1].contiguous()
+        self.part = reading.energy.double() / 2  # W^T W is this and its transpose
         self.unit = reading.unit
         self.weight = reading.weight
         self.single = self.unit.unique().numel() == self.unit.numel()
         self.place = torch.full((size,), -1, dtype=torch.int64)
         self._index()
         self.alive = torch.ones(self.unit.numel(), dtype=torch.bool)
+        self.left = self.unit.numel()
         # Delayed updates: A loses sum of pivot a a^T, W^T W loses sum of (half a^T + a half^T).
         self.share = self.inverse.new_empty(FLUSH, self.unit.numel())  # a
         self.half = self.inverse.new_empty(FLUSH, self.unit.numel())
         self.pivot = self.inverse.new_empty(FLUSH)
         self.delayed = 0
         self.inverse_diagonal = self.inverse.diagonal().clone()
-        self.energy_diagonal = self.energy.diagonal().clone()
+        self.energy_diagonal = 2 * self.part.diagonal()
 
     def add_costs(self, cost: Tensor) -> None:
         """Add this reader's error of removing each unit to ``cost`` ``[U]``."""
@@ -114,8 +117,9 @@ class _State:
 
     def _eliminate(self, channel: int) -> None:
         if self.delayed == self.pivot.numel():
-            channel = int(self.alive[:channel].sum())
+            before = int(self.alive[:channel].sum())
             self._flush()
+            channel = before if self.alive.numel() == self.left else channel
         column, read = self._row(channel)
         pivot = max(float(column[channel]), 1e-300)
         share = column / pivot
@@ -125,28 +129,31 @@ class _State:
         self.share[self.delayed], self.half[self.delayed], self.pivot[self.delayed] = share, half, pivot
         self.delayed += 1
         self.alive[channel] = False
+        self.left -= 1
 
     def _row(self, channel: int) -> tuple[Tensor, Tensor]:
         share, half, pivot = self.share[: self.delayed], self.half[: self.delayed], self.pivot[: self.delayed]
         column = self.inverse[channel] - (pivot * share[:, channel]) @ share
-        return column, self.energy[channel] - half[:, channel] @ share - share[:, channel] @ half
+        read = self.part[channel] + self.part[:, channel]
+        return column, read - half[:, channel] @ share - share[:, channel] @ half
 
     def _flush(self) -> None:
-        """Apply the delayed updates and drop the channels that are gone."""
-        if not self.delayed:
-            return
-        keep = self.alive.nonzero().flatten()
-        share, half = self.share[: self.delayed, keep], self.half[: self.delayed, keep]
-        scaled = share * self.pivot[: self.delayed, None]
-        self.inverse = torch.addmm(self.inverse[keep][:, keep], scaled.T, share, alpha=-1)
-        update = half.T @ share
-        self.energy = self.energy[keep][:, keep] - update - update.T
-        self.unit, self.alive = self.unit[keep], self.alive[keep]
-        self.share, self.half = self.share[:, keep].clone(), self.half[:, keep].clone()
+        """Apply the delayed updates, and drop the channels that are gone if they are many."""
+        if self.delayed:
+            share, half = self.share[: self.delayed], self.half[: self.delayed]
+            self.inverse.addmm_((share * self.pivot[: self.delayed, None]).T, share, alpha=-1)
+            self.part.addmm_(half.T, share, alpha=-1)
+            self.delayed = 0
+        if self.left < COMPACT * self.alive.numel() or not self.single:
+            keep = self.alive.nonzero().flatten()
+            self.inverse, self.part = (
+                matrix.index_select(0, keep).index_select(1, keep) for matrix in (self.inverse, self.part)
+            )
+            self.unit, self.alive = self.unit[keep], self.alive[keep]
+            self.share, self.half = self.share.new_empty(FLUSH, keep.numel()), self.half.new_empty(FLUSH, keep.numel())
+            self._index()
         self.inverse_diagonal = self.inverse.diagonal().clone()
-        self.energy_diagonal = self.energy.diagonal().clone()
-        self.delayed = 0
-        self._index()
+        self.energy_diagonal = 2 * self.part.diagonal()
 
     def _index(self) -> None:
         self.place.fill_(-1)
@@ -162,17 +169,21 @@ class _State:
             starts = (counts.cumsum(0) - counts)[chosen]
             block = order[starts[:, None] + torch.arange(count)]  # [B, k]
             inverse = self.inverse[block[:, :, None], block[:, None, :]]
-            energy = self.energy[block[:, :, None], block[:, None, :]]
+            part = self.part[block[:, :, None], block[:, None, :]]
+            energy = part + part.transpose(1, 2)
             solved = torch.linalg.solve(inverse, energy)
             cost[units[chosen]] = solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
         return cost
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
+    """The factor; where rounding made the matrix indefinite, of one with a larger diagonal."""
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    boost = 1e-12 * float(matrix.diagonal().mean())
+    boost = ridge * float(matrix.diagonal()[:-1].mean())
     while int(failed):
-        factor, failed = torch.linalg.cholesky_ex(matrix + boost * torch.eye(matrix.shape[0], dtype=matrix.dtype))
+        raised = matrix.clone()
+        raised.diagonal().add_(boost)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         boost *= 10
     return factor
