@@ -86,9 +86,9 @@ def seconds(action: Callable[[], None]) -> float:
 def cost_table(pairs: Sequence[tuple[float, float]], batches: int, gram: bool) -> Table:
     """Times and ratios of the pairs, and whether the median ratio meets the goal."""
     table = Table(
-        title=f"Calibration ({'with' if gram else 'no'} Gram) against the plain forward: ResNet-18, {batches} batches of "
-        f"{BATCH_SIZE} inputs "
-        f"3x{IMAGE_SIZE}x{IMAGE_SIZE}, {torch.get_num_threads()} threads, {len(pairs)} pairs in one run"
+        title=f"Calibration ({'with' if gram else 'no'} Gram) against the plain forward: ResNet-18, "
+        f"{batches} batches of {BATCH_SIZE} inputs 3x{IMAGE_SIZE}x{IMAGE_SIZE}, {torch.get_num_threads()} threads, "
+        f"{len(pairs)} pairs in one run"
     )
     for heading in ("", "median", "min", "max"):
         table.add_column(heading, justify="right" if heading else "left")
