@@ -210,8 +210,8 @@ def _compensate(
         else:
             plans[name] = plan
     # What is refitted is compared then, and what a caller says who takes over from whom is not ours to judge.
-    unfit = {name for name in plans if how.method != "refit" or _unfit(model.get_submodule(name), how.max_unfolded)}
-    judged = {name: plan for name, plan in plans.items() if survivors is None and name in unfit}
+    left_out = _left_out(model, plans, how, loader) if how.method == "refit" and loader is not None else plans
+    judged = {name: plan for name, plan in plans.items() if survivors is None and name in left_out}
     for name in _not_worth_it(model, judged, statistics, loader):
         del plans[name]
     for name, plan in plans.items():
@@ -273,7 +273,7 @@ def _refit(
     """Refit all consumers of what was removed, in the order in which they run."""
     model = graph.model
     names = {port.name for removal in removals if removal.group for port in removal.group.consumers}
-    left_out = {name: reason for name in names if (reason := _unfit(model.get_submodule(name), how.max_unfolded))}
+    left_out = _left_out(model, names, how, loader)
     for name, reason in sorted(left_out.items()):
         _warn(f"{name!r} is not refitted, it keeps the weights that least squares gave it: {reason}")
     if left_out and how.reestimate:
@@ -283,21 +283,26 @@ def _refit(
     kept = kept_outputs(dense, removals)
     modules = {module: name for name, module in model.named_modules()}
     refitting = Refitting(dense, model, loader, how.ridge)
-    order = execution_order(model, names - left_out.keys(), example)
+    order = list(execution_order(model, names - left_out.keys(), example))
     with in_evaluation(model):
         for name in tqdm(order, desc="refitting", disable=not progress, leave=False):
             norm = following_norm(graph, model.get_submodule(name))
             refitting.refit(name, None if norm is None else modules[norm], kept.get(name))
 
 
-def _unfit(module: nn.Module, max_unfolded: int) -> str | None:
-    """Why a consumer cannot be refitted; ``None`` if it can."""
-    if not isinstance(module, (nn.Linear, Convolution)):
-        return f"it is a {type(module).__name__}"
-    depth = weight_matrix(module).shape[2]
-    if depth > max_unfolded:
-        return f"its input unfolds to {depth} rows, more than max_unfolded={max_unfolded}"
-    return None
+def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader: Iterable[Any]) -> dict[str, str]:
+    """Consumers that cannot be refitted, and why."""
+    calls = execution_order(model, names, to_device(first_inputs(loader), device_of(model)))
+    reasons = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, (nn.Linear, Convolution)):
+            reasons[name] = f"it is a {type(module).__name__}"
+        elif calls.get(name, 0) != 1:
+            reasons[name] = f"it runs {calls.get(name, 0)} times in a forward"
+        elif (depth := weight_matrix(module).shape[2]) > how.max_unfolded:
+            reasons[name] = f"its input unfolds to {depth} rows, more than max_unfolded={how.max_unfolded}"
+    return reasons
 
 
 def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:

@@ -121,12 +121,15 @@ class _Summing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> list[str]:
-    """Names of modules in the order in which they first run."""
-    order: dict[str, None] = {}
+def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, int]:
+    """Names of the modules that run, in the order in which they first do, and how often."""
+    calls: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        return lambda module, args: order.setdefault(name)
+        def count(module: nn.Module, args: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return count
 
     handles = []
     try:
@@ -138,7 +141,7 @@ def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> list
     finally:
         for handle in handles:
             handle.remove()
-    return list(order)
+    return calls
 
 
 def collect_inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -333,3 +334,41 @@ def test_batch_norms_that_stay_as_they_are_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model(inputs).shape == (16, 2)
+
+
+class Twice(nn.Module):
+    """A reader that runs twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.reader, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.reader(self.reader(self.first(x).relu()).relu()))
+
+
+@pytest.mark.parametrize(
+    ("options", "make", "reason"),
+    [
+        ({"max_unfolded": 5}, lambda: models()["mlp"][0](), "unfolds to [0-9]+ rows, more than max_unfolded=5"),
+        ({}, Twice, "runs 2 times in a forward"),
+    ],
+)
+def test_what_refit_leaves_out_is_named_and_keeps_least_squares(
+    options: dict[str, int], make: Callable[[], nn.Module], reason: str
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = make().eval(), torch.randn(64, 5)
+    head = "head" if isinstance(model, Twice) else "4"
+    statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [head]), gram=True)
+    results = []
+    for method in ("refit", "least_squares"):
+        pruned = copy.deepcopy(model)
+        pruner = pruner_of(pruned, inputs, tp.importance.MagnitudeImportance(p=2), 0.25, [head])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compensated_step(pruner, statistics, method=method, loader=[inputs], **options)
+        results.append(pruned)
+        assert any(re.search(reason, str(entry.message)) for entry in caught) == (method == "refit")
+    reader = "reader" if isinstance(model, Twice) else "2"
+    assert torch.equal(results[0].get_submodule(reader).weight, results[1].get_submodule(reader).weight)
