@@ -383,26 +383,19 @@ class Recurrent(nn.Module):
         return self.head(self.hidden(self.lstm(x)[0][:, -1]).relu())
 
 
+@dataclass(frozen=True)
+class Removal:
+    """Of one seed: test accuracies in % before and after removal alone, pairs acted on, and units that went."""
+
+    before: float
+    after: float
+    pairs: int
+    removed: int
+
+
 def scikit_learn(data_dir: Path, seeds: list[int]) -> None:
+    """The other seed's nets: removal without any training after it."""
     cancer, digits = load_breast_cancer(), load_digits()
-    variants: dict[str, Callable[[Task], tuple[Prune, int, float]]] = {
-        "angles of activations, both, add (the seed's words)": lambda task: (
-            by_angle(task, WORDS_RULE, None, "activations", "add"),
-            1,
-            1.0,
-        ),
-        "angles of incoming weights, add (the seed's code)": lambda task: (
-            by_angle(task, CODE_RULE, None, "weights", "add"),
-            1,
-            1.0,
-        ),
-        "angles of activations, scaled (ours)": lambda task: (
-            by_angle(task, AngleRule(15, 165, "one"), None, "activations", "scaled"),
-            1,
-            1.0,
-        ),
-        OURS: lambda task: (by_span(task, 0.3), 1, 1.0),
-    }
 
     def tabular(seed: int) -> Task:
         split = three_parts(cancer.data[:, :11], cancer.target, seed, MinMaxScaler())
@@ -418,24 +411,63 @@ def scikit_learn(data_dir: Path, seeds: list[int]) -> None:
     def sequences(seed: int) -> Task:
         split = three_parts(digits.data / 16, digits.target, seed, None)
         parts = [(inputs.reshape(-1, 8, 8), labels) for inputs, labels in (split.train, split.validation, split.test)]
-        return Task(lambda: Recurrent(8, 10), Split(*parts), "head", ("hidden",), epochs=6, rate=0.003)
+        return Task(lambda: Recurrent(8, 10), Split(*parts), "head", ("hidden",), epochs=20, rate=0.003)
 
-    compare(
-        f"15 ReLU units on the first 11 features of scikit-learn's breast cancer data; {len(seeds)} seeds",
+    without_training(
+        "15 ReLU units on the first 11 features of scikit-learn's breast cancer data",
         tabular,
-        variants,
+        "0",
+        5,
         seeds,
-        {next(iter(variants)): "98.46 -> 98.46, 2 pairs"},
-        ("units",),
+        "98.46 %, 2",
     )
-    compare(
-        f"LSTM 2x256 reading scikit-learn's digits row by row, hidden layer of 256 pruned; {len(seeds)} seeds",
+    without_training(
+        "LSTM 2x256 reading scikit-learn's digits row by row, its hidden layer of 256 pruned",
         sequences,
-        variants,
+        "hidden",
+        77,
         seeds,
-        {next(iter(variants)): "79.10 -> 79.10, 4 pairs"},
-        ("units",),
+        "79.10 %, 4",
     )
+
+
+def without_training(
+    title: str, tasks: Callable[[int], Task], group: str, count: int, seeds: list[int], published: str
+) -> None:
+    """Accuracy before and after removal alone: each seed's variant, and ours for a given number of units."""
+    variants: dict[str, tuple[AngleRule, str, str]] = {
+        "activations, both of a pair that cancels, add (the seed's words)": (WORDS_RULE, "activations", "add"),
+        "incoming weights, add (the seed's code)": (CODE_RULE, "weights", "add"),
+        "activations, one of a pair, no merging (the first seed's)": (FIRST_RULE, "activations", "none"),
+        "activations, one of a pair, scaled (ours)": (FIRST_RULE, "activations", "scaled"),
+    }
+    rows: dict[str, list[Removal]] = {}
+    for seed in tqdm(seeds, desc=title, leave=False):
+        torch.manual_seed(seed)
+        task = tasks(seed)
+        dense = task.make()
+        fit(task, dense)
+        before = accuracy(dense, *task.split.test)
+        for name, (rule, vectors, merge) in variants.items():
+            model = copy.deepcopy(dense)
+            statistics, example = observed(task, model)
+            found = prune_by_angle(model, example, statistics, rule, vectors=vectors, merge=merge, groups=[group])
+            rows.setdefault(name, []).append(
+                Removal(before, accuracy(model, *task.split.test), found.pairs, found.removed)
+            )
+        model = copy.deepcopy(dense)
+        removed = by_span(task, count / dense.get_submodule(group).out_features)(model)
+        rows.setdefault(f"{OURS}, {count} units", []).append(
+            Removal(before, accuracy(model, *task.split.test), 0, removed)
+        )
+    table = Table(title=f"{title}; no training after removal, {len(seeds)} seeds; published: before and after, pairs")
+    for column in ("variant", "before, %", "after, %", "pairs", "units removed", "published"):
+        table.add_column(column, justify="left" if column in ("variant", "published") else "right")
+    for name, found in rows.items():
+        columns = [[getattr(one, field) for one in found] for field in ("before", "after", "pairs", "removed")]
+        cells = [f"{np.mean(values):.2f} +- {np.std(values, ddof=min(1, len(values) - 1)):.2f}" for values in columns]
+        table.add_row(name, *cells, published if "the seed's" in name else "")
+    Console(width=150).print(table)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
