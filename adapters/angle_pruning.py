@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.compensated import Compensation, compensated_removal
+from nns_plugin.adapters.compensated import Compensation, check_current, compensated_removal
 from nns_plugin.adapters.dependency_graph import build_graph
 from nns_plugin.adapters.removals import removals_of
 from nns_plugin.angles import Center
 from nns_plugin.compensation import Merge
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Vectors
+from nns_plugin.errors import PruningError
 from nns_plugin.selection import AngleRule, keep_by_angle
 from nns_plugin.statistics import Statistics
 from nns_plugin.survivors import survivors_of
@@ -64,6 +65,10 @@ def prune_by_angle(
         loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are re-estimated.
         reestimate: Whether to do so.
 
+    Raises:
+        PruningError: If an option is unknown.
+        StaleStatisticsError: If the statistics do not belong to the model.
+
     Source:
         Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995: of
         activations, both of a pair that cancels, ``"add"``.
@@ -80,6 +85,13 @@ def prune_by_angle(
         >>> prune_by_angle(model, x[:2], statistics, center=0.5).kept
         {'0': tensor([0, 2])}
     """
+    names = [group.name for group in statistics.groups]
+    unknown = [name for name in groups or () if name not in names]
+    if isinstance(groups, str) or unknown:
+        raise PruningError(f"groups is {groups!r}; expected a list of names among {', '.join(names)}")
+    if merge not in get_args(Merge):
+        raise PruningError(f"merge is {merge!r}; it must be one of {', '.join(get_args(Merge))}")
+    check_current(statistics, model)
     criterion = Distinctiveness(statistics, model, "pairwise", center, vectors)
     chosen = [group for group in statistics.groups if groups is None or group.name in groups]
     angles = {group.name: criterion.degrees(group) for group in chosen}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,18 +10,27 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.removals import Removal, kept_outputs, kept_units, planned_removals, removed_channels
+from nns_plugin.adapters.removals import (
+    Removal,
+    kept_outputs,
+    kept_units,
+    planned_removals,
+    removed_channels,
+    restored_on_failure,
+)
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.channel_plans import ChannelMethod, Plan, apply_plan, plan_removal, worse_than_nothing
+from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, has_bias
 from nns_plugin.errors import PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
-from nns_plugin.forward import device_of, first_inputs, to_device
+from nns_plugin.forward import device_of, first_inputs, run_model, to_device
 from nns_plugin.group_mixing import GroupMixing
-from nns_plugin.preserve import in_evaluation
+from nns_plugin.observe import axis_length
+from nns_plugin.preserve import in_evaluation, preserved
 from nns_plugin.refit import weight_matrix
 from nns_plugin.refitting import Refitting
 from nns_plugin.statistics import Statistics
@@ -97,7 +105,9 @@ def compensated_step(
             positions ``"least_squares"`` is only used if it is better than nothing on this data.
         recalibrate: ``"each_group"`` observes the model anew before each group, so that later consumers see what
             their inputs have become.
-        reestimate: Whether to re-estimate batch norms after removal.
+        reestimate: Whether to re-estimate batch norms after removal. ``"refit"`` gives the norms behind the layers
+            that it refits the dense model's statistics in either case, and re-estimates the others only where it has
+            to leave a reader out.
         ridge: Of ``"refit"``: pull towards the weights before it, relative to the inputs' energy.
         max_unfolded: Of ``"refit"``: a consumer whose input unfolds to more rows keeps its least-squares weights.
         progress: Whether to show progress bars.
@@ -106,37 +116,50 @@ def compensated_step(
         The statistics of the pruned model, narrowed; exact but for what removal itself changed.
 
     Raises:
-        PruningError: If the method is unknown or the loader is missing.
+        PruningError: If the method is unknown or the loader is missing. After this or any other error, the model and
+            the pruner are as they were.
         StaleStatisticsError: If the statistics do not belong to the model.
     """
     how = Compensation(method, recalibrate, reestimate, ridge, max_unfolded)
     how.check(loader)
     known = _followed(pruner, statistics)
-    with torch.no_grad():
-        removals = planned_removals(pruner)
-    known = compensated_removal(pruner.DG, removals, known, how, loader, progress=progress)
-    _FOLLOWED[pruner] = (statistics, known)
+    with restored_on_failure(pruner.DG, pruner):
+        with torch.no_grad():
+            removals = planned_removals(pruner)
+        known = compensated_removal(pruner.DG, removals, known, how, loader, progress=progress)
+    _FOLLOWED[pruner] = (statistics, known, fingerprint(pruner.model))
     follow = getattr(pruner.importance, "follow", None)
     if follow is not None:
         follow(pruner.DG, known)
     return known
 
 
-# For each pruner the statistics that it was given and what has become of them.
-_FOLLOWED: weakref.WeakKeyDictionary[Any, tuple[Statistics, Statistics]] = weakref.WeakKeyDictionary()
+# For each pruner the statistics that it was given, what has become of them, and of which model.
+_FOLLOWED: weakref.WeakKeyDictionary[Any, tuple[Statistics, Statistics, Mapping[str, str]]]
+_FOLLOWED = weakref.WeakKeyDictionary()
 
 
 def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistics:
-    given, known = _FOLLOWED.get(pruner, (None, statistics))
-    if given is statistics:
-        return known
-    if statistics.fingerprint:
-        differs = difference(statistics.fingerprint, fingerprint(pruner.model))
-        if differs:
-            raise StaleStatisticsError(
-                f"the statistics belong to another state of the model: {differs}; calibrate again"
-            )
-    return statistics
+    given, known, mark = _FOLLOWED.get(pruner, (None, statistics, statistics.fingerprint))
+    if given is not statistics:
+        known, mark = statistics, statistics.fingerprint
+    _check_mark(mark, pruner.model)
+    return known
+
+
+def check_current(statistics: Statistics, model: nn.Module) -> None:
+    """Refuse statistics of another state of the model.
+
+    Raises:
+        StaleStatisticsError: If they say what they belong to, and it is not this model as it is.
+    """
+    _check_mark(statistics.fingerprint, model)
+
+
+def _check_mark(mark: Mapping[str, str], model: nn.Module) -> None:
+    differs = difference(mark, fingerprint(model)) if mark else ""
+    if differs:
+        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
 
 
 def compensated_removal(
@@ -166,8 +189,10 @@ def compensated_removal(
     """
     how.check(loader)
     model = graph.model
-    dense = copy.deepcopy(model).eval() if how.method == "refit" or how.recalibrate == "each_group" else None
-    with torch.no_grad():
+    if loader is not None:
+        _check_runs(model, loader)
+    dense = copied(model).eval() if how.method == "refit" or how.recalibrate == "each_group" else None
+    with restored_on_failure(graph), torch.no_grad():
         if dense is not None and loader is not None and how.recalibrate == "each_group":
             statistics = _group_by_group(graph, dense, removals, statistics, loader)
         else:
@@ -183,6 +208,13 @@ def compensated_removal(
     return statistics
 
 
+def _check_runs(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Run the first batch, so that what is wrong with it shows before anything changes."""
+    with preserved(model), torch.no_grad():
+        model.eval()
+        run_model(model, to_device(first_inputs(loader), device_of(model)))
+
+
 def _compensate(
     graph: tp.DependencyGraph,
     removals: Sequence[Removal],
@@ -194,6 +226,10 @@ def _compensate(
     """Write compensated weights into the still whole consumers; columns that go are left at 0."""
     method: ChannelMethod = how.method if how.method in ("merge", "mean") else "least_squares"
     model, plans, norms = graph.model, {}, {}
+    readers = {port.name for removal in removals if removal.group for port in removal.group.consumers}
+    unseen = sorted(name for name in readers if ("in", name) not in statistics.records)
+    if unseen:
+        _warn(f"not compensated, the statistics do not cover what they read: {', '.join(unseen)}")
     for name, gone in removed_channels(removals, statistics).items():
         module = model.get_submodule(name)
         norms[name] = following_norm(graph, module)
@@ -253,11 +289,15 @@ def _group_by_group(
         kept = kept_outputs(dense, done)
         readers = [port.name for port in removal.group.consumers] if removal.group is not None else []
         with in_evaluation(model):
-            for name in execution_order(model, readers, example):
-                if ("in", name) not in narrowed.records:
+            for name, calls in execution_order(model, readers, example).items():
+                if ("in", name) not in narrowed.records or calls > 1:
+                    _warn(f"{name!r} is left at plain removal: it was not observed, or runs {calls} times in a forward")
                     continue
                 whole, narrow = (known.records["in", name].layout for known in (statistics, narrowed))
                 norm = following_norm(graph, model.get_submodule(name))
+                if not _same_outputs(model, dense, name, kept.get(name)):
+                    _warn(f"{name!r} is left at plain removal: which of its outputs went could not be followed")
+                    continue
                 mixing.mix(name, whole, narrow, norm, kept.get(name))
     return narrowed
 
@@ -273,14 +313,18 @@ def _refit(
     """Refit all consumers of what was removed, in the order in which they run."""
     model = graph.model
     names = {port.name for removal in removals if removal.group for port in removal.group.consumers}
+    kept = kept_outputs(dense, removals)
     left_out = _left_out(model, names, how, loader)
+    for name in names - left_out.keys():
+        if not _same_outputs(model, dense, name, kept.get(name)):
+            left_out[name] = "which of its outputs went could not be followed"
     for name, reason in sorted(left_out.items()):
         _warn(f"{name!r} is not refitted, it keeps the weights that least squares gave it: {reason}")
-    if left_out and how.reestimate:
+    unread = any(removal.group is None or not removal.group.consumers for removal in removals)
+    if how.reestimate and (left_out or unread):
         # What is refitted repeats the dense model's outputs, and its norm gets their statistics; the rest does not.
         reestimate_batch_norms(model, loader)
     example = to_device(first_inputs(loader), device_of(model))
-    kept = kept_outputs(dense, removals)
     modules = {module: name for name, module in model.named_modules()}
     refitting = Refitting(dense, model, loader, how.ridge)
     order = list(execution_order(model, names - left_out.keys(), example))
@@ -288,6 +332,12 @@ def _refit(
         for name in tqdm(order, desc="refitting", disable=not progress, leave=False):
             norm = following_norm(graph, model.get_submodule(name))
             refitting.refit(name, None if norm is None else modules[norm], kept.get(name))
+
+
+def _same_outputs(model: nn.Module, dense: nn.Module, name: str, kept: Tensor | None) -> bool:
+    """Whether a layer has as many outputs as are said to be kept."""
+    now, before = (axis_length(part.get_submodule(name), "out", name) for part in (model, dense))
+    return now == (before if kept is None else kept.numel())
 
 
 def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader: Iterable[Any]) -> dict[str, str]:
@@ -320,14 +370,9 @@ def _warn(message: str) -> None:
 
 
 def following_norm(graph: tp.DependencyGraph, module: nn.Module) -> nn.Module | None:
-    """The batch norm that alone reads a layer's output and can take up a shift in its running mean."""
+    """The batch norm that alone reads a layer's output, reads nothing else, and can take up a shift in its mean."""
     outputs = graph.module2node[module].outputs if module in graph.module2node else []
-    while len(outputs) == 1 and isinstance(outputs[0].module, tp.ops._ElementWiseOp):
-        # One- and three-dimensional convolutions pass through reshaping nodes before their norm.
-        if not any(word in str(outputs[0].module) for word in ("Convolution", "Squeeze", "Unsqueeze", "View")):
-            break
-        outputs = outputs[0].outputs
     if len(outputs) != 1 or not isinstance(outputs[0].module, nn.modules.batchnorm._BatchNorm):
         return None
     norm = outputs[0].module
-    return norm if norm.running_mean is not None else None
+    return norm if norm.running_mean is not None and len(outputs[0].inputs) == 1 else None

@@ -52,6 +52,11 @@ def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
     if sorted(host_group[0].idxs) != list(range(roots)):
         raise GroupError(f"the root lists {roots} positions, but not 0..{roots - 1}; pass a full group")
     for item in host_group:
+        module = item.dep.target.module
+        if isinstance(module, nn.modules.conv._ConvTransposeNd) and 1 < module.groups < module.out_channels:
+            raise GroupError(
+                f"torch-pruning cuts {name_of(graph, item.dep)!r} wrongly, a grouped transposed convolution"
+            )
         if _is_parametrized(item.dep.target.module):
             raise GroupError(f"{name_of(graph, item.dep)!r} computes its weight from others, which cannot be cut")
     ports = [port for item in host_group for port in ports_of(graph, item)]

@@ -17,7 +17,7 @@ from nns_plugin.observe import axis_length
 from nns_plugin.statistics import Statistics
 from nns_plugin.units import UnitGroup
 
-ADVICE = "calibrate again, or build the importance with from_loader, which does so by itself"
+ADVICE = "calibrate again, or use an importance that was built with from_loader, which does so by itself"
 
 
 class FollowedStatistics:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,10 @@ class Removal:
     def carry_out(self, graph: tp.DependencyGraph) -> None:
         """Remove the units from the graph's model."""
         if self.host is not None:  # rebuilt at its turn: positions on a concatenation move with each removal
+            trainable = {name: parameter.requires_grad for name, parameter in graph.model.named_parameters()}
             graph.get_pruning_group(*self.host).prune()
+            for name, parameter in graph.model.named_parameters():  # the host makes new ones, all trainable
+                parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
         elif self.group is not None:
             remove_units(graph, self.group, self.units)
 
@@ -110,3 +114,30 @@ def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Ten
         name: complement(axis_length(dense.get_submodule(name), "out", name), torch.cat(parts))
         for name, parts in gone.items()
     }
+
+
+@contextmanager
+def restored_on_failure(graph: tp.DependencyGraph, pruner: tp.pruner.BasePruner | None = None) -> Iterator[None]:
+    """After an exception, the graph's model, the graph and the pruner's count of steps are as they were."""
+
+    def kept(value: Any) -> Any:
+        return value.copy() if isinstance(value, (dict, list)) else value
+
+    modules = {*graph.model.modules(), *graph.module2node}
+    states = [(module, {name: kept(value) for name, value in vars(module).items()}) for module in modules]
+    tensors = [*graph.model.parameters(), *graph.model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    history, step = list(graph._pruning_history), getattr(pruner, "current_step", None)
+    try:
+        yield
+    except BaseException:
+        for module, state in states:
+            vars(module).clear()
+            vars(module).update(state)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        graph._pruning_history = history
+        if pruner is not None:
+            pruner.current_step = step
+        raise

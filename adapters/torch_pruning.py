@@ -117,7 +117,7 @@ class DistinctivenessImportance(CriterionImportance):
         center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
         vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
         ridge: For ``"span"``.
-        sensitivity: For ``"span"``; belongs to one state of the model, so in iterative pruning use ``from_loader``.
+        sensitivity: For ``"span"``; of one state of the model, so not for iterative pruning.
         cost: For ``"span"``.
 
     Raises:

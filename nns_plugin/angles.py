@@ -33,13 +33,18 @@ def angles(inner: Tensor) -> Tensor:
                 [ 45.,   0., 135.],
                 [180., 135.,   0.]])
     """
-    norm = inner.diagonal().clamp_min(0).sqrt()
-    zero = norm <= 1e-9 * norm.max().clamp_min(torch.finfo(inner.dtype).tiny)
-    safe = torch.where(zero, 1.0, norm)
+    zero = silent(inner)
+    safe = torch.where(zero, 1.0, inner.diagonal().clamp_min(0).sqrt())
     degrees = torch.rad2deg(torch.arccos((inner / safe / safe[:, None]).clamp(-1, 1)))
     degrees = torch.where(zero ^ zero[:, None], 90.0, degrees)
     degrees = torch.where(zero & zero[:, None], 0.0, degrees)
     return degrees.fill_diagonal_(0.0)
+
+
+def silent(inner: Tensor) -> Tensor:
+    """Which vectors are 0, but for rounding, ``[U]`` bool, from their inner products ``[U, U]``."""
+    norm = inner.diagonal().clamp_min(0).sqrt()
+    return norm <= 1e-9 * norm.max().clamp_min(torch.finfo(inner.dtype).tiny)
 
 
 def centred(gram: Tensor, total: Tensor, count: float, center: Center) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from nns_plugin.consumers import Transposed
@@ -16,16 +17,20 @@ def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
         group: Its U units.
 
     Returns:
-        For each producer ``[U, D]`` float64 on the CPU: all weights that write the unit's positions there. ``None``
-        if a producer has no weight whose out-axis is known.
+        For each producer ``[U, D]`` float64 on the CPU: all weights that write the unit's positions there, 0 for
+        units that it does not write. ``None`` if a producer has no weight whose out-axis is known, or writes different
+        numbers of positions of its units.
     """
     vectors = []
     for port in group.producers:
         rows = _rows(model.get_submodule(port.name))
-        if rows is None:
+        positions = torch.bincount(port.unit, minlength=group.size)
+        written = positions.nonzero().flatten()
+        if rows is None or positions[written].unique().numel() != 1:
             return None
         order = port.unit.argsort(stable=True)
-        vectors.append(rows[port.index[order]].reshape(group.size, -1))
+        found = rows[port.index[order]].reshape(written.numel(), -1)
+        vectors.append(found.new_zeros(group.size, found.shape[1]).index_copy(0, written, found))
     return vectors
 
 

@@ -13,7 +13,10 @@ from nns_plugin.consumers import has_bias
 from nns_plugin.errors import CalibrationError
 from nns_plugin.forward import device_of, parse_batch, to_device
 from nns_plugin.refit import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
-from nns_plugin.taps import passage
+from nns_plugin.taps import only_summed, passage
+
+# A batch norm's channel is taken for switched off under this share of the median factor.
+WEAK = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class Refitting:
     def refit(self, name: str, norm: str | None, kept: Tensor | None) -> None:
         """Give one consumer the weights with which it best repeats the dense model's outputs.
 
-        Where its output, or that of the batch norm behind it, is added to something else (the skip connection of a
+        Where its output, or that of the batch norm behind it, is read by a sum alone (with the skip connection of a
         residual block), what is repeated is the sum: the layer then makes up for what has gone wrong beside it, too.
         The batch norm behind it gets the dense model's statistics back, since that is what comes to it.
 
@@ -76,18 +79,19 @@ class Refitting:
         groups, outputs, depth = weight_matrix(module).shape
         axis = -1 if isinstance(module, nn.Linear) else 1
         sums = LeastSquares.empty(groups, depth, outputs)
-        added: str | None = last
+        added: str | None = None
         for number, item in enumerate(self.loader):
             inputs = to_device(parse_batch(item, number).inputs, device)
+            if number == 0 and only_summed(self.dense, last, inputs):
+                added = last
             dense = passage(self.dense, name, inputs, added)
-            if dense.beside is None:
-                added = None
             found = passage(self.model, name, inputs, added)
             target = dense.output.index_select(axis, kept.to(device))
             if dense.beside is not None and found.beside is not None:
                 gap = dense.beside.index_select(axis, kept.to(device)) - found.beside
-                # A channel that the norm switches off cannot make up for anything.
-                share = torch.where(scale != 0, 1 / scale, 0.0).to(gap)
+                # A channel that the norm switches off, or nearly, cannot make up for anything.
+                weak = scale.abs() <= WEAK * scale.abs().median()
+                share = torch.where(weak, 0.0, 1 / scale).to(gap)
                 target = target + gap * (share if axis == -1 else share.reshape(-1, *[1] * (gap.dim() - 2)))
             sums.add(unfolded(module, found.inputs), output_matrix(module, target))
         if float(sums.inner[0, -1, -1]) == 0:

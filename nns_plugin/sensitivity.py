@@ -40,6 +40,8 @@ def output_sensitivity(
     names = dict.fromkeys(port.name for group in groups for port in group.consumers)
     readers = {name: model.get_submodule(name) for name in names}
     readers = {name: module for name, module in readers.items() if isinstance(module, (nn.Linear, Convolution))}
+    if not readers:
+        return {}
     sums: dict[str, Tensor] = {}
     elements: dict[str, int] = {}
     generator = torch.Generator().manual_seed(0)

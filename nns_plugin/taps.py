@@ -80,9 +80,11 @@ def passage(model: nn.Module, name: str, inputs: Any, added: str | None = None) 
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not seen:
-            seen.append((args[0] if args else kwargs["input"], output))
+            reached = args[0] if args else kwargs["input"]
             if added is None:
+                seen.append((reached, output))
                 raise _Reached(output)
+            seen.append((reached.clone(), output.clone()))  # the forward goes on, and may work in place
 
     summing = _Summing()
     handles = [model.get_submodule(name).register_forward_hook(note, with_kwargs=True)]
@@ -104,21 +106,62 @@ def passage(model: nn.Module, name: str, inputs: Any, added: str | None = None) 
     return Passage(*seen[0], beside)
 
 
-class _Summing(TorchFunctionMode):
-    """Stops a forward where a watched tensor is added to another one, and carries the other one out."""
+def only_summed(model: nn.Module, name: str, inputs: Any) -> bool:
+    """Whether what a module gives is read once, by a sum with a tensor of its own shape.
 
-    watched: Tensor | None = None
+    Where it is read elsewhere as well, the other summand may depend on it.
+
+    Args:
+        model: The model, in its present modes.
+        name: Name of the module.
+        inputs: Inputs of the model.
+    """
+    summing = _Summing(stops=False)
+    handle = model.get_submodule(name).register_forward_hook(summing.watch)
+    try:
+        with summing:
+            run_model(model, inputs)
+    finally:
+        handle.remove()
+    return summing.sums == summing.reads == 1
+
+
+class _Summing(TorchFunctionMode):
+    """Stops a forward where a watched tensor is added to another one, and carries the other one out.
+
+    Without stopping, it counts what reads the tensor, and how often that is a sum.
+    """
+
+    def __init__(self, stops: bool = True) -> None:
+        super().__init__()
+        self.watched: Tensor | None = None
+        self.stops = stops
+        self.reads = self.sums = 0
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.watched is None and isinstance(output, Tensor):
             self.watched = output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.watched is not None and getattr(func, "__name__", "") in ADDITIONS and len(args) == 2 and not kwargs:
+        kwargs = kwargs or {}
+        if self.watched is None or not _mentions((*args, *kwargs.values()), self.watched):
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ADDITIONS and len(args) == 2 and not kwargs:
             others = [part for part in args if part is not self.watched]
             if len(others) == 1 and isinstance(others[0], Tensor) and others[0].shape == self.watched.shape:
-                raise _Reached(others[0])
-        return func(*args, **(kwargs or {}))
+                if self.stops:
+                    raise _Reached(others[0])
+                self.sums += 1
+        result = func(*args, **kwargs)
+        self.reads += isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size)
+        return result
+
+
+def _mentions(values: Any, tensor: Tensor) -> bool:
+    return any(
+        value is tensor or (isinstance(value, (tuple, list)) and any(part is tensor for part in value))
+        for value in values
+    )
 
 
 def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, int]:

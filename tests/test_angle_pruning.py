@@ -15,6 +15,7 @@ pytest.importorskip("torch_pruning")
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.angle_pruning import prune_by_angle  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
+from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.selection import AngleRule  # noqa: E402
 
 
@@ -113,3 +114,20 @@ def test_only_the_named_groups_are_pruned_and_nothing_is_an_answer() -> None:
     assert set(found.kept) == {"2"}
     assert model[0].out_features == 6
     assert model[2].out_features == 5 - found.removed < 5
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    model, x = perceptron(nn.ReLU()), torch.randn(50, 4)
+    statistics = observed(model, x, ["2"])
+    for options, message in (
+        ({"merge": "twice"}, "merge is 'twice'"),
+        ({"groups": ["nope"]}, r"groups is \['nope'\]; expected a list of names among 0"),
+        ({"groups": "0"}, "groups is '0'"),
+    ):
+        with pytest.raises(PruningError, match=message):
+            prune_by_angle(model, x[:2], statistics, **options)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(StaleStatisticsError, match="another state of the model"):
+        prune_by_angle(model, x[:2], statistics)
+    assert model[0].out_features == 6

@@ -68,6 +68,15 @@ def test_what_costs_nothing_goes_first() -> None:
     assert float(scores.sort().values[2]) < 1e-6 < float(scores.sort().values[3])
 
 
+@pytest.mark.parametrize("center", [None, "mean"])
+def test_dead_units_are_the_least_distinctive(center: Any) -> None:
+    model = degenerate()
+    statistics = observed(model, torch.randn(200, 4))
+    scores = Distinctiveness(statistics, model, "pairwise", center)(statistics.groups[0])
+    assert float(scores[DEAD]) == 0.0
+    assert float(scores.sort().values[-1]) == 90.0
+
+
 @pytest.mark.parametrize("count", [200, 3])
 @pytest.mark.parametrize("method", ["refit", "least_squares", "merge", "mean", "none"])
 @pytest.mark.parametrize("ratio", [3 / 8, 7 / 8])

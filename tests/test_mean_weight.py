@@ -73,6 +73,21 @@ def test_a_unit_of_several_positions_has_them_all() -> None:
     assert incoming_weights(nn.Sequential(layer), group)[0].tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
 
+def test_producers_side_by_side_write_their_own_units() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(1, 4))
+    with torch.no_grad():
+        for layer, value in zip(model, (1.0, 2.0, 0.5), strict=True):
+            layer.weight.fill_(value)
+    half = torch.arange(2)
+    ports = Port("0", half, half), Port("1", half, half + 2), Port("2", torch.arange(4), torch.arange(4))
+    found = incoming_weights(model, UnitGroup("2", 4, producers=ports, consumers=()))
+    assert found[0].tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    assert found[1].tolist() == [[0.0, 0.0], [0.0, 0.0], [2.0, 2.0], [2.0, 2.0]]
+    assert found[2].tolist() == [[0.5]] * 4
+    uneven = Port("2", torch.arange(4), torch.tensor([0, 0, 0, 1]))
+    assert incoming_weights(model, UnitGroup("2", 2, producers=(uneven,), consumers=())) is None
+
+
 def test_synapses_under_the_mean_are_masked_and_stay_masked() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     with torch.no_grad():

@@ -155,3 +155,8 @@ def test_a_sensitivity_of_another_width_is_stale() -> None:
     statistics = calibrate(model, [torch.randn(9, 3)], groups, gram=True)
     with pytest.raises(StaleStatisticsError, match="'2' is that of 5 outputs, but it has 3"):
         Distinctiveness(statistics, model, mode="span", sensitivity={"2": torch.ones(5)})(groups[0])
+
+
+def test_recurrent_readers_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2))
+    assert output_sensitivity(model, [torch.randn(5, 3)], [group("0", ["1"], 4)]) == {}

@@ -343,7 +343,7 @@ def test_training_makes_statistics_stale(how: str, when: str) -> None:
     if when == "between":
         pruner.step()
     train(model, how)
-    with pytest.raises(StaleStatisticsError, match="calibrate again, or build the importance with from_loader"):
+    with pytest.raises(StaleStatisticsError, match="calibrate again, or use an importance that was built with"):
         pruner.step()
 
 

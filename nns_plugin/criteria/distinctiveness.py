@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.angles import Center, angles, centred, check_center
+from nns_plugin.angles import Center, angles, centred, check_center, silent
 from nns_plugin.compensation import RIDGE
 from nns_plugin.consumers import channel_groups, reading_matrices
 from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
@@ -22,17 +22,24 @@ Mode = Literal["pairwise", "span"]
 Vectors = Literal["activations", "weights"]
 
 
-def greedy_angles(degrees: Tensor) -> Tensor:
+def greedy_angles(degrees: Tensor, silent: Tensor | None = None) -> Tensor:
     """Score units by the angle to the nearest unit that is left, at their turn in greedy removal.
 
     The pair with the smallest ``min(angle, 180 - angle)`` is taken next, and its later unit goes.
 
     Args:
         degrees: ``[U, U]`` from :func:`angles`.
+        silent: ``[U]`` bool, units whose vectors are 0: they go first, at 0.
 
     Returns:
         ``[U]`` degrees in [0, 90]; the last unit that is left has 90.
     """
+    if silent is not None and bool(silent.any()):
+        heard = (~silent).nonzero().flatten()
+        scores = torch.zeros(degrees.shape[0], dtype=degrees.dtype)
+        if heard.numel():
+            scores[heard] = greedy_angles(degrees[heard][:, heard])
+        return scores
     distance = torch.minimum(degrees, 180 - degrees).clone()
     distance.fill_diagonal_(torch.inf)
     size = distance.shape[0]
@@ -102,23 +109,27 @@ class Distinctiveness:
         check_center(self.center)
         if not self.ridge > 0:
             raise CriterionError(f"ridge is {self.ridge}; it must be positive")
-        if all(record.gram is None for record in self.statistics.records.values()):
+        reads_weights = self.mode == "pairwise" and self.vectors == "weights"
+        if not reads_weights and all(record.gram is None for record in self.statistics.records.values()):
             raise CriterionError("these statistics have no Gram matrices; calibrate with gram=True")
 
     def __call__(self, group: UnitGroup) -> Tensor | None:
         """Scores ``[U]``; ``None`` if the group has no Gram matrix or, for ``"span"``, no reader."""
         if self.mode == "span":
             return self._span(group)
-        degrees = self.degrees(group)
-        return None if degrees is None else greedy_angles(degrees)
+        inner = self._products(group)
+        return None if inner is None else greedy_angles(angles(inner), silent(inner))
 
     def degrees(self, group: UnitGroup) -> Tensor | None:
         """Angles ``[U, U]`` between the units' vectors, for :func:`nns_plugin.selection.keep_by_angle`.
 
         ``None`` if the group has no Gram matrix, or no incoming weights.
         """
-        inner = self._incoming(group) if self.vectors == "weights" else self._activations(group)
+        inner = self._products(group)
         return None if inner is None else angles(inner)
+
+    def _products(self, group: UnitGroup) -> Tensor | None:
+        return self._incoming(group) if self.vectors == "weights" else self._activations(group)
 
     def _span(self, group: UnitGroup) -> Tensor | None:
         if not group.consumers or not self.statistics.observed(group):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import random
@@ -29,6 +28,7 @@ from nns_plugin.adapters.dependency_graph import (
 from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
 from nns_plugin.adapters.removals import removals_of
 from nns_plugin.adapters.torch_pruning import count_operations
+from nns_plugin.circle import copied
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.criteria.semantic import resolve_label
 from nns_plugin.errors import CalibrationError, CriterionError, LabelError, NNSError, PruningError, RecipeError
@@ -119,7 +119,7 @@ def extract(
     Raises:
         PruningError: If nothing in the model can be pruned.
     """
-    model = copy.deepcopy(dense)
+    model = copied(dense)
     graph = build_graph(model, data.example_inputs)
     heads = output_layers(graph)
     how = Compensation(

@@ -154,6 +154,10 @@ class Recipe(Section):
             raise ValueError(f"angle goes with compensation merge, not with {self.compensation.method}")
         if self.labels is None and self.head in ("closed", "open"):
             raise ValueError(f"head {self.head!r} needs labels; name some, or use head: keep")
+        if self.angle is not None and self.round_to != 1:
+            raise ValueError("round_to goes with ratio and zeta, not with angle")
+        if self.compensation.recalibrate == "each_group" and self.effective_method not in ("refit", "least_squares"):
+            raise ValueError(f"each_group goes with refit and least_squares, not with {self.effective_method}")
         if self.across_groups and (self.zeta is not None or self.angle is not None):
             raise ValueError("across_groups goes with ratio, not with zeta or angle")
         return self
@@ -167,14 +171,13 @@ class Recipe(Section):
     def effective_criterion(self) -> CriterionSection:
         """The criterion: by default ``semantic`` with a label set, and ``distinctiveness`` without.
 
-        For a ratio, the latter scores by ``"span"``; for angles, pair by pair.
+        For a ratio or zeta, the latter scores by ``"span"`` unless told otherwise; for angles, pair by pair.
         """
-        if self.criterion.name is not None:
-            return self.criterion
-        if self.labels is not None and self.angle is None:
-            return self.criterion.model_copy(update={"name": "semantic"})
-        options = self.criterion.options if self.angle is not None else {"mode": "span"} | self.criterion.options
-        return CriterionSection(name="distinctiveness", options=options)
+        name = self.criterion.name
+        if name is None:
+            name = "semantic" if self.labels is not None and self.angle is None else "distinctiveness"
+        by_span = name == "distinctiveness" and self.angle is None
+        return CriterionSection(name=name, options=({"mode": "span"} if by_span else {}) | self.criterion.options)
 
     @property
     def effective_method(self) -> str:
