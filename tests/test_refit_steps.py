@@ -19,6 +19,7 @@ from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.compensated import CompensationWarning, following_norm  # noqa: E402
 from nns_plugin.adapters.dependency_graph import build_graph, unit_groups  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
+from nns_plugin.channel_plans import apply_plan, plan_removal  # noqa: E402
 from nns_plugin.errors import CalibrationError, StaleStatisticsError  # noqa: E402
 from nns_plugin.synapses import prune_under_mean  # noqa: E402
 
@@ -56,7 +57,7 @@ def fitted(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool) -> None:
-    """Two lossy groups with norms, in training mode with dropout: NumPy solves both readers, in forward order."""
+    """Three lossy groups, in training mode with dropout: NumPy solves the readers from what comes to them."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 12, bias),
@@ -66,14 +67,16 @@ def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool)
         nn.Linear(12, 10, bias),
         nn.BatchNorm1d(10),
         nn.ReLU(),
-        nn.Linear(10, 4),
+        nn.Linear(10, 8),
+        nn.ReLU(),
+        nn.Linear(8, 4),
     )
     inputs = torch.randn(300, 6)
     for _ in range(20):
         model(torch.randn(64, 6) * 2 + 1)
-    statistics = observed(model, inputs, ["7"])
+    statistics = observed(model, inputs, ["9"])
     dense = copy.deepcopy(model).eval()
-    compensated_step(step_of(model, inputs, 0.5, ["7"]), statistics, loader=[inputs[:100], inputs[100:]], ridge=1e-9)
+    compensated_step(step_of(model, inputs, 0.5, ["9"]), statistics, loader=[inputs[:100], inputs[100:]], ridge=1e-9)
     assert all(module.training for module in model.modules())
     pruned = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -84,7 +87,7 @@ def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool)
         assert len(set(kept)) == 5
         hidden, wanted = pruned[:4](inputs).numpy(), dense[:6](inputs)[:, kept].numpy()
         np.testing.assert_allclose(pruned[:6](inputs).numpy(), fitted(hidden, wanted), atol=1e-3)
-        hidden, wanted = pruned[:7](inputs).numpy(), dense(inputs).numpy()
+        hidden, wanted = pruned[:9](inputs).numpy(), dense(inputs).numpy()
         np.testing.assert_allclose(pruned(inputs).numpy(), fitted(hidden, wanted), atol=1e-3)
 
 
@@ -252,3 +255,43 @@ def test_a_sum_whose_other_part_depends_on_the_layer_is_not_repeated() -> None:
     with torch.no_grad():
         hidden = model.stem(inputs).relu()
         np.testing.assert_allclose(model.reader(hidden).numpy(), fitted(hidden.numpy(), wanted), atol=1e-4)
+
+
+class Joined(nn.Module):
+    """A reader of two groups side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.reader = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(torch.cat([self.left(x).relu(), self.right(x).relu()], 1))
+
+
+def test_group_by_group_a_reader_of_two_groups_ends_with_the_best_weights() -> None:
+    torch.manual_seed(0)
+    model, inputs = Joined().eval(), torch.randn(200, 4)
+    statistics = observed(model, inputs, ["reader"])
+    with torch.no_grad():
+        wanted = model(inputs).numpy()
+    pruner = step_of(model, inputs, 0.5, ["reader"])
+    compensated_step(pruner, statistics, method="least_squares", loader=[inputs], recalibrate="each_group")
+    with torch.no_grad():
+        hidden = torch.cat([model.left(inputs).relu(), model.right(inputs).relu()], 1).numpy()
+        np.testing.assert_allclose(model(inputs).numpy(), fitted(hidden, wanted), atol=1e-4)
+
+
+def test_the_constant_of_a_transposed_convolution_is_what_an_output_sums_of_it() -> None:
+    """Kernel and stride of 2: each output meets one of the kernel's four positions, so the means stay right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2, stride=2)).eval()
+    inputs = torch.randn(20, 1, 5, 5)
+    with torch.no_grad():
+        model[0].weight[-1], model[0].bias[-1] = 0.0, 2.0
+        before = model(inputs)
+    record = observed(model, inputs, ["2"]).records["in", "2"]
+    plan = plan_removal(model[2], record, torch.tensor([3]), "mean", constant=True)
+    assert plan is not None
+    apply_plan(model[2], record.layout, plan, None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs).mean((0, 2, 3)), before.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
