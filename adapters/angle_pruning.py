@@ -15,7 +15,7 @@ from nns_plugin.angles import Center
 from nns_plugin.compensation import Merge
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Vectors
 from nns_plugin.errors import PruningError
-from nns_plugin.selection import AngleRule, keep_by_angle
+from nns_plugin.selection import AngleRule
 from nns_plugin.statistics import Statistics
 from nns_plugin.survivors import survivors_of
 
@@ -94,8 +94,7 @@ def prune_by_angle(
     check_current(statistics, model)
     criterion = Distinctiveness(statistics, model, "pairwise", center, vectors)
     chosen = [group for group in statistics.groups if groups is None or group.name in groups]
-    angles = {group.name: criterion.degrees(group) for group in chosen}
-    selections = {name: keep_by_angle(degrees, rule) for name, degrees in angles.items() if degrees is not None}
+    selections = criterion.select(chosen, rule)
     kept = {name: selection.kept for name, selection in selections.items()}
     graph = build_graph(model, example_inputs)
     narrowed = compensated_removal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -15,6 +15,7 @@ from nns_plugin.consumers import channel_groups, reading_matrices
 from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
 from nns_plugin.errors import CriterionError, StaleStatisticsError
 from nns_plugin.producers import incoming_weights
+from nns_plugin.selection import AngleRule, AngleSelection, keep_by_angle
 from nns_plugin.statistics import Record, Statistics
 from nns_plugin.units import Port, UnitGroup
 
@@ -121,12 +122,17 @@ class Distinctiveness:
         return None if inner is None else greedy_angles(angles(inner), silent(inner))
 
     def degrees(self, group: UnitGroup) -> Tensor | None:
-        """Angles ``[U, U]`` between the units' vectors, for :func:`nns_plugin.selection.keep_by_angle`.
+        """Angles ``[U, U]`` between the units' vectors, which :meth:`select` selects by.
 
         ``None`` if the group has no Gram matrix, or no incoming weights.
         """
         inner = self._products(group)
         return None if inner is None else angles(inner)
+
+    def select(self, groups: Iterable[UnitGroup], rule: AngleRule) -> dict[str, AngleSelection]:
+        """What an angle rule leaves of each group that has angles, by name."""
+        angles_of = {group.name: self.degrees(group) for group in groups}
+        return {name: keep_by_angle(degrees, rule) for name, degrees in angles_of.items() if degrees is not None}
 
     def _products(self, group: UnitGroup) -> Tensor | None:
         return self._incoming(group) if self.vectors == "weights" else self._activations(group)

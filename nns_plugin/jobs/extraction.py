@@ -44,7 +44,7 @@ from nns_plugin.jobs.training import train_classifier
 from nns_plugin.observe import calibrate
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved, preserved_rng
-from nns_plugin.selection import AngleRule, keep_by_angle, keep_by_ratio, keep_by_threshold
+from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.statistics import Statistics
 from nns_plugin.statistics_file import write_safetensors
@@ -340,8 +340,7 @@ def _selected(
     """The kept units of each group that can be scored, and after a selection by angles who takes over from whom."""
     if recipe.angle is not None:
         rule = AngleRule(recipe.angle.similar, recipe.angle.complementary, recipe.angle.complement)
-        angles = {group.name: criterion.degrees(group) for group in groups}
-        selections = {name: keep_by_angle(degrees, rule) for name, degrees in angles.items() if degrees is not None}
+        selections = criterion.select(groups, rule)
         survivors = survivors_of(statistics, groups, selections, recipe.angle.merge, criterion.center)
         return {name: selection.kept for name, selection in selections.items()}, survivors
     scores = score_groups(criterion, groups)
