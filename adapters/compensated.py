@@ -230,7 +230,7 @@ def _compensate(
     unseen = sorted(name for name in readers if ("in", name) not in statistics.records)
     if unseen:
         _warn(f"not compensated, the statistics do not cover what they read: {', '.join(unseen)}")
-    for name, gone in removed_channels(removals, statistics).items():
+    for name, gone in removed_channels(graph, removals, statistics).items():
         module = model.get_submodule(name)
         norms[name] = following_norm(graph, module)
         plan = plan_removal(

@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import UnusableGroupWarning, remove_units, trace_group
-from nns_plugin.errors import GroupError
+from nns_plugin.errors import GroupError, StaleStatisticsError
 from nns_plugin.observe import axis_length
 from nns_plugin.statistics import Statistics
 from nns_plugin.units import UnitGroup, complement
@@ -92,16 +92,31 @@ def kept_units(removals: Sequence[Removal], statistics: Statistics) -> dict[str,
     }
 
 
-def removed_channels(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tensor]:
-    """For each observed consumer the channels that go, ``[k]`` int64."""
+def removed_channels(
+    graph: tp.DependencyGraph, removals: Sequence[Removal], statistics: Statistics
+) -> dict[str, Tensor]:
+    """For each observed consumer the channels that go, ``[k]`` int64.
+
+    Raises:
+        StaleStatisticsError: If the statistics are of other widths than the groups.
+    """
     gone: dict[str, list[Tensor]] = {}
     for removal in removals:
         for port in removal.group.consumers if removal.group is not None else ():
             record = statistics.records.get(("in", port.name))
             if record is not None:
+                _check_width(graph, port.name, record.layout.channel.numel())
                 positions = port.index[torch.isin(port.unit, removal.units)]
                 gone.setdefault(port.name, []).append(record.layout.channel[positions])
     return {name: torch.cat(parts).unique() for name, parts in gone.items()}
+
+
+def _check_width(graph: tp.DependencyGraph, name: str, observed: int) -> None:
+    now = axis_length(graph.model.get_submodule(name), "in", name)
+    if now != observed:
+        raise StaleStatisticsError(
+            f"the statistics of {name!r} cover {observed} positions, but it reads {now} now; calibrate again"
+        )
 
 
 def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Tensor]:

@@ -206,6 +206,18 @@ def test_weights_that_were_trained_between_steps_are_stale() -> None:
         compensated_step(pruner, statistics, method="least_squares")
 
 
+def test_statistics_of_other_widths_are_stale() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    inputs = torch.randn(64, 5)
+    narrowed = observed(model, inputs, ["2"]).narrow({"0": torch.arange(4)})
+    pruner = step_of(model, inputs, 0.5, ["2"])
+    with pytest.raises(StaleStatisticsError, match="'2' cover 4 positions, but it reads 8 now"):
+        compensated_step(pruner, narrowed, method="least_squares")
+    assert model[0].out_features == 8
+    compensated_step(pruner, observed(model, inputs, ["2"]), method="least_squares")
+    assert model[0].out_features == 4
+
+
 def test_readers_that_were_not_observed_are_named() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     inputs = torch.randn(64, 5)
