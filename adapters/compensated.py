@@ -18,6 +18,7 @@ from nns_plugin.adapters.removals import (
     kept_outputs,
     kept_units,
     planned_removals,
+    readers_of,
     removed_channels,
     restored_on_failure,
 )
@@ -123,10 +124,14 @@ def compensated_step(
     how = Compensation(method, recalibrate, reestimate, ridge, max_unfolded)
     how.check(loader)
     known = _followed(pruner, statistics)
-    with restored_on_failure(pruner.DG, pruner):
+    steps_before = pruner.current_step
+    try:
         with torch.no_grad():
             removals = planned_removals(pruner)
         known = compensated_removal(pruner.DG, removals, known, how, loader, progress=progress)
+    except BaseException:
+        pruner.current_step = steps_before
+        raise
     _FOLLOWED[pruner] = (statistics, known, fingerprint(pruner.model))
     follow = getattr(pruner.importance, "follow", None)
     if follow is not None:
@@ -226,8 +231,7 @@ def _compensate(
     """Write compensated weights into the still whole consumers; columns that go are left at 0."""
     method: ChannelMethod = how.method if how.method in ("merge", "mean") else "least_squares"
     model, plans, norms = graph.model, {}, {}
-    readers = {port.name for removal in removals if removal.group for port in removal.group.consumers}
-    unseen = sorted(name for name in readers if ("in", name) not in statistics.records)
+    unseen = sorted(name for name in readers_of(removals) if ("in", name) not in statistics.records)
     if unseen:
         _warn(f"not compensated, the statistics do not cover what they read: {', '.join(unseen)}")
     for name, gone in removed_channels(graph, removals, statistics).items():
@@ -287,9 +291,8 @@ def _group_by_group(
         done.append(removal)
         narrowed = narrowed.narrow(kept_units([removal], narrowed))
         kept = kept_outputs(dense, done)
-        readers = [port.name for port in removal.group.consumers] if removal.group is not None else []
         with in_evaluation(model):
-            for name, calls in execution_order(model, readers, example).items():
+            for name, calls in execution_order(model, readers_of([removal]), example).items():
                 if ("in", name) not in narrowed.records or calls > 1:
                     _warn(f"{name!r} is left at plain removal: it was not observed, or runs {calls} times in a forward")
                     continue
@@ -312,7 +315,7 @@ def _refit(
 ) -> None:
     """Refit all consumers of what was removed, in the order in which they run."""
     model = graph.model
-    names = {port.name for removal in removals if removal.group for port in removal.group.consumers}
+    names = readers_of(removals)
     kept = kept_outputs(dense, removals)
     left_out = _left_out(model, names, how, loader)
     for name in names - left_out.keys():

@@ -82,6 +82,11 @@ def in_forward_order(graph: tp.DependencyGraph, removals: Sequence[Removal]) -> 
     return sorted(removals, key=lambda removal: order[removal.group.name] if removal.group else -1)
 
 
+def readers_of(removals: Sequence[Removal]) -> set[str]:
+    """Names of all consumers of the groups that lose units."""
+    return {port.name for removal in removals if removal.group is not None for port in removal.group.consumers}
+
+
 def kept_units(removals: Sequence[Removal], statistics: Statistics) -> dict[str, Tensor]:
     """For each observed group that loses units those that stay, ``[k]`` int64."""
     observed = {group.name for group in statistics.groups}
@@ -132,8 +137,8 @@ def kept_outputs(dense: nn.Module, removals: Sequence[Removal]) -> dict[str, Ten
 
 
 @contextmanager
-def restored_on_failure(graph: tp.DependencyGraph, pruner: tp.pruner.BasePruner | None = None) -> Iterator[None]:
-    """After an exception, the graph's model, the graph and the pruner's count of steps are as they were."""
+def restored_on_failure(graph: tp.DependencyGraph) -> Iterator[None]:
+    """After an exception, the graph's model and the graph are as they were."""
 
     def kept(value: Any) -> Any:
         return value.copy() if isinstance(value, (dict, list)) else value
@@ -142,7 +147,7 @@ def restored_on_failure(graph: tp.DependencyGraph, pruner: tp.pruner.BasePruner 
     states = [(module, {name: kept(value) for name, value in vars(module).items()}) for module in modules]
     tensors = [*graph.model.parameters(), *graph.model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
-    history, step = list(graph._pruning_history), getattr(pruner, "current_step", None)
+    history = list(graph._pruning_history)
     try:
         yield
     except BaseException:
@@ -153,6 +158,4 @@ def restored_on_failure(graph: tp.DependencyGraph, pruner: tp.pruner.BasePruner 
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
         graph._pruning_history = history
-        if pruner is not None:
-            pruner.current_step = step
         raise

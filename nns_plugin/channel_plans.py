@@ -144,7 +144,7 @@ def worse_than_nothing(
         for number, item in enumerate(loader if changes else ()):
             inputs = to_device(parse_batch(item, number).inputs, device)
             for name, layers in changes.items():
-                reached = tap(model, name, inputs, "in")
+                reached = tap(model, name, inputs)
                 errors[name] += torch.stack([layer(reached).double().square().sum().cpu() for layer in layers])
     return {name for name, pair in errors.items() if exceeds(pair)}
 

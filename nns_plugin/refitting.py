@@ -80,6 +80,9 @@ class Refitting:
         axis = -1 if isinstance(module, nn.Linear) else 1
         sums = LeastSquares.empty(groups, depth, outputs)
         added: str | None = None
+        # A channel that the norm switches off, or nearly, cannot make up for anything.
+        weak = scale.abs() <= WEAK * scale.abs().median()
+        share = torch.where(weak, 0.0, 1 / scale)
         for number, item in enumerate(self.loader):
             inputs = to_device(parse_batch(item, number).inputs, device)
             if number == 0 and only_summed(self.dense, last, inputs):
@@ -89,10 +92,8 @@ class Refitting:
             target = dense.output.index_select(axis, kept.to(device))
             if dense.beside is not None and found.beside is not None:
                 gap = dense.beside.index_select(axis, kept.to(device)) - found.beside
-                # A channel that the norm switches off, or nearly, cannot make up for anything.
-                weak = scale.abs() <= WEAK * scale.abs().median()
-                share = torch.where(weak, 0.0, 1 / scale).to(gap)
-                target = target + gap * (share if axis == -1 else share.reshape(-1, *[1] * (gap.dim() - 2)))
+                per_channel = share if axis == -1 else share.reshape(-1, *[1] * (gap.dim() - 2))
+                target = target + gap * per_channel.to(gap)
             sums.add(unfolded(module, found.inputs), output_matrix(module, target))
         if float(sums.inner[0, -1, -1]) == 0:
             raise CalibrationError("the loader yielded no inputs; refit needs at least one batch")

@@ -18,33 +18,25 @@ from nns_plugin.preserve import preserved
 ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 
 
-def tap(model: nn.Module, name: str, inputs: Any, side: str) -> Tensor:
-    """Run a model in its present modes until one module is reached.
+def tap(model: nn.Module, name: str, inputs: Any) -> Tensor:
+    """What one module works on; the model runs in its present modes until the module is reached.
 
     Args:
         model: The model.
         name: Name of the module.
         inputs: Inputs of the model.
-        side: ``"in"`` for what the module works on, ``"out"`` for what it gives.
 
     Returns:
-        The first tensor that the module takes, or gives; of a reused module, the first time.
+        The first tensor that the module takes; of a reused module, the first time.
 
     Raises:
         CalibrationError: If the module does not run.
     """
-    module = model.get_submodule(name)
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["input"])
 
-    def write(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-    if side == "in":
-        handle = module.register_forward_pre_hook(read, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(write)
+    handle = model.get_submodule(name).register_forward_pre_hook(read, with_kwargs=True)
     try:
         run_model(model, inputs)
     except _Reached as reached:
@@ -208,7 +200,7 @@ def collect_inputs(
     features: list[Tensor] = []
     labels: list[Tensor | None] = []
     for size, inputs, label in _batches(model, loader, "collecting features", progress):
-        found = tap(model, name, inputs, "in")
+        found = tap(model, name, inputs)
         if found.dim() != 2 or found.shape[0] != size:
             raise CalibrationError(
                 f"module {name!r} works on a tensor of shape {list(found.shape)}; expected [{size}, features]"

@@ -130,7 +130,8 @@ def extract(
         recipe.compensation.max_unfolded,
     )
     outputs = None
-    if how.method != "none" or getattr(criterion_class(recipe), "needs_gram", False):
+    gram = how.method != "none" or getattr(criterion_class(recipe), "needs_gram", False)
+    if gram:
         # First, so that a unit counts for what the kept labels do with it, and the survivors take over that.
         outputs = _shrink_head(model, heads, data, recipe, chosen, progress)
         graph = build_graph(model, data.example_inputs)
@@ -141,7 +142,6 @@ def extract(
             f"({', '.join(recipe.ignored_layers) or 'none'}) and groups that warnings name"
         )
     with stage("data.calibration"):
-        gram = how.method != "none" or getattr(criterion_class(recipe), "needs_gram", False)
         statistics = calibrate(model, data.calibration, groups, labels=data.label_names, gram=gram, progress=progress)
     criterion = _criterion(recipe, _evidence(recipe, model, data, statistics, progress), chosen)
     kept, survivors = _selected(recipe, criterion, statistics, groups)
