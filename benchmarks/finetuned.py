@@ -17,7 +17,7 @@ from no_finetune import BALANCED
 from resnet20 import load_resnet20, normalised
 from rich.console import Console
 from rich.table import Table
-from selections import Remembered, accuracy, host_importances, host_pruner, ratio_for
+from selections import accuracy, host_importances, maker, ratio_for
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -61,21 +61,16 @@ def candidates(
     loader, example = list(inputs.split(256)), inputs[:1]
     statistics = calibrate(dense, loader, unit_groups(dense, inputs[:2], ["fc"]), gram=True)
     source = copy.deepcopy(dense)
-    makers = {name: (source, found) for name, found in host_importances(source, inputs, labels).items()}
-    makers[BALANCED] = dense, DistinctivenessImportance.for_operations(dense, example, loader, statistics)
+    importances = {name: (found, source) for name, found in host_importances(source, inputs, labels).items()}
+    importances[BALANCED] = DistinctivenessImportance.for_operations(dense, example, loader, statistics), dense
     pruned = []
-    for name, (model, importance) in makers.items():
-        if wanted is not None and name not in wanted:
-            continue
-        scores = Remembered(importance, model, example, ["fc"])
-
-        def make(model: nn.Module, ratio: float, scores: Remembered = scores) -> object:
-            return host_pruner(model, example, scores, ratio, ["fc"], across=True)
-
-        smaller = copy.deepcopy(dense)
-        pruner = make(smaller, ratio_for(SPEED_UP, make, dense, example))
-        compensated_step(pruner, statistics, method="refit" if name == BALANCED else "none", loader=loader)
-        pruned.append((name, smaller))
+    for name, found in importances.items():
+        if wanted is None or name in wanted:
+            make = maker(*found, example, ["fc"], across=True)
+            smaller = copy.deepcopy(dense)
+            pruner = make(smaller, ratio_for(SPEED_UP, make, dense, example))
+            compensated_step(pruner, statistics, method="refit" if name == BALANCED else "none", loader=loader)
+            pruned.append((name, smaller))
     return pruned
 
 

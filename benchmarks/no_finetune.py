@@ -19,7 +19,7 @@ from data import add_data_dir, read_cifar10, read_mnist
 from resnet20 import load_resnet20, normalised
 from rich.console import Console
 from rich.table import Table
-from selections import Remembered, accuracy, host_importances, host_pruner, ratio_for
+from selections import accuracy, host_importances, maker, ratio_for
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -104,23 +104,18 @@ def compared(
     loader, example = list(inputs.split(256 if across else 1000)), inputs[:1]
     statistics = calibrate(dense, loader, unit_groups(dense, inputs[:2], [head]), gram=True)
     model = copy.deepcopy(dense)  # holds the gradients that some importances read
-    makers: dict[str, tuple[nn.Module, Any]] = {
-        name: (model, importance) for name, importance in host_importances(model, inputs, labels).items()
+    importances: dict[str, tuple[Any, nn.Module]] = {
+        name: (importance, model) for name, importance in host_importances(model, inputs, labels).items()
     }
-    makers["mean weight (ours)"] = model, MeanWeightImportance()
-    makers["pairwise (ours)"] = dense, DistinctivenessImportance(statistics)
-    makers[SPAN] = dense, DistinctivenessImportance(statistics, mode="span")
+    importances["mean weight (ours)"] = MeanWeightImportance(), model
+    importances["pairwise (ours)"] = DistinctivenessImportance(statistics), dense
+    importances[SPAN] = DistinctivenessImportance(statistics, mode="span"), dense
     if across:
-        makers[BALANCED] = dense, DistinctivenessImportance.for_operations(dense, example, loader, statistics)
+        importances[BALANCED] = DistinctivenessImportance.for_operations(dense, example, loader, statistics), dense
     rows = []
-    bar = tqdm([name for name in makers if wanted is None or name in wanted], leave=False)
+    bar = tqdm([name for name in importances if wanted is None or name in wanted], leave=False)
     for name in bar:
-        source, importance = makers[name]
-        scores = Remembered(importance, source, example, [head])
-
-        def make(model: nn.Module, ratio: float, scores: Any = scores) -> Any:
-            return host_pruner(model, example, scores, ratio, [head], across)
-
+        make = maker(*importances[name], example, [head], across)
         ratios = [ratio_for(point, make, dense, example) if across else point for point in points]
         for method in METHODS:
             accuracies, speed_ups = [], []

@@ -78,6 +78,22 @@ def host_pruner(
     )
 
 
+def maker(
+    importance: Any, source: nn.Module, example: Tensor, whole: list[str], across: bool
+) -> Callable[[nn.Module, float], tp.pruner.BasePruner]:
+    """What makes a pruner for a copy of the dense model at a ratio, with the scores that the source has.
+
+    Args:
+        importance: Of torch-pruning or ours.
+        source: The dense model that the importance was made for; holds the gradients that some importances read.
+        example: One input.
+        whole: Layers that stay whole.
+        across: Whether the units of all groups are ranked together.
+    """
+    scores = Remembered(importance, source, example, whole)
+    return lambda model, ratio: host_pruner(model, example, scores, ratio, whole, across)
+
+
 def ratio_for(speed_up: float, make: Callable[[nn.Module, float], Any], model: nn.Module, example: Tensor) -> float:
     """The ratio with which a pruner's step reaches a speed-up in multiply-accumulate operations, by bisection."""
     dense, _ = count_operations(model, example)
