@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.compensated import Compensation, check_current, compensated_removal
+from nns_plugin.adapters.compensated import check_current, compensated_removal
 from nns_plugin.adapters.dependency_graph import build_graph
 from nns_plugin.adapters.removals import removals_of
 from nns_plugin.angles import Center
@@ -17,6 +17,7 @@ from nns_plugin.criteria.distinctiveness import Distinctiveness, Vectors
 from nns_plugin.errors import PruningError
 from nns_plugin.selection import AngleRule
 from nns_plugin.statistics import Statistics
+from nns_plugin.surgery import Compensation
 from nns_plugin.survivors import survivors_of
 
 

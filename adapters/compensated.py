@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -26,7 +25,7 @@ from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.channel_plans import ChannelMethod, Plan, apply_plan, plan_removal, worse_than_nothing
 from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, has_bias
-from nns_plugin.errors import PruningError, StaleStatisticsError
+from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.forward import device_of, first_inputs, run_model, to_device
 from nns_plugin.group_mixing import GroupMixing
@@ -35,46 +34,13 @@ from nns_plugin.preserve import in_evaluation, preserved
 from nns_plugin.refit import weight_matrix
 from nns_plugin.refitting import Refitting
 from nns_plugin.statistics import Statistics
+from nns_plugin.surgery import Compensation, Method, Recalibrate
 from nns_plugin.survivors import Survivors
 from nns_plugin.taps import execution_order
-
-Method = Literal["refit", "least_squares", "merge", "mean", "none"]
-Recalibrate = Literal["once", "each_group"]
 
 
 class CompensationWarning(UserWarning):
     """A consumer was compensated in a weaker way than was asked for."""
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """How survivors take over; see :func:`compensated_step` for what each field means."""
-
-    method: Method = "refit"
-    recalibrate: Recalibrate = "once"
-    reestimate: bool = True
-    ridge: float = 1e-4
-    max_unfolded: int = 8192
-
-    def check(self, loader: Iterable[Any] | None) -> None:
-        """Refuse what cannot work, before anything changes.
-
-        Raises:
-            PruningError: If an option is unknown or the loader is missing.
-        """
-        for name, kind in (("method", Method), ("recalibrate", Recalibrate)):
-            if getattr(self, name) not in get_args(kind):
-                raise PruningError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
-        if self.recalibrate == "each_group" and self.method not in ("refit", "least_squares"):
-            raise PruningError(
-                f"recalibrate='each_group' goes with least_squares and refit, not with method {self.method!r}"
-            )
-        if loader is None and (self.method == "refit" or self.recalibrate == "each_group"):
-            raise PruningError(f"method {self.method!r} with recalibrate={self.recalibrate!r} needs a loader; pass one")
-        if isinstance(loader, Iterator):
-            raise PruningError("the loader is an iterator, which yields once; pass something that yields anew")
-        if not self.ridge > 0:
-            raise PruningError(f"ridge is {self.ridge}; it must be positive")
 
 
 def compensated_step(

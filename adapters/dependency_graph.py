@@ -19,6 +19,7 @@ from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
 from nns_plugin.units import UnitGroup, complement, role_ports
 
+MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "UnusableGroupWarning",
     "build_graph",
     "graph_groups",
+    "mixed_groups",
     "output_layers",
     "remove_units",
     "resolve_layers",
+    "sound_groups",
     "trace_group",
     "unit_groups",
     "writes_output",
@@ -104,14 +107,33 @@ def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
 
 def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
     """The unit groups of a graph; see :func:`unit_groups`."""
-    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
-        groups = _sound_groups(graph, ignored)
+    groups = sound_groups(graph, ignored)
     if isinstance(graph, TracedGraph):
         for name, reason in _misread(graph, groups).items():
             _leave_out(f"group of {name!r}: {reason}")
-            groups = [group for group in groups if group.name != name]
+            groups = tuple(group for group in groups if group.name != name)
+    return groups
+
+
+def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
+    """The same, taking the host's word for where units are read."""
+    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
+        groups = _sound_groups(graph, ignored)
     order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
     return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def mixed_groups(graph: tp.DependencyGraph, groups: Sequence[UnitGroup]) -> tuple[str, ...]:
+    """Names of those groups whose units pass a norm over units: a LayerNorm, GroupNorm or RMSNorm."""
+    found = []
+    for group in groups:
+        root = next(port for port in group.producers if port.name == group.name)
+        module = graph.model.get_submodule(root.name)
+        pruner = graph.get_pruner_of_module(module)
+        host_group = graph.get_pruning_group(module, pruner.prune_out_channels, root.index.tolist())
+        if any(isinstance(item.dep.target.module, MIXING) for item in host_group):
+            found.append(group.name)
+    return tuple(found)
 
 
 def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> list[UnitGroup]:

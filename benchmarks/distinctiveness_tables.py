@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from nns_plugin import calibrate
 from nns_plugin.adapters.angle_pruning import prune_by_angle
-from nns_plugin.adapters.compensated import Compensation, compensated_removal
+from nns_plugin.adapters.compensated import compensated_removal
 from nns_plugin.adapters.dependency_graph import build_graph, graph_groups, resolve_layers
 from nns_plugin.adapters.removals import removals_of
 from nns_plugin.circle import train_prune_circle
@@ -38,6 +38,7 @@ from nns_plugin.criteria import Distinctiveness, MeanWeight, score_groups
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics import Statistics
+from nns_plugin.surgery import Compensation
 from nns_plugin.synapses import prune_under_mean
 
 BATCH = 64

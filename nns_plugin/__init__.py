@@ -3,8 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from nns_plugin.errors import NNSError
+from nns_plugin.integration import integrate
 from nns_plugin.observe import calibrate
 from nns_plugin.statistics import Statistics
+from nns_plugin.subnet import Subnet
 from nns_plugin.units import Port, UnitGroup
 
 try:
@@ -12,4 +14,4 @@ try:
 except PackageNotFoundError:  # the source tree, not installed
     __version__ = "0+unknown"
 
-__all__ = ["NNSError", "Port", "Statistics", "UnitGroup", "__version__", "calibrate"]
+__all__ = ["NNSError", "Port", "Statistics", "Subnet", "UnitGroup", "__version__", "calibrate", "integrate"]

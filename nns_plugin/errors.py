@@ -40,6 +40,10 @@ class PruningError(NNSError, RuntimeError):
     """Units could not be removed from a model."""
 
 
+class SubnetError(NNSError, ValueError):
+    """A subnet, or its file, is damaged, foreign, or does not fit the model or the other subnets."""
+
+
 class ExportError(NNSError, RuntimeError):
     """A model could not be exported to, or loaded from, ONNX."""
 

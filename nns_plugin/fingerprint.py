@@ -51,6 +51,11 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str], limit: int
     return ", ".join(parts[:limit]) + more
 
 
+def digest(marks: Mapping[str, str]) -> str:
+    """A whole fingerprint as 32 hexadecimal digits."""
+    return hashlib.blake2b(repr(sorted(marks.items())).encode(), digest_size=16).hexdigest()
+
+
 def _describe(tensor: Tensor) -> str:
     shape = "x".join(str(length) for length in tensor.shape) or "scalar"
     # Reinterpreting as bytes covers every dtype, bfloat16 included, which NumPy does not know.

@@ -105,3 +105,34 @@ def first_inputs(loader: Iterable[Any]) -> Any:
     if item is None:
         raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
     return parse_batch(item, 0).inputs
+
+
+def kinds_of(inputs: Any) -> Any:
+    """What made-up inputs need to know of real ones, as JSON types: shapes, element types and structure.
+
+    Example:
+        >>> kinds_of({"x": torch.zeros(2, 3)})
+        {'mapping': {'x': {'shape': [2, 3], 'dtype': 'float32'}}}
+    """
+    if isinstance(inputs, Tensor):
+        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+    if isinstance(inputs, Mapping):
+        return {"mapping": {str(name): kinds_of(value) for name, value in inputs.items()}}
+    if isinstance(inputs, (tuple, list)):
+        return {"tuple": [kinds_of(value) for value in inputs]}
+    return {"value": inputs}
+
+
+def inputs_like(kinds: Any, device: torch.device | None = None) -> Any:
+    """Inputs of the kinds that :func:`kinds_of` told: normal numbers, the same each time, and zeros for integers."""
+    if "mapping" in kinds:
+        return {name: inputs_like(value, device) for name, value in kinds["mapping"].items()}
+    if "tuple" in kinds:
+        return tuple(inputs_like(value, device) for value in kinds["tuple"])
+    if "value" in kinds:
+        return kinds["value"]
+    dtype = getattr(torch, kinds["dtype"])
+    if not dtype.is_floating_point:
+        return torch.zeros(kinds["shape"], dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(kinds["shape"], generator=generator).to(device, dtype)

@@ -67,6 +67,60 @@ def fit_other(features: Tensor, kept_logits: Tensor, is_other: Tensor, ridge: fl
     return unscaled, float(fitted[-1] - unscaled @ mean)
 
 
+def balancing_shift(logits: Tensor, outputs: Sequence[int | None], labels: Tensor) -> float:
+    """What to add to the logits of "other" so that the mean balanced accuracy of the labels is highest.
+
+    An input is answered with the best of its kept labels where the margin of "other" over it is under 0. Moving the
+    threshold of the margins past an input gains 1 / (2 n) of its label's balanced accuracy if that answer is right, n
+    inputs of the label, and loses 1 / (2 (N - n)) if it is not: sorted sums find the best threshold of all.
+
+    Args:
+        logits: ``[N, K + 1]``.
+        outputs: The label of each output; ``None`` for "other".
+        labels: ``[N]`` int64 true labels.
+
+    Returns:
+        The shift, in the middle of the best interval that is nearest to 0.
+
+    Raises:
+        CalibrationError: If a kept label has no inputs, or all of them.
+    """
+    other = list(outputs).index(None)
+    kept = torch.tensor([label for label in outputs if label is not None])
+    values = logits.detach().double().cpu()
+    columns = [place for place, label in enumerate(outputs) if label is not None]
+    best, answer = values[:, columns].max(1)
+    counts = (labels[:, None] == kept).sum(0)
+    if bool((counts == 0).any()) or bool((counts == len(labels)).any()):
+        raise CalibrationError(
+            f"the output 'other' cannot be calibrated: the kept labels have {counts.tolist()} of the "
+            f"{len(labels)} validation inputs; expected some of each, and some others"
+        )
+    right = labels == kept[answer]
+    size = counts[answer].double()
+    gain = torch.where(right, 1 / size, -1 / (len(labels) - size))
+    margin, order = (values[:, other] - best).sort()
+    total = torch.cat([gain.new_zeros(1), gain[order].cumsum(0)])  # answered with a label: the first k
+    edges = torch.cat([margin[:1] - 2, margin, margin[-1:] + 2])
+    possible = edges[1:] > edges[:-1]  # between equal margins there is no threshold
+    middles = (edges[1:] + edges[:-1]) / 2
+    winners = possible & (total >= total[possible].max() - 1e-12)
+    found = middles[winners]
+    return float(-found[found.abs().argmin()])
+
+
+def shift_output(head: nn.Linear, place: int, shift: float) -> None:
+    """Add to the bias of one output, in place."""
+    with torch.no_grad():
+        head.bias[place] += shift
+
+
+def resize_head(head: nn.Linear, outputs: int, bias: bool) -> None:
+    """Give a head another number of outputs, with weights of 0, in place."""
+    weight = head.weight.detach().new_zeros(outputs, head.in_features)
+    _set(head, weight, weight.new_zeros(outputs) if bias else None)
+
+
 def close_head(head: nn.Linear, rows: Sequence[int]) -> None:
     """Keep only the given rows of a head, in their order, in place."""
     index = torch.tensor(list(rows), device=head.weight.device)

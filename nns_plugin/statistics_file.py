@@ -84,7 +84,7 @@ def load(path: Path, model: nn.Module | None) -> Statistics:
                     f"{str(path)!r} is no statistics file: its format is {metadata.get('format')!r}, "
                     f"expected {FORMAT!r}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)  # noqa: SIM118: no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         statistics = _decode(json.loads(metadata["nns"]), tensors)
     except FileNotFoundError as error:
         raise StatisticsError(f"there is no file {str(path)!r}") from error

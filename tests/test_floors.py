@@ -39,12 +39,23 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.sensitivity",
             "nns_plugin.statistics",
             "nns_plugin.statistics_file",
+            "nns_plugin.surgery",
             "nns_plugin.survivors",
             "nns_plugin.taps",
             "nns_plugin.units",
         }
     ),
-    frozenset({"nns_plugin.criteria", "nns_plugin.subnet", "nns_plugin.switching", "nns_plugin.synapses"}),
+    frozenset(
+        {
+            "nns_plugin.criteria",
+            "nns_plugin.cutting",
+            "nns_plugin.integration",
+            "nns_plugin.subnet",
+            "nns_plugin.subnet_file",
+            "nns_plugin.switching",
+            "nns_plugin.synapses",
+        }
+    ),
     frozenset({"nns_plugin"}),  # what users of the core import; only this one file
     frozenset({"nns_plugin.adapters"}),
     frozenset({"nns_plugin.jobs"}),
@@ -55,7 +66,7 @@ ADAPTERS = "nns_plugin.adapters"
 
 # Import names of what a floor may use besides the standard library.
 BASE = frozenset({"numpy", "safetensors", "torch", "tqdm"})
-JOBS = BASE | {"pydantic", "sklearn", "yaml"}
+JOBS = BASE | {"matplotlib", "pydantic", "sklearn", "yaml"}
 CLI = JOBS | {"rich", "typer"}
 HOSTS: dict[str, frozenset[str]] = {
     ADAPTERS: frozenset(),
@@ -65,6 +76,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.reading_check": frozenset(),
     f"{ADAPTERS}.removals": frozenset({"torch_pruning"}),
+    f"{ADAPTERS}.surgery": frozenset(),
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.group_tracing": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
@@ -82,6 +94,9 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.dependency_graph": frozenset({f"{ADAPTERS}.group_tracing", f"{ADAPTERS}.reading_check"}),
     f"{ADAPTERS}.pruning_history": frozenset({f"{ADAPTERS}.dependency_graph"}),
     f"{ADAPTERS}.removals": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.surgery": frozenset(
+        {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.removals"}
+    ),
     f"{ADAPTERS}.torch_pruning": frozenset(
         {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}
     ),
@@ -93,7 +108,19 @@ USES: dict[str, frozenset[str]] = {
     ),
 }
 
-FOREIGN = ("torch_pruning", "nni", "onnx", "onnxruntime", "onnxscript", "sklearn", "typer", "rich", "pydantic", "yaml")
+FOREIGN = (
+    "torch_pruning",
+    "nni",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "sklearn",
+    "matplotlib",
+    "typer",
+    "rich",
+    "pydantic",
+    "yaml",
+)
 
 
 class Import(NamedTuple):

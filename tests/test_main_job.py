@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+
+from nns_plugin import Subnet
 
 pytestmark = pytest.mark.host("onnxruntime")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
@@ -141,7 +142,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def digits_job(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
     from nns_plugin.jobs.recipe import load_recipe
 
     output = tmp_path_factory.mktemp("digits") / "out"
@@ -181,15 +182,18 @@ def test_the_four_files_and_nothing_else(digits_job: Any) -> None:
     ]
     assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert report.subnet.file_bytes == (output / "subnet.onnx").stat().st_size
-    with safe_open(output / "subnet.safetensors", "pt") as file:
-        names = list(file.keys())
-        header = json.loads(file.metadata()["nns"])
-        stored = sum(file.get_tensor(name).numel() for name in names if "running" not in name and "num_" not in name)
-    assert stored == report.subnet.parameters
-    assert header["labels"] == ["3", "5", "other"]
-    assert {name: len(units) for name, units in header["kept_units"].items()} == {
-        name: len(units) for name, units in report.kept_units.items()
-    }
+    subnet = Subnet.load(output / "subnet.safetensors")
+    counted = [value.numel() for name, value in subnet.weights.items() if "running" not in name and "num_" not in name]
+    assert sum(counted) == report.subnet.parameters
+    assert subnet.output_names == report.subnet.outputs == ("3", "5", "other")
+    assert {name: tuple(units.tolist()) for name, units in subnet.kept.items()} == report.kept_units
+    from nns_plugin.jobs.models import digits_classifier
+
+    small = subnet.materialise(digits_classifier)
+    inputs = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        answers = onnx_answers(output / "subnet.onnx", inputs)
+        assert torch.equal(small(inputs).argmax(1), torch.from_numpy(answers))
 
 
 def test_reported_numbers_are_those_of_the_files_on_held_out_data(digits_job: Any) -> None:
@@ -223,7 +227,7 @@ def pruned(recipe: Any, chosen: list[int] | None = None, **changes: Any) -> tupl
     """The pruned model of a recipe and its evaluation, without the cost of exporting it."""
     from nns_plugin.jobs.datasets import Datasets
     from nns_plugin.jobs.evaluation import evaluate, predict
-    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.main_job import cut_model
     from nns_plugin.jobs.recipe import call_factory
     from nns_plugin.jobs.training import train_classifier
 
@@ -232,7 +236,7 @@ def pruned(recipe: Any, chosen: list[int] | None = None, **changes: Any) -> tupl
     dense = call_factory("model", "user_factories:model", {})
     train_classifier(dense, data.train, epochs=3, learning_rate=0.003, weight_decay=0.01)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    result = extract(dense, data, checked, chosen)
+    result = cut_model(dense, data, checked)[0]
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     logits, labels = predict(result.model, data.test)
     label_set = list(range(4)) if chosen is None else chosen
@@ -254,13 +258,13 @@ def test_the_same_seed_gives_the_same_subnet(recipe: Any) -> None:
 def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
     """A brute-force reading of eq. 1 on the dense model picks the same units."""
     from nns_plugin.jobs.datasets import Datasets
-    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.main_job import cut_model
     from nns_plugin.jobs.recipe import call_factory
 
     checked = recipe(train={"epochs": 0})
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {})
-    kept = extract(dense, data, checked, [1, 3]).kept
+    kept = cut_model(dense, data, checked)[0].kept
     with torch.no_grad():
         inputs, labels = data.calibration.dataset.tensors
         hidden = {"0": dense[:2](inputs), "2": dense[:4](inputs)}
@@ -286,7 +290,7 @@ def test_without_labels_all_are_kept(recipe: Any) -> None:
 
 def test_without_labels_survivors_take_over(recipe: Any) -> None:
     from nns_plugin.jobs.datasets import Datasets
-    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.main_job import cut_model
     from nns_plugin.jobs.recipe import call_factory
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
@@ -294,7 +298,7 @@ def test_without_labels_survivors_take_over(recipe: Any) -> None:
     inputs = data.test.dataset.tensors[0]
     errors = {}
     for method in (None, "none"):
-        result = extract(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}), None)
+        result = cut_model(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}))[0]
         assert result.model[0].out_features == 13
         with torch.no_grad():
             errors[method] = float((result.model(inputs) - dense(inputs)).square().mean())
@@ -304,7 +308,7 @@ def test_without_labels_survivors_take_over(recipe: Any) -> None:
 def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do_with_them(recipe: Any) -> None:
     """A unit that only a dropped label uses goes, and one that a kept label uses stays."""
     from nns_plugin.jobs.datasets import Datasets
-    from nns_plugin.jobs.extraction import extract
+    from nns_plugin.jobs.main_job import cut_model
     from nns_plugin.jobs.recipe import call_factory
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
@@ -314,7 +318,7 @@ def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do
         for unit, label in enumerate([0, 0, 1, 2, 2, 3, 0, 2]):
             dense[4].weight[label, unit] = 1.0
     checked = recipe(criterion={"name": "distinctiveness", "options": {"mode": "span"}}, ratio=0.7, head="closed")
-    result = extract(dense, data, checked, [1, 3])
+    result = cut_model(dense, data, checked)[0]
     assert {2, 5} <= set(result.kept["2"].tolist())
     assert result.outputs == (1, 3)
 
@@ -346,6 +350,49 @@ def test_any_criterion_may_be_compensated(recipe: Any, method: str) -> None:
     assert evaluation.closed_set_accuracy > 0.9
 
 
+def test_turns_go_on_until_accuracy_falls(recipe: Any) -> None:
+    """Each turn removes a third of what is left; kept units are counted from the dense model."""
+    changes = {"ratio": 1 / 3, "fine_tune": {"epochs": 1}}
+    once, _ = pruned(recipe, [1, 3], **changes)
+    result, evaluation = pruned(recipe, [1, 3], circle={"max_rounds": 3, "max_drop": 0.5}, **changes)
+    assert [result.kept[name].numel() for name in ("0", "2")] == [10, 10]  # 32 -> 22 -> 15 -> 10
+    assert [result.model[place].out_features for place in (0, 2, 4)] == [10, 10, 3]
+    assert set(result.kept["0"].tolist()) <= set(range(32))
+    assert set(result.kept["0"].tolist()) <= set(once.kept["0"].tolist())
+    assert result.kept["0"].max() > 10
+    assert evaluation.mean_balanced_accuracy > 0.9
+    rows = result.kept["0"]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+
+
+def test_a_turn_that_costs_accuracy_is_taken_back(recipe: Any) -> None:
+    result, _ = pruned(
+        recipe,
+        [1, 3],
+        ratio=0.96,
+        circle={"max_rounds": 5, "max_drop": 0.01},
+        fine_tune={"epochs": 1, "learning_rate": 1e-9},
+    )
+    assert result.kept == {}
+    assert result.model[0].out_features == 32
+    assert result.outputs == (1, 3, None)
+
+
+def test_synapses_stay_masked_through_fine_tuning(recipe: Any) -> None:
+    changes: dict[str, Any] = {"ratio": 0.0, "fine_tune": {"epochs": 1}}
+    result, evaluation = pruned(recipe, [1, 3], synapses={}, **changes)
+    for place in (0, 2):
+        weight = result.model[place].weight
+        assert type(weight) is torch.nn.Parameter
+        assert 0.3 < (weight == 0).float().mean() < 0.8
+    assert bool((result.model[4].weight != 0).all())  # the head
+    assert evaluation.closed_set_accuracy > 0.9
+    assert not hasattr(result.model[0], "weight_mask")
+    only, _ = pruned(recipe, [1, 3], synapses={"layers": ["2"]}, **changes)
+    assert bool((only.model[0].weight != 0).all())
+    assert bool((only.model[2].weight == 0).any())
+
+
 def test_zeta_and_rounding(recipe: Any) -> None:
     result, _ = pruned(recipe, [1, 3], ratio=None, zeta=0.3, round_to=8)
     assert all(units.numel() % 8 == 0 for units in result.kept.values())
@@ -360,7 +407,7 @@ def test_an_ignored_layer_stays_whole(recipe: Any) -> None:
 def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
     import user_factories
 
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     weights = {name: value * 0 for name, value in user_factories.model().state_dict().items()}
     weights["4.bias"] = torch.tensor([0.0, 1.0, 0.0, 0.0])
@@ -414,7 +461,7 @@ def test_what_is_wrong_is_told_and_nothing_is_left(
     recipe: Any, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     from nns_plugin.errors import NNSError
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     quick = {"train": {"epochs": 0}} if "untrained" not in str(changes) else {}
     with pytest.raises(NNSError, match=message):
@@ -423,7 +470,7 @@ def test_what_is_wrong_is_told_and_nothing_is_left(
 
 
 def test_a_closed_head_is_compared_on_the_same_inputs(recipe: Any, tmp_path: Path) -> None:
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     report = run_job(recipe(head="closed", train={"epochs": 1}), tmp_path / "out")
     dense, subnet = report.baseline.evaluation, report.subnet.evaluation
@@ -453,7 +500,7 @@ def test_a_layer_with_a_computed_weight_is_left_alone() -> None:
 
 
 def test_names_that_are_numbers_are_names(recipe: Any, tmp_path: Path) -> None:
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     section = {"factory": "user_factories:data_numbered"}
     report = run_job(recipe(data=section, labels=["3", "0"], train={"epochs": 0}), tmp_path / "out")
@@ -462,7 +509,7 @@ def test_names_that_are_numbers_are_names(recipe: Any, tmp_path: Path) -> None:
 
 def test_an_output_file_that_is_a_folder_is_found_before_any_work(recipe: Any, tmp_path: Path) -> None:
     from nns_plugin.errors import RecipeError
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     (tmp_path / "out" / "report.json").mkdir(parents=True)
     with pytest.raises(RecipeError, match="is a folder"):
@@ -474,7 +521,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_weight(recipe: Any, tmp_path: 
     import user_factories
 
     from nns_plugin.errors import RecipeError
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     save_file(user_factories.model(hidden=16).state_dict(), tmp_path / "weights.safetensors")
     section = {"factory": "user_factories:model", "checkpoint": tmp_path / "weights.safetensors"}
@@ -484,7 +531,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_weight(recipe: Any, tmp_path: 
 
 def test_an_output_that_cannot_be_written_fails_before_any_work(recipe: Any, tmp_path: Path) -> None:
     from nns_plugin.errors import RecipeError
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RecipeError, match="cannot be written"):
@@ -493,7 +540,7 @@ def test_an_output_that_cannot_be_written_fails_before_any_work(recipe: Any, tmp
 
 def test_earlier_files_survive_a_failure(recipe: Any, tmp_path: Path) -> None:
     from nns_plugin.errors import NNSError
-    from nns_plugin.jobs.extraction import run_job
+    from nns_plugin.jobs.main_job import run_job
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text("of an earlier run")

@@ -11,7 +11,7 @@ yaml = pytest.importorskip("yaml", reason="the extra cli is not installed")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin.errors import RecipeError  # noqa: E402
-from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe  # noqa: E402
+from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe, parse_settings  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipe.yaml"
 
@@ -73,6 +73,10 @@ def test_criterion_and_compensation_by_default(
         ({"angle": {}}, "round_to goes with ratio and zeta"),
         ({"compensation.recalibrate": "each_group"}, "each_group goes with refit and least_squares, not with none"),
         ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
+        ({"calibrate_head": True, "head": "closed"}, "calibrate_head goes with head open, not with closed"),
+        ({"circle": {}}, "circle fine-tunes after each removal"),
+        ({"circle": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1}, "circle has a max_drop of its own"),
+        ({"synapses": {"rule": "none"}}, "field 'synapses.rule': found 'none'"),
         ({"angle": {"merge": "twice"}}, "field 'angle.merge': found 'twice'"),
     ],
 )
@@ -83,7 +87,13 @@ def test_what_does_not_go_together_is_told(change: dict[str, Any], message: str)
 
 def test_the_example_names_every_field() -> None:
     example = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    assert set(Recipe.model_fields) - set(example) == {"zeta", "angle"}
+    assert set(Recipe.model_fields) - set(example) == {
+        "zeta",
+        "angle",
+        "max_balanced_accuracy_drop",
+        "circle",
+        "synapses",
+    }
     assert "zeta" in EXAMPLE.read_text(encoding="utf-8")
 
 
@@ -164,6 +174,26 @@ def test_an_override_of_the_ratio_replaces_zeta(tmp_path: Path) -> None:
 def test_overrides_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(RecipeError, match="ratio and zeta exclude each other"):
         load_recipe(None, {"ratio": 0.9, "zeta": 0.0})
+
+
+def test_settings_are_overrides_read_as_yaml() -> None:
+    given = parse_settings(["angle.similar=20", "labels=[1, 8]", "train.epochs=2", "head=keep", "criterion.name="])
+    assert given == {
+        "angle.similar": 20,
+        "labels": [1, 8],
+        "train.epochs": 2,
+        "head": "keep",
+        "criterion.name": None,
+    }
+    recipe = load_recipe(None, {**given, "round_to": 1})
+    assert recipe.angle is not None
+    assert (recipe.angle.similar, recipe.angle.complementary, recipe.ratio) == (20, 165, None)
+
+
+@pytest.mark.parametrize("text", ["ratio", "=3", "a b=3", "ratio=[", "angle.=1"])
+def test_a_setting_that_is_none(text: str) -> None:
+    with pytest.raises(RecipeError, match="--set: "):
+        parse_settings([text])
 
 
 def test_fine_tuning_is_slower_than_training_unless_told_otherwise() -> None:

@@ -52,6 +52,10 @@ def run(
     zeta: Annotated[
         float | None, typer.Option(help="Keep units that score at least this, in place of a ratio.")
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Search the smallest subnet that loses at most this balanced accuracy, in place of a ratio."),
+    ] = None,
     criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
     compensation: Annotated[
         str | None, typer.Option(help="How kept units take over: refit, least_squares, merge, mean or none.")
@@ -60,17 +64,24 @@ def run(
     round_to: Annotated[int | None, typer.Option(help="Keep a multiple of this many units in each group.")] = None,
     fine_tune: Annotated[int | None, typer.Option(help="Epochs of fine-tuning after removal.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of training and measurement.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Any field of the recipe: --set angle.similar=20. Repeatable."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("nns-output"),
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
-    from nns_plugin.jobs.extraction import FILES, run_job
-    from nns_plugin.jobs.recipe import load_recipe
+    from nns_plugin.jobs.main_job import FILES, run_job
+    from nns_plugin.jobs.recipe import load_recipe, parse_settings
 
     given: dict[str, Any] = {
         "labels": None if labels is None else [part.strip() for part in labels.split(",")],
         "ratio": ratio,
         "zeta": zeta,
+        "max_balanced_accuracy_drop": max_drop,
         "criterion.name": criterion,
         "compensation.method": compensation,
         "head": head,
@@ -82,6 +93,7 @@ def run(
     overrides = {name: value for name, value in given.items() if value is not None}
     if labels == "all":
         overrides["labels"] = None
+    overrides |= parse_settings(settings or [])
     checked = load_recipe(recipe, overrides)
     console = Console()
     with _notes(console):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from nns_plugin.errors import RecipeError
+
+OPTIONAL = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Datasets:
         example_inputs: A batch of inputs for tracing and export: a tensor, or a tuple or mapping of tensors.
         label_names: Names of the labels, in the order of the model's outputs.
         train: Batches ``(inputs, labels)`` for training and fine-tuning, if the recipe asks for any.
+        validation: Batches ``(inputs, labels)`` that decisions are made on: how often to prune, how much a budget
+            allows; the calibration data by default.
     """
 
     calibration: Iterable[Any]
@@ -32,6 +36,12 @@ class Datasets:
     example_inputs: Any
     label_names: tuple[str, ...]
     train: Iterable[Any] | None = None
+    validation: Iterable[Any] | None = None
+
+    @property
+    def decisive(self) -> Iterable[Any]:
+        """The data that decisions are made on."""
+        return self.calibration if self.validation is None else self.validation
 
     @classmethod
     def parse(cls, made: Any, factory: str) -> Datasets:
@@ -42,7 +52,7 @@ class Datasets:
         """
         if isinstance(made, Mapping):
             known = set(cls.__dataclass_fields__)
-            wrong = sorted(set(made) - known) + sorted(known - {"train"} - set(made))
+            wrong = sorted(set(made) - known) + sorted(known - set(OPTIONAL) - set(made))
             if wrong:
                 raise RecipeError(f"data.factory: {factory} returned the keys {sorted(made)}; expected {sorted(known)}")
             made = cls(**made)
@@ -54,9 +64,9 @@ class Datasets:
             raise RecipeError(
                 f"data.factory: {factory} returned label_names={made.label_names!r}; expected a list of names"
             )
-        for field in ("calibration", "test", "train"):
+        for field in ("calibration", "test", *OPTIONAL):
             loader = getattr(made, field)
-            if loader is None and field == "train":
+            if loader is None and field in OPTIONAL:
                 continue
             if isinstance(loader, (str, Tensor, Mapping)) or not hasattr(loader, "__iter__") or iter(loader) is loader:
                 raise RecipeError(
@@ -66,7 +76,7 @@ class Datasets:
         names = tuple(str(name) for name in made.label_names)
         if not names or len(set(names)) != len(names):
             raise RecipeError(f"data.factory: {factory} returned the label names {names}; they must be distinct")
-        return cls(made.calibration, made.test, made.example_inputs, names, made.train)
+        return replace(made, label_names=names)
 
 
 def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Datasets:

@@ -143,6 +143,25 @@ def evaluate(
     )
 
 
+def judged(
+    logits: Tensor, outputs: Sequence[int | None], chosen: Sequence[int], answers: Sequence[int | None]
+) -> tuple[Tensor, Sequence[int | None]]:
+    """The outputs that a model is judged by beside a subnet: if that can answer its labels alone, so can the model.
+
+    Args:
+        logits: ``[N, outputs]``.
+        outputs: The label of each output of the model; ``None`` for "other".
+        chosen: The labels of the set.
+        answers: The label of each output of the subnet.
+
+    Returns:
+        The columns, and the label of each.
+    """
+    if tuple(answers) != tuple(chosen):
+        return logits, outputs
+    return logits[:, [list(outputs).index(label) for label in chosen]], tuple(chosen)
+
+
 def _probabilities(outputs: Tensor) -> Tensor:
     """Softmax of logits; outputs of a model that ends in a softmax are probabilities already."""
     sums = bool((outputs.sum(1) - 1).abs().max() < 1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,11 +21,12 @@ from pydantic import (
 
 from nns_plugin.compensation import Merge
 from nns_plugin.criteria import available
+from nns_plugin.cutting import Head
 from nns_plugin.errors import NNSError, RecipeError
 from nns_plugin.selection import Complement
+from nns_plugin.surgery import Compensation, Method, Recalibrate
 
-Head = Literal["keep", "closed", "open"]
-SELECTIONS = ("ratio", "zeta", "angle")
+SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop")
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -66,10 +67,10 @@ class CriterionSection(Section):
 
 
 class CompensationSection(Section):
-    """How kept units take over from removed ones; see ``nns_plugin.adapters.compensated.compensated_step``."""
+    """How kept units take over from removed ones; see :class:`nns_plugin.surgery.Compensation`."""
 
-    method: Literal["refit", "least_squares", "merge", "mean", "none"] | None = None
-    recalibrate: Literal["once", "each_group"] = "once"
+    method: Method | None = None
+    recalibrate: Recalibrate = "once"
     ridge: float = Field(default=1e-4, gt=0)
     max_unfolded: int = Field(default=8192, ge=1)
 
@@ -97,6 +98,20 @@ class FineTuningSection(TrainingSection):
     learning_rate: float = Field(default=0.001, gt=0)
 
 
+class CircleSection(Section):
+    """Prune and fine-tune in turn until the mean balanced accuracy on validation data falls."""
+
+    max_rounds: int = Field(default=10, ge=1)
+    max_drop: float = Field(default=0.0, ge=0, le=1)
+
+
+class SynapsesSection(Section):
+    """Single weights of linear layers that are masked after removal; all but the head's by default."""
+
+    rule: Literal["mean_weight"] = "mean_weight"
+    layers: list[str] | None = Field(default=None, min_length=1)
+
+
 class ExportSection(Section):
     """How the models become ONNX files."""
 
@@ -114,27 +129,26 @@ class MeasureSection(Section):
     atol: float = Field(default=1e-5, ge=0)
 
 
-class Recipe(Section):
-    """A whole job. One of ``ratio``, ``zeta`` and ``angle`` decides how much goes; a ratio of 0.5 by default."""
+class CutSection(Section):
+    """How a model is cut down to some labels.
 
-    model: ModelSection
-    data: DataSection
+    One of ``ratio``, ``zeta``, ``angle`` and ``max_balanced_accuracy_drop`` decides how much goes; a ratio of 0.5 by
+    default.
+    """
+
     labels: list[StrictInt | StrictStr] | None = Field(default=None, min_length=1)
     criterion: CriterionSection = CriterionSection()
     compensation: CompensationSection = CompensationSection()
     angle: AngleSection | None = None
     ratio: float | None = Field(default=None, ge=0, lt=1)
     zeta: float | None = Field(default=None, ge=0, le=1)
+    max_balanced_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
     across_groups: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
     reestimate_batch_norms: bool = True
     head: Head | None = None
-    train: TrainingSection = TrainingSection()
-    fine_tune: FineTuningSection = FineTuningSection()
-    export: ExportSection = ExportSection()
-    measure: MeasureSection = MeasureSection()
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    calibrate_head: bool = False
 
     @field_validator("criterion", mode="before")
     @classmethod
@@ -142,7 +156,7 @@ class Recipe(Section):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self) -> CutSection:
         given = [name for name in SELECTIONS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
@@ -154,6 +168,8 @@ class Recipe(Section):
             raise ValueError(f"angle goes with compensation merge, not with {self.compensation.method}")
         if self.labels is None and self.head in ("closed", "open"):
             raise ValueError(f"head {self.head!r} needs labels; name some, or use head: keep")
+        if self.calibrate_head and self.effective_head != "open":
+            raise ValueError(f"calibrate_head goes with head open, not with {self.effective_head}")
         if self.angle is not None and self.round_to != 1:
             raise ValueError("round_to goes with ratio and zeta, not with angle")
         if self.compensation.recalibrate == "each_group" and self.effective_method not in ("refit", "least_squares"):
@@ -188,6 +204,58 @@ class Recipe(Section):
             return "merge"
         return "refit" if self.effective_criterion.name == "distinctiveness" else "none"
 
+    @property
+    def effective_compensation(self) -> Compensation:
+        """How kept units take over, with nothing left open."""
+        section = self.compensation
+        method: Any = self.effective_method
+        return Compensation(
+            method, section.recalibrate, self.reestimate_batch_norms, section.ridge, section.max_unfolded
+        )
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What decides how much goes."""
+        given = {name: getattr(self, name) for name in SELECTIONS if getattr(self, name) is not None}
+        if self.angle is not None:
+            given["angle"] = self.angle.model_dump()
+        more = {name: getattr(self, name) for name in ("across_groups", "round_to")}
+        return (given or {"ratio": 0.5}) | {name: value for name, value in more.items() if value not in (False, 1)}
+
+
+class Recipe(CutSection):
+    """A whole job."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainingSection = TrainingSection()
+    fine_tune: FineTuningSection = FineTuningSection()
+    circle: CircleSection | None = None
+    synapses: SynapsesSection | None = None
+    export: ExportSection = ExportSection()
+    measure: MeasureSection = MeasureSection()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _turns(self) -> Recipe:
+        if self.circle is not None and not self.fine_tune.epochs:
+            raise ValueError("circle fine-tunes after each removal: give fine_tune.epochs, at least 1")
+        if self.circle is not None and self.max_balanced_accuracy_drop is not None:
+            raise ValueError("circle has a max_drop of its own: give ratio, zeta or angle for what each turn removes")
+        return self
+
+
+def check_cut(**fields: Any) -> CutSection:
+    """Check options of a cut that are given in Python.
+
+    Raises:
+        RecipeError: One line that names the option, what was found and what is allowed.
+    """
+    try:
+        return CutSection.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(_describe(error)) from None
+
 
 def default_recipe() -> dict[str, Any]:
     """The recipe of ``nns run`` without one: digits that come with scikit-learn, labels 3 and 5."""
@@ -207,7 +275,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     Args:
         path: A YAML file; relative checkpoint paths in it are relative to its folder.
         overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio``,
-            ``zeta`` or ``angle`` replaces the others.
+            ``zeta``, ``angle`` or ``max_balanced_accuracy_drop`` replaces the others.
 
     Raises:
         RecipeError: One line that names the field, what was found and what is allowed.
@@ -216,9 +284,11 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     content = default_recipe() if path is None else _read(path)
     if "criterion" in content and isinstance(content["criterion"], str):
         content["criterion"] = {"name": content["criterion"]}
+    given = {name.partition(".")[0] for name in overrides or {}}
     for name, value in (overrides or {}).items():
-        for other in SELECTIONS if name in SELECTIONS else ():
-            if other != name and other not in (overrides or {}):
+        top = name.partition(".")[0]
+        for other in SELECTIONS if top in SELECTIONS else ():
+            if other != top and other not in given:
                 content.pop(other, None)
         _set(content, name.split("."), value, source)
     try:
@@ -232,6 +302,24 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         model = recipe.model.model_copy(update={"checkpoint": path.parent / checkpoint})
         recipe = recipe.model_copy(update={"model": model})
     return recipe
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Overrides out of texts such as ``angle.similar=20``; the value is read as YAML.
+
+    Raises:
+        RecipeError: If a text is no such setting.
+    """
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not all(part.isidentifier() for part in name.split(".")):
+            raise RecipeError(f"--set: found {text!r}; expected FIELD=VALUE, such as angle.similar=20")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set: the value of {text!r} is no YAML: {' '.join(str(error).split())}") from error
+    return found
 
 
 def call_factory(field: str, reference: str, arguments: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
 from nns_plugin.jobs.evaluation import Evaluation
+from nns_plugin.subnet import Trial
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Report:
         labels: Names of the labels of the set.
         units: Number of units of each group of the dense model.
         kept_units: The units that are left, for each pruned group.
+        trials: What a search within a budget tried, in order.
         baseline: The dense model.
         subnet: The pruned model.
         latency: Of both ONNX files, measured in turn.
@@ -64,6 +66,7 @@ class Report:
     labels: tuple[str, ...]
     units: dict[str, int]
     kept_units: dict[str, tuple[int, ...]]
+    trials: tuple[Trial, ...]
     baseline: ModelReport
     subnet: ModelReport
     latency: LatencyComparison

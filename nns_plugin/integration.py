@@ -1,0 +1,163 @@
+"""Integration: several subnets of one parent become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.cutting import carry_out, prepare
+from nns_plugin.errors import SubnetError
+from nns_plugin.forward import device_of, inputs_like
+from nns_plugin.selection import keep_by_threshold
+from nns_plugin.statistics import Statistics
+from nns_plugin.subnet import Subnet, current_versions
+from nns_plugin.surgery import Compensation, Surgeon, find_surgeon
+
+
+def integrate(
+    subnets: Sequence[Subnet],
+    parent: nn.Module,
+    statistics: Statistics | None = None,
+    *,
+    loader: Iterable[Any] | None = None,
+    budget: int | None = None,
+    example_inputs: Any = None,
+    surgeon: Surgeon | None = None,
+    progress: bool = False,
+) -> Subnet:
+    """One subnet for all labels of several: the union of their units, in any order.
+
+    The weights are the parent's: a weight between a unit of one subnet and a unit of another is in neither file.
+    Compensation and head are made anew for the union, so that the result equals an extraction for the union of the
+    label sets wherever the criterion's scores of a union are the maximum over its labels (``semantic`` at one zeta).
+
+    Args:
+        subnets: Subnets of one parent, cut with the same criterion, compensation and kind of head.
+        parent: Their parent; left as it is.
+        statistics: Of the parent, for compensation; collected from the loader by default.
+        loader: Yields ``(inputs, labels)``, anew each time. Needed by an open head, by ``refit``, and in place of
+            statistics.
+        budget: Most units that may stay, over all pruned groups; of the union the lowest scores go first, but each
+            group keeps its best unit. All stay by default.
+        example_inputs: Inputs that the parent can run on; made up by default.
+        surgeon: Traces and cuts; torch-pruning by default.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The integrated subnet.
+
+    Raises:
+        SubnetError: If there are no subnets, if they are of different parents or were cut differently, if the model is
+            not their parent, or the budget is too small or has no scores to go by.
+        PruningError: If the compensation or the head needs a loader, and there is none.
+
+    Source:
+        "NNS: Neural network surgery", integration of subnets.
+    """
+    first = _alike(subnets)
+    first._check_parent(parent)
+    labels = tuple(sorted({label for subnet in subnets for label in subnet.labels}))
+    kept, scores = united(subnets)
+    if budget is not None:
+        kept = within_budget(kept, scores, budget)
+    surgeon = surgeon or find_surgeon()
+    how = Compensation(**first.provenance.compensation)
+    prepared = prepare(
+        parent,
+        inputs_like(first.inputs, device_of(parent)) if example_inputs is None else example_inputs,
+        loader,
+        first.label_names,
+        labels=labels,
+        head=first.provenance.head,  # type: ignore[arg-type]
+        gram=how.method != "none",
+        surgeon=surgeon,
+        ignored_layers=first.provenance.ignored_layers,
+        statistics=statistics,
+        progress=progress,
+    )
+    cut = carry_out(prepared, kept, how, loader, surgeon=surgeon, scores=scores, progress=progress)
+    provenance = replace(
+        first.provenance, versions=current_versions(), selection=_selection(subnets, budget), trials=()
+    )
+    return Subnet.of(cut, first.label_names, provenance)
+
+
+def united(subnets: Sequence[Subnet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The units and scores of a union.
+
+    Returns:
+        For each group that is pruned in all subnets the kept units, ``[k]`` int64 ascending, and for each of them that
+        is scored in all subnets the highest scores, ``[U]`` float64, -inf for units that none kept.
+    """
+    kept, scores = {}, {}
+    for name, size in subnets[0].sizes.items():
+        if not all(name in subnet.kept for subnet in subnets):
+            continue  # whole in one of them
+        best = torch.full((size,), -torch.inf, dtype=torch.float64)
+        there = torch.zeros(size, dtype=torch.bool)
+        for subnet in subnets:
+            units = subnet.kept[name]
+            there[units] = True
+            best[units] = torch.maximum(best[units], subnet.scores.get(name, best[units]))
+        kept[name] = there.nonzero().flatten()
+        if all(name in subnet.scores for subnet in subnets):
+            scores[name] = best
+    zeta = {subnet.provenance.selection.get("zeta") for subnet in subnets}
+    rounded = {subnet.provenance.selection.get("round_to", 1) for subnet in subnets}
+    if len(zeta) == 1 and None not in zeta and rounded == {1}:
+        # A group where no unit reaches zeta keeps its best one; in the union another label's units may reach it.
+        finite = {name: value.clamp_min(torch.finfo(torch.float64).min) for name, value in scores.items()}
+        kept |= keep_by_threshold(finite, float(zeta.pop() or 0))
+    return kept, scores
+
+
+def within_budget(kept: dict[str, Tensor], scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """Drop the lowest-scored units of all groups together until no more than ``budget`` are left."""
+    missing = sorted(set(kept) - set(scores))
+    if missing:
+        raise SubnetError(f"a budget needs scores, and the units of {', '.join(missing)} have none")
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < len(kept):
+        raise SubnetError(f"the budget is {budget!r} units; expected at least {len(kept)}, one for each pruned group")
+    owners = torch.cat([torch.full((units.numel(),), place) for place, units in enumerate(kept.values())])
+    values = torch.cat([scores[name][units] for name, units in kept.items()])
+    stays = torch.zeros(values.numel(), dtype=torch.bool)
+    for place in range(len(kept)):
+        mine = (owners == place).nonzero().flatten()
+        stays[mine[values[mine].argmax()]] = True
+    others = (~stays).nonzero().flatten()
+    order = others[values[others].argsort(descending=True, stable=True)]
+    stays[order[: budget - len(kept)]] = True
+    return {name: units[stays[owners == place]] for place, (name, units) in enumerate(kept.items())}
+
+
+def _alike(subnets: Sequence[Subnet]) -> Subnet:
+    """The first subnet, after a look whether all go together."""
+    if not subnets:
+        raise SubnetError("there are no subnets to integrate; pass at least one")
+    first = subnets[0]
+    for place, subnet in enumerate(subnets[1:], 1):
+        for what in ("parent", "criterion", "compensation", "head", "ignored_layers", "options"):
+            left, right = (getattr(each.provenance, what) for each in (first, subnet))
+            if left != right:
+                raise SubnetError(
+                    f"subnet {place} has {what} {right!r}, subnet 0 {left!r}: only subnets that were cut alike from "
+                    "one parent can be integrated"
+                )
+        if subnet.label_names != first.label_names:
+            raise SubnetError(f"subnet {place} has other label names than subnet 0")
+        for name in set(subnet.sizes) & set(first.sizes):
+            if subnet.sizes[name] != first.sizes[name]:
+                raise SubnetError(
+                    f"subnet {place} has {subnet.sizes[name]} units in {name!r}, subnet 0 {first.sizes[name]}"
+                )
+    return first
+
+
+def _selection(subnets: Sequence[Subnet], budget: int | None) -> dict[str, Any]:
+    selections = [dict(subnet.provenance.selection) for subnet in subnets]
+    found = selections[0] if all(each == selections[0] for each in selections) else {"union": len(subnets)}
+    return found if budget is None else {**found, "budget": budget}

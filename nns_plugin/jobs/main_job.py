@@ -1,0 +1,265 @@
+"""The main job: extract what some labels need from a classifier, remove the rest, and prove it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
+from nns_plugin.adapters.torch_pruning import count_operations
+from nns_plugin.cutting import Cut
+from nns_plugin.errors import CalibrationError, PruningError, RecipeError
+from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.environment import versions
+from nns_plugin.jobs.evaluation import evaluate, judged, predict
+from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract, provenance, stage
+from nns_plugin.jobs.output import staged_folder
+from nns_plugin.jobs.recipe import Recipe, call_factory
+from nns_plugin.jobs.report import ModelReport, Report
+from nns_plugin.jobs.training import train_classifier
+from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
+from nns_plugin.preserve import preserved, preserved_rng
+from nns_plugin.subnet import Subnet, Trial
+
+FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
+
+
+def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
+    """Do the whole job of a recipe and write its four files.
+
+    Args:
+        recipe: What to do.
+        output: Folder for ``baseline.onnx``, ``subnet.onnx``, ``subnet.safetensors`` and ``report.json``; made if
+            missing. The files appear together at the end, or not at all.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The report, as written.
+
+    Raises:
+        NNSError: If anything is wrong with the recipe, the model, the data or the folder.
+    """
+    check_provider(recipe.measure.provider)
+    criterion_class(recipe)
+    with staged_folder(output, FILES) as staging, _seeded(recipe.seed):
+        data = Datasets.parse(
+            call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
+        )
+        chosen_labels(recipe, data.label_names)
+        _test_inputs(data, 1)
+        dense = _dense_model(recipe, data, progress)
+        cut, trials = cut_model(dense, data, recipe, progress)
+        return _prove(recipe, data, dense, cut, trials, staging, progress)
+
+
+def cut_model(
+    dense: nn.Module, data: Datasets, recipe: Recipe, progress: bool = False
+) -> tuple[Cut, tuple[Trial, ...]]:
+    """Prune a copy of a model as a recipe says, once or in turns, mask synapses, and fine-tune.
+
+    Args:
+        dense: The model; left as it was found.
+        data: Its data.
+        recipe: What to do.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The finished cut, and what a search within a budget tried.
+
+    Raises:
+        NNSError: If nothing in the model can be pruned, or the data or the recipe cannot be used.
+    """
+    trials: tuple[Trial, ...] = ()
+
+    def tune(model: nn.Module, outputs: Sequence[int | None]) -> None:
+        _train(model, data, recipe, "fine_tune", outputs, progress)
+
+    if recipe.circle is not None:
+        cut = circle_of_cuts(dense, data, recipe, recipe.circle, tune, progress)
+    else:
+        cut, trials = extract(
+            dense,
+            data.example_inputs,
+            data.calibration,
+            data.label_names,
+            recipe,
+            validation=data.decisive,
+            progress=progress,
+        )
+    with masked_synapses(cut, recipe.synapses):
+        if recipe.fine_tune.epochs and (recipe.circle is None or recipe.synapses is not None):
+            tune(cut.model, cut.outputs)
+    _check_runs(cut.model, data.example_inputs, len(cut.outputs))
+    return cut, trials
+
+
+def _prove(
+    recipe: Recipe,
+    data: Datasets,
+    dense: nn.Module,
+    cut: Cut,
+    trials: tuple[Trial, ...],
+    staging: Path,
+    progress: bool,
+) -> Report:
+    everything: tuple[int | None, ...] = tuple(range(len(data.label_names)))
+    settings = recipe.measure
+    batch = _test_inputs(data, settings.batch)
+    reports = {}
+    subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, trials))
+    pair = (("baseline", dense, everything), ("subnet", cut.model, cut.outputs))
+    names = {"baseline": data.label_names, "subnet": subnet.output_names}
+    for name, model, outputs in tqdm(pair, desc="exporting and evaluating", disable=not progress, leave=False):
+        path = staging / f"{name}.onnx"
+        export(model, data.example_inputs, path, label_names=names[name], opset=recipe.export.opset)
+        with stage("data.test"):
+            logits, truth = predict(model, data.test, progress)
+        columns, seen = judged(logits, outputs, cut.labels, cut.outputs)
+        reports[name] = ModelReport.of(
+            evaluation=evaluate(columns, truth, seen, cut.labels, data.label_names),
+            operations=count_operations(model, data.example_inputs),
+            path=path,
+            outputs=names[name],
+            parity=check_parity(
+                model,
+                path,
+                _test_inputs(data, 64),
+                rtol=settings.rtol,
+                atol=settings.atol,
+                provider=settings.provider,
+            ),
+        )
+    latency = measure_latency(
+        {name: staging / f"{name}.onnx" for name in reports},
+        batch,
+        samples=settings.samples,
+        threads=settings.threads,
+        provider=settings.provider,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    report = Report(
+        recipe=recipe.model_dump(mode="json"),
+        labels=tuple(data.label_names[label] for label in cut.labels),
+        units={group.name: group.size for group in cut.groups},
+        kept_units={name: tuple(units.tolist()) for name, units in cut.kept.items()},
+        trials=trials,
+        baseline=reports["baseline"],
+        subnet=reports["subnet"],
+        latency=latency,
+        versions=versions(),
+    )
+    subnet.save(staging / "subnet.safetensors")
+    (staging / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:
+    section = recipe.model
+    model = call_factory("model.factory", section.factory, section.arguments)
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"model.factory: {section.factory} returned a {type(model).__name__}; expected a torch module"
+        )
+    if section.checkpoint is not None:
+        _load_checkpoint(model, section.checkpoint)
+    if recipe.train.epochs:
+        _train(model, data, recipe, "train", tuple(range(len(data.label_names))), progress)
+    model.eval()
+    _check_runs(model, data.example_inputs, len(data.label_names))
+    return model
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except FileNotFoundError as error:
+        raise RecipeError(f"model.checkpoint: there is no file {str(path)!r}") from error
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"model.checkpoint: {str(path)!r} is no safetensors file: {error}") from error
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if expected.get(name) != found.get(name):
+            raise RecipeError(
+                f"model.checkpoint: {str(path)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in "
+                f"the file and {expected.get(name, 'missing')} in the model"
+            )
+    model.load_state_dict(weights)
+
+
+def _train(
+    model: nn.Module, data: Datasets, recipe: Recipe, field: str, outputs: Sequence[int | None], progress: bool
+) -> None:
+    if data.train is None:
+        raise RecipeError(f"{field}.epochs: the data factory returned no train data; expected some, or 0 epochs")
+    section = getattr(recipe, field)
+    other = outputs.index(None) if None in outputs else -1
+    targets = [outputs.index(label) if label in outputs else other for label in range(len(data.label_names))]
+    with stage("data.train"):
+        train_classifier(
+            model,
+            data.train,
+            epochs=section.epochs,
+            learning_rate=section.learning_rate,
+            weight_decay=section.weight_decay,
+            target_of_label=torch.tensor(targets),
+            title="training" if field == "train" else "fine-tuning",
+            progress=progress,
+        )
+
+
+def _check_runs(model: nn.Module, example_inputs: Any, outputs: int) -> None:
+    with preserved(model), torch.no_grad():
+        model.eval()
+        try:
+            found = run_model(model, to_device(example_inputs, device_of(model)))
+        except Exception as error:
+            raise PruningError(
+                f"the model cannot run on the example inputs: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] != outputs:
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise PruningError(
+            f"the model gives {shape} for the example inputs; expected [N, {outputs}], one column a label"
+        )
+
+
+def _test_inputs(data: Datasets, count: int) -> Any:
+    """The first inputs of the test data, repeated if they are too few."""
+    with stage("data.test"):
+        item = next(iter(data.test), None)
+        if item is None:
+            raise CalibrationError("the test loader is empty; it must yield at least one batch")
+        batch = parse_batch(item, 0)
+
+    def take(tensor: Tensor) -> Tensor:
+        repeats = -(-count // tensor.shape[0])
+        return torch.cat([tensor] * repeats)[:count]
+
+    if isinstance(batch.inputs, Mapping):
+        return {name: take(value) for name, value in batch.inputs.items()}
+    if isinstance(batch.inputs, (tuple, list)):
+        return tuple(take(value) for value in batch.inputs)
+    return take(batch.inputs)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with preserved_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield

@@ -1,0 +1,311 @@
+"""Label subnets: which units and labels of a parent are left, with their weights, and how to get a model from them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.circle import copied
+from nns_plugin.cutting import Cut
+from nns_plugin.errors import NNSError, SubnetError
+from nns_plugin.fingerprint import digest, fingerprint
+from nns_plugin.forward import device_of, inputs_like, kinds_of, map_tensors
+from nns_plugin.heads import OTHER, linear_head, resize_head
+from nns_plugin.surgery import Surgery, find_surgeon
+from nns_plugin.units import UnitGroup
+
+
+class InexactMaskWarning(UserWarning):
+    """Some units pass a norm over units: the masked model and the small one do not compute the same there."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a search for the smallest subnet within a budget.
+
+    Attributes:
+        ratio: Share of units that was removed.
+        parameters: Number of parameters that were left.
+        balanced_accuracy: Mean over the labels, on the validation data.
+        within: Whether that was within the budget.
+    """
+
+    ratio: float
+    parameters: int
+    balanced_accuracy: float
+    within: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a subnet comes from.
+
+    Attributes:
+        parent: Digest of the fingerprint of the parent's weights.
+        versions: Of Python and the packages that made it.
+        criterion: Name of the criterion.
+        options: Its options.
+        selection: How many units were kept, such as ``{"zeta": 0.4}``.
+        compensation: Options of :class:`nns_plugin.surgery.Compensation`.
+        head: ``"keep"``, ``"closed"`` or ``"open"``.
+        ignored_layers: Layers that stayed whole.
+        trials: What a search tried, in order.
+    """
+
+    parent: str
+    versions: Mapping[str, str]
+    criterion: str
+    options: Mapping[str, Any]
+    selection: Mapping[str, Any]
+    compensation: Mapping[str, Any]
+    head: str
+    ignored_layers: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Subnet:
+    """The part of a parent model that knows some labels.
+
+    Attributes:
+        kept: For each pruned group's name the kept units of the parent, ``[k]`` int64 ascending.
+        sizes: For each pruned group's name its number of units U in the parent.
+        scores: For each pruned group's name the scores of the kept units, ``[k]`` float64; empty where a selection
+            gave none.
+        label_names: Names of all labels of the parent.
+        labels: Indices of the kept labels, ascending.
+        outputs: The label of each output; ``None`` for "other".
+        head_layer: Name of the layer whose outputs were narrowed to the labels; ``None`` if it is as in the parent.
+        weights: The small model's parameters and persistent buffers, by name.
+        inputs: Kinds of the example inputs, from :func:`nns_plugin.forward.kinds_of`.
+        provenance: Where it comes from.
+    """
+
+    kept: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    scores: Mapping[str, Tensor]
+    label_names: tuple[str, ...]
+    labels: tuple[int, ...]
+    outputs: tuple[int | None, ...]
+    head_layer: str | None
+    weights: Mapping[str, Tensor]
+    inputs: Any
+    provenance: Provenance
+
+    @classmethod
+    def of(cls, cut: Cut, label_names: Sequence[str], provenance: Provenance) -> Subnet:
+        """The subnet of a model that was cut."""
+        sizes = {group.name: group.size for group in cut.groups if group.name in cut.kept}
+        weights = {name: value.detach().cpu().clone() for name, value in cut.model.state_dict().items()}
+        return cls(
+            kept=dict(cut.kept),
+            sizes=sizes,
+            scores={name: cut.scores[name][units] for name, units in cut.kept.items() if name in cut.scores},
+            label_names=tuple(label_names),
+            labels=cut.labels,
+            outputs=cut.outputs,
+            head_layer=cut.head,
+            weights=weights,
+            inputs=kinds_of(cut.example_inputs),
+            provenance=provenance,
+        )
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Name of each output."""
+        return tuple(OTHER if label is None else self.label_names[label] for label in self.outputs)
+
+    def materialise(self, parent_factory: Callable[[], nn.Module], example_inputs: Any = None) -> nn.Module:
+        """The small model.
+
+        Args:
+            parent_factory: Makes the parent's architecture; its weights do not matter.
+            example_inputs: Inputs that the parent can run on, for tracing; made up after the kinds of those that the
+                subnet was cut with by default.
+
+        Returns:
+            The small model, in evaluation mode.
+
+        Raises:
+            SubnetError: If the factory makes another architecture than the subnet was cut from.
+        """
+        model = parent_factory()
+        if not isinstance(model, nn.Module):
+            raise SubnetError(f"the parent factory returned a {type(model).__name__}; expected a torch module")
+        self._resize_head(model)
+        surgery, groups = self._traced(model, example_inputs)
+        surgery.keep(groups, self.kept)
+        self._load(model)
+        return model.eval()
+
+    def mask(self, parent: nn.Module, example_inputs: Any = None) -> nn.Module:
+        """The parent with everything but the subnet at zero: the paper's form.
+
+        Its outputs are those of the small model; units that pass a norm over units (LayerNorm, GroupNorm, RMSNorm) are
+        exempt, because such a norm sees how many there are.
+
+        Args:
+            parent: The model that the subnet was cut from; left as it is.
+            example_inputs: See :meth:`materialise`.
+
+        Returns:
+            A masked copy with the subnet's weights, as wide as the parent but for a head that was shrunk, in evaluation
+            mode.
+
+        Raises:
+            SubnetError: If the model is not the parent.
+
+        Warns:
+            InexactMaskWarning: If there are exempt groups; it names them.
+        """
+        self._check_parent(parent)
+        masked = copied(parent)
+        self._resize_head(masked)
+        surgery, groups = self._traced(copied(masked).to("cpu", torch.float64), example_inputs)
+        exempt = surgery.mixed([group for group in groups if group.name in self.kept])
+        if exempt:
+            warnings.warn(
+                f"the masked model differs from the small one at {', '.join(exempt)}: their units pass a norm over "
+                "units, which counts those at zero, too",
+                InexactMaskWarning,
+                stacklevel=2,
+            )
+        _scatter(masked, self.weights, _origins(surgery, groups, self.kept))
+        return masked.eval()
+
+    def pruning_history(self, parent: nn.Module, example_inputs: Any = None) -> list[tuple[str, bool, list[int]]]:
+        """What was removed, as torch-pruning writes it, for ``DependencyGraph.load_pruning_history``.
+
+        Args:
+            parent: A model of the parent's architecture; left as it is.
+            example_inputs: See :meth:`materialise`.
+        """
+        surgery, groups = self._traced(copied(parent), example_inputs)
+        surgery.keep(groups, self.kept)
+        return list(surgery.history)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the subnet to one safetensors file, which appears whole or not at all.
+
+        Raises:
+            SubnetError: If the folder cannot be written.
+        """
+        from nns_plugin.subnet_file import save
+
+        return save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Subnet:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            SubnetError: If the file is missing, damaged or something else.
+        """
+        from nns_plugin.subnet_file import load
+
+        return load(Path(path))
+
+    def _check_parent(self, parent: nn.Module) -> None:
+        found = digest(fingerprint(parent))
+        if found != self.provenance.parent:
+            raise SubnetError(
+                f"the model's weights have the fingerprint {found}, those of the subnet's parent "
+                f"{self.provenance.parent}: pass the parent as it was when the subnet was cut"
+            )
+
+    def _traced(self, model: nn.Module, example_inputs: Any) -> tuple[Surgery, tuple[UnitGroup, ...]]:
+        """The model, ready to be cut, and its groups."""
+        inputs = inputs_like(self.inputs, device_of(model)) if example_inputs is None else example_inputs
+        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+        surgery = find_surgeon()(model, _as_floating(inputs, dtype))
+        groups = surgery.groups(self.provenance.ignored_layers, checked=False)
+        found = {group.name: group.size for group in groups}
+        for name, size in self.sizes.items():
+            if found.get(name) != size:
+                raise SubnetError(
+                    f"the subnet was cut from a parent whose group {name!r} has {size} units; this one has "
+                    f"{found.get(name, 'no such group')}: pass the parent's own architecture"
+                )
+        return surgery, groups
+
+    def _resize_head(self, model: nn.Module) -> None:
+        if self.head_layer is not None:
+            try:
+                head = linear_head(model, self.head_layer)
+            except (NNSError, AttributeError) as error:
+                raise SubnetError(f"the parent has no head {self.head_layer!r} as the subnet's: {error}") from error
+            resize_head(head, len(self.outputs), f"{self.head_layer}.bias" in self.weights)
+
+    def _load(self, model: nn.Module) -> None:
+        expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+        found = {name: list(value.shape) for name, value in self.weights.items()}
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            if expected.get(name) != found.get(name):
+                raise SubnetError(
+                    f"the subnet does not fit the parent: {name!r} is {found.get(name, 'missing')} in the subnet and "
+                    f"{expected.get(name, 'missing')} in the parent cut down to it"
+                )
+        model.load_state_dict(dict(self.weights))
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that cut."""
+    found = {"python": platform.python_version()}
+    for name in ("nns-plugin", "torch", "torch-pruning"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _as_floating(inputs: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+
+def _origins(surgery: Surgery, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each weight of the small model the places that its numbers have in the wide one, flat.
+
+    Every weight of a copy is numbered through before the host removes the units: whatever kinds of layers there are,
+    the numbers that are left say where they come from.
+    """
+    model = surgery.model
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape))
+    surgery.keep(groups, kept)
+    return {name: value.round().long() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def _scatter(model: nn.Module, weights: Mapping[str, Tensor], origins: Mapping[str, Tensor]) -> None:
+    """Write the weights of a small model where they came from, and zeros elsewhere into parameters, in place."""
+    parameters = {name for name, _ in model.named_parameters()}
+    state = model.state_dict()
+    if state.keys() != weights.keys():
+        wrong = sorted(state.keys() ^ weights.keys())
+        raise SubnetError(f"the subnet does not fit the parent: {', '.join(wrong[:3])} is in one of them only")
+    with torch.no_grad():
+        for name, value in state.items():
+            small = weights[name].to(value)
+            places = origins.get(name)
+            if small.shape == value.shape and places is None:
+                value.copy_(small)
+                continue
+            if places is None or places.shape != small.shape:
+                raise SubnetError(
+                    f"the subnet does not fit the parent: {name!r} is {list(small.shape)} in the subnet and "
+                    f"{None if places is None else list(places.shape)} in the parent cut down to it"
+                )
+            wide = torch.zeros_like(value) if name in parameters else value.clone()
+            wide.reshape(-1)[places.to(value.device).flatten()] = small.flatten()
+            value.copy_(wide)
