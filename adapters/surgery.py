@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.compensated import compensated_removal
 from nns_plugin.adapters.dependency_graph import (
+    UnusableGroupWarning,
     build_graph,
     graph_groups,
     mixed_groups,
@@ -48,7 +50,11 @@ class TorchPruningSurgery:
     def groups(self, ignored_layers: Sequence[str] = (), *, checked: bool = True) -> tuple[UnitGroup, ...]:
         """See the protocol."""
         ignored = resolve_layers(self._graph.model, ignored_layers)
-        return (graph_groups if checked else sound_groups)(self._graph, ignored)
+        if checked:
+            return graph_groups(self._graph, ignored)
+        with warnings.catch_warnings():  # who cut the model was told what is left out
+            warnings.simplefilter("ignore", UnusableGroupWarning)
+            return sound_groups(self._graph, ignored)
 
     def mixed(self, groups: Sequence[UnitGroup]) -> tuple[str, ...]:
         """See the protocol."""

@@ -18,7 +18,7 @@ from nns_plugin.circle import copied
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import NNSError, SubnetError
 from nns_plugin.fingerprint import digest, fingerprint
-from nns_plugin.forward import device_of, inputs_like, kinds_of, map_tensors
+from nns_plugin.forward import device_of, inputs_like, kinds_of
 from nns_plugin.heads import OTHER, linear_head, resize_head
 from nns_plugin.surgery import Surgery, find_surgeon
 from nns_plugin.units import UnitGroup
@@ -170,7 +170,7 @@ class Subnet:
         self._check_parent(parent)
         masked = copied(parent)
         self._resize_head(masked)
-        surgery, groups = self._traced(copied(masked).to("cpu", torch.float64), example_inputs)
+        surgery, groups = self._traced(copied(masked), example_inputs)
         exempt = surgery.mixed([group for group in groups if group.name in self.kept])
         if exempt:
             warnings.warn(
@@ -225,8 +225,7 @@ class Subnet:
     def _traced(self, model: nn.Module, example_inputs: Any) -> tuple[Surgery, tuple[UnitGroup, ...]]:
         """The model, ready to be cut, and its groups."""
         inputs = inputs_like(self.inputs, device_of(model)) if example_inputs is None else example_inputs
-        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-        surgery = find_surgeon()(model, _as_floating(inputs, dtype))
+        surgery = find_surgeon()(model, inputs)
         groups = surgery.groups(self.provenance.ignored_layers, checked=False)
         found = {group.name: group.size for group in groups}
         for name, size in self.sizes.items():
@@ -268,17 +267,13 @@ def current_versions() -> dict[str, str]:
     return found
 
 
-def _as_floating(inputs: Any, dtype: torch.dtype) -> Any:
-    return map_tensors(inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
-
-
 def _origins(surgery: Surgery, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each weight of the small model the places that its numbers have in the wide one, flat.
 
     Every weight of a copy is numbered through before the host removes the units: whatever kinds of layers there are,
     the numbers that are left say where they come from.
     """
-    model = surgery.model
+    model = surgery.model.to("cpu", torch.float64)  # after tracing: a type may choose other operations
     with torch.no_grad():
         for value in model.state_dict().values():
             if value.is_floating_point():

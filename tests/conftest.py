@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import random
+import sys
+import types
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -113,3 +116,15 @@ def data_dir() -> Path:
     if given:
         pytest.fail(f"NNS_DATA_DIR={given!r} is not a folder")
     pytest.skip("no real data: set NNS_DATA_DIR to a folder with the data sets")
+
+
+@pytest.fixture(scope="session")
+def zoo() -> types.ModuleType:
+    """The models of ``zoo.py``, which pytest's import mode keeps apart from the tests."""
+    if "zoo" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
+        if spec is None or spec.loader is None:
+            raise FileNotFoundError("zoo.py")
+        sys.modules["zoo"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["zoo"])
+    return sys.modules["zoo"]
