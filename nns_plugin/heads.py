@@ -102,7 +102,8 @@ def balancing_shift(logits: Tensor, outputs: Sequence[int | None], labels: Tenso
     margin, order = (values[:, other] - best).sort()
     total = torch.cat([gain.new_zeros(1), gain[order].cumsum(0)])  # answered with a label: the first k
     edges = torch.cat([margin[:1] - 2, margin, margin[-1:] + 2])
-    possible = edges[1:] > edges[:-1]  # between equal margins there is no threshold
+    # Between margins that single precision does not tell apart there is no threshold.
+    possible = edges[1:] - edges[:-1] > 1e-6 * (1 + margin.abs().max())
     middles = (edges[1:] + edges[:-1]) / 2
     winners = possible & (total >= total[possible].max() - 1e-12)
     found = middles[winners]
@@ -151,6 +152,5 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
 def _set(head: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     trainable = head.weight.requires_grad
     head.weight = nn.Parameter(weight.clone(), requires_grad=trainable)
-    if bias is not None:
-        head.bias = nn.Parameter(bias.clone(), requires_grad=trainable)
+    head.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable)
     head.out_features = weight.shape[0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nns_plugin.errors import CalibrationError, PruningError
-from nns_plugin.heads import close_head, fit_other, linear_head, open_head
+from nns_plugin.heads import balancing_shift, close_head, fit_other, linear_head, open_head, resize_head
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,3 +90,48 @@ def test_a_frozen_head_stays_frozen() -> None:
 def test_a_head_that_is_not_linear_cannot_be_shrunk() -> None:
     with pytest.raises(PruningError, match=r"'0' is a Conv2d; only nn.Linear"):
         linear_head(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1)), "0")
+
+
+@given(seed=st.integers(0, 10_000))
+def test_the_shift_of_other_gives_the_best_mean_balanced_accuracy(seed: int) -> None:
+    """Against every threshold, one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(6, 30, (1,), generator=generator))
+    labels = torch.cat([torch.arange(3), torch.randint(3, (count,), generator=generator)])
+    logits = (4 * torch.randn(len(labels), 3, generator=generator)).round() / 4  # with ties
+    logits[torch.arange(len(labels)), torch.tensor([0, 2, 1])[labels]] += 0.5
+    outputs = (0, 2, None)
+
+    def balanced(shift: float) -> float:
+        moved = logits.double() + torch.tensor([0.0, 0.0, shift], dtype=torch.float64)
+        answers = torch.tensor([0, 2, 1])[moved.argmax(1)]
+        return sum(
+            float((answers[labels == label] == label).double().mean())
+            + float((answers[labels != label] != label).double().mean())
+            for label in (0, 2)
+        )
+
+    margin = (logits[:, :2].amax(1) - logits[:, 2]).double()
+    points = margin.sort().values
+    middles = torch.cat([points[:1] - 1, (points[1:] + points[:-1]) / 2, points[-1:] + 1])
+    best = max(balanced(float(shift)) for shift in middles)
+    shift = balancing_shift(logits, outputs, labels)
+    assert balanced(shift) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_shift_needs_inputs_of_each_label_and_of_others() -> None:
+    with pytest.raises(CalibrationError, match=r"kept labels have \[2, 0\] of the 3 validation inputs"):
+        balancing_shift(torch.zeros(3, 3), (0, 2, None), torch.tensor([0, 0, 1]))
+
+
+def test_a_resized_head_is_empty_and_keeps_what_may_be_trained() -> None:
+    head = torch.nn.Linear(4, 3, bias=False)
+    head.weight.requires_grad_(False)
+    resize_head(head, 5, bias=True)
+    assert head.weight.shape == (5, 4)
+    assert head.bias.shape == (5,)
+    assert not bool(head.weight.any())
+    assert not head.weight.requires_grad
+    assert head.out_features == 5
+    resize_head(head, 2, bias=False)
+    assert head.bias is None

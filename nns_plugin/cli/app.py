@@ -98,6 +98,8 @@ def run(
     console = Console()
     with _notes(console):
         report = run_job(checked, output, progress=not quiet)
+    if report.trials:
+        console.print(tables.trials(report))
     console.print(tables.comparison(report))
     console.print(tables.per_label(report))
     console.print(tables.kept_units(report))

@@ -41,15 +41,21 @@ def comparison(report: Report) -> Table:
         ("closed-set accuracy, %", "closed_set_accuracy"),
         ("open-set accuracy, %", "open_set_accuracy"),
     ):
-        values = (getattr(dense.evaluation, field), getattr(subnet.evaluation, field))
-        table.add_row(name, *(_percent(value) for value in values), "")
+        cells = [
+            _percent(getattr(evaluation, field)) + _limits(evaluation.intervals.get(field))
+            for evaluation in (dense.evaluation, subnet.evaluation)
+        ]
+        table.add_row(name, *cells, "")
+    if report.balanced_accuracy_drop is not None:
+        drop = 100 * report.balanced_accuracy_drop
+        table.add_row("  lost, points", "", f"{drop:.1f}" + _limits(report.balanced_accuracy_drop_interval), "")
     table.add_row(
         "largest error of ONNX", f"{dense.parity.max_absolute_error:.1e}", f"{subnet.parity.max_absolute_error:.1e}", ""
     )
     table.add_row("parity", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
     table.caption = (
         f"latency: ONNX Runtime, {latency.provider}, batch {latency.batch}, {latency.threads} thread(s), "
-        f"{latency.samples} samples each, interleaved; [95 % interval]"
+        f"{latency.samples} samples each, interleaved; [95 % interval], accuracies over resampled inputs"
     )
     return table
 
@@ -59,7 +65,7 @@ def per_label(report: Report) -> Table:
     table = Table(title="per label, %")
     table.add_column("label")
     table.add_column("model")
-    for column in ("inputs", "recall", "false pos.", "precision", "balanced acc.", "AUROC"):
+    for column in ("inputs", "recall", "false pos.", "precision", "F1", "balanced acc.", "AUROC"):
         table.add_column(column, justify="right")
     models = (("dense", report.baseline), ("subnet", report.subnet))
     for place, label in enumerate(report.labels):
@@ -69,17 +75,31 @@ def per_label(report: Report) -> Table:
                 result.recall,
                 result.false_positive_rate,
                 result.precision,
-                result.balanced_accuracy,
-                result.auroc,
+                result.f1,
             )
+            balanced = _percent(result.balanced_accuracy) + _limits(result.intervals.get("balanced_accuracy"))
             first = name == models[0][0]
-            table.add_row(
-                escape(label) if first else "", name, str(result.inputs), *map(_percent, values), end_section=not first
-            )
+            cells = (str(result.inputs), *map(_percent, values), balanced, _percent(result.auroc))
+            table.add_row(escape(label) if first else "", name, *cells, end_section=not first)
     table.caption = (
         f"false pos.: share of all other inputs answered with the label; worst label of the subnet: "
         f"{escape(report.subnet.evaluation.worst_label)}"
     )
+    return table
+
+
+def trials(report: Report) -> Table:
+    """What a search within a budget tried, in order."""
+    table = Table(title="search for the smallest subnet within the budget, on validation data")
+    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", ""):
+        table.add_column(column, justify="right")
+    for trial in report.trials:
+        table.add_row(
+            f"{100 * trial.ratio:.1f}",
+            f"{trial.parameters:,}",
+            _percent(trial.balanced_accuracy),
+            "within" if trial.within else "",
+        )
     return table
 
 
@@ -114,6 +134,10 @@ def providers(found: Mapping[str, list[str]]) -> Table:
     for asked, got in found.items():
         table.add_row(asked, ", ".join(got))
     return table
+
+
+def _limits(limits: tuple[float, float] | None) -> str:
+    return "" if limits is None else escape(f" [{100 * limits[0]:.1f}, {100 * limits[1]:.1f}]")
 
 
 def _percent(value: float | None) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+from nns_plugin.jobs.intervals import Array, Interval, bootstrap, interval, label_metrics
 from nns_plugin.preserve import preserved
 
 
@@ -28,8 +28,10 @@ class LabelResult:
         recall: Share of the label's inputs answered with it.
         false_positive_rate: Share of all other inputs answered with it; ``None`` where there are none.
         precision: Share of the answers with it that are right; ``None`` where it was never answered.
+        f1: Harmonic mean of precision and recall.
         balanced_accuracy: Mean of recall and 1 - false-positive rate; ``None`` where that is.
         auroc: Area under the ROC curve of the label's probability; ``None`` where there are no other inputs.
+        intervals: 95 % bootstrap intervals by name of the field; empty unless asked for.
     """
 
     label: str
@@ -37,8 +39,10 @@ class LabelResult:
     recall: float
     false_positive_rate: float | None
     precision: float | None
+    f1: float
     balanced_accuracy: float | None
     auroc: float | None
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Evaluation:
         open_set_accuracy: On all inputs, where every other label counts as "other"; ``None`` for a closed head.
         mean_balanced_accuracy: Mean over the labels; ``None`` if one of them has none.
         worst_label: Name of the label with the lowest balanced accuracy, or recall where there is none.
+        intervals: 95 % bootstrap intervals of the three shares by name of the field; empty unless asked for.
     """
 
     labels: tuple[LabelResult, ...]
@@ -60,6 +65,7 @@ class Evaluation:
     open_set_accuracy: float | None
     mean_balanced_accuracy: float | None
     worst_label: str
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 def predict(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> tuple[Tensor, Tensor]:
@@ -93,7 +99,13 @@ def predict(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> 
 
 
 def evaluate(
-    logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chosen: Sequence[int], names: Sequence[str]
+    logits: Tensor,
+    labels: Tensor,
+    outputs: Sequence[int | None],
+    chosen: Sequence[int],
+    names: Sequence[str],
+    resamples: int = 0,
+    seed: int = 0,
 ) -> Evaluation:
     """Evaluate outputs for a label set.
 
@@ -103,6 +115,8 @@ def evaluate(
         outputs: The label of each output; ``None`` for "other".
         chosen: The labels of the set; each must have an output.
         names: Name of every label.
+        resamples: Number of bootstrap resamples of the inputs for the intervals; 0 for none.
+        seed: Of the resamples.
 
     Returns:
         The evaluation: on all inputs if the outputs can answer something else than the set (another label, or
@@ -111,6 +125,111 @@ def evaluate(
     Raises:
         LabelError: If a label is out of range, or one of the set has no output or no test input.
     """
+    answered = _answered(logits, labels, outputs, chosen, names)
+    rows = answered.rows
+    results = [
+        _label_result(names[label], answered.truth[rows] == label, answered.said[rows] == label, score[rows])
+        for label, score in zip(chosen, answered.scores.T, strict=True)
+    ]
+    samples = answered.resampled(chosen, resamples, seed) if resamples else {}
+    results = [
+        replace(result, intervals=_intervals(samples, f"{label}.", result))
+        for label, result in zip(chosen, results, strict=True)
+    ]
+    balanced = [result.balanced_accuracy for result in results]
+    inside, right = answered.inside, answered.among == answered.truth
+    found = Evaluation(
+        labels=tuple(results),
+        inputs=int(rows.sum()),
+        closed_set_accuracy=float(right[inside].mean()),
+        open_set_accuracy=float(answered.is_right(chosen).mean()) if answered.is_open else None,
+        mean_balanced_accuracy=None if None in balanced else float(np.mean([value or 0.0 for value in balanced])),
+        worst_label=min(results, key=_badness).label,
+    )
+    return replace(found, intervals=_intervals(samples, "", found))
+
+
+def drop_interval(
+    dense: tuple[Tensor, Sequence[int | None]],
+    subnet: tuple[Tensor, Sequence[int | None]],
+    labels: Tensor,
+    chosen: Sequence[int],
+    names: Sequence[str],
+    resamples: int,
+    seed: int = 0,
+) -> Interval | None:
+    """95 % interval of what the subnet loses of the mean balanced accuracy, over resamples that both models share.
+
+    Args:
+        dense: Logits and outputs of the dense model, as for :func:`evaluate`.
+        subnet: The same of the subnet.
+        labels: ``[N]`` true labels.
+        chosen: The labels of the set.
+        names: Name of every label.
+        resamples: Number of bootstrap resamples.
+        seed: Of the resamples.
+    """
+    left, right = (
+        _answered(logits, labels, outputs, chosen, names).resampled(chosen, resamples, seed)["mean_balanced_accuracy"]
+        for logits, outputs in (dense, subnet)
+    )
+    return interval(left - right)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answered:
+    """What a model answered; L labels of the set, N inputs.
+
+    Attributes:
+        truth: ``[N]`` true labels.
+        said: ``[N]`` answers; -1 for "other".
+        among: ``[N]`` answers among the labels of the set.
+        scores: ``[N, L]`` probabilities of the labels of the set.
+        inside: ``[N]`` bool, inputs of the set.
+        is_open: Whether something else than the set can be answered, or there is nothing else.
+    """
+
+    truth: Array
+    said: Array
+    among: Array
+    scores: Array
+    inside: Array
+    is_open: bool
+
+    @property
+    def rows(self) -> Array:
+        """``[N]`` bool, the inputs that labels are judged on."""
+        return np.ones_like(self.inside) if self.is_open else self.inside
+
+    def is_right(self, chosen: Sequence[int]) -> Array:
+        """``[N]`` bool, answered right where all labels beside the set are one."""
+        seen = np.where(self.inside, self.truth, -1)
+        return np.asarray(seen == np.where(np.isin(self.said, chosen), self.said, -1))
+
+    def resampled(self, chosen: Sequence[int], resamples: int, seed: int) -> dict[str, Array]:
+        """Metrics over resamples of all inputs: each label's by ``"label.name"``, and those of the whole set."""
+
+        def metrics(weights: Array) -> dict[str, Array]:
+            rows, inside = self.rows, self.inside
+            found: dict[str, Array] = {}
+            for label, score in zip(chosen, self.scores.T, strict=True):
+                of_label = label_metrics(
+                    weights[:, rows], self.truth[rows] == label, self.said[rows] == label, score[rows]
+                )
+                found |= {f"{label}.{name}": values for name, values in of_label.items()}
+            with np.errstate(invalid="ignore"):
+                right = (self.among == self.truth)[inside]
+                found["closed_set_accuracy"] = weights[:, inside] @ right / weights[:, inside].sum(1)
+                found["open_set_accuracy"] = weights @ self.is_right(chosen) / weights.sum(1)
+            found["mean_balanced_accuracy"] = np.mean([found[f"{label}.balanced_accuracy"] for label in chosen], axis=0)
+            return found
+
+        return bootstrap(metrics, self.truth.size, resamples, seed)
+
+
+def _answered(
+    logits: Tensor, labels: Tensor, outputs: Sequence[int | None], chosen: Sequence[int], names: Sequence[str]
+) -> _Answered:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= len(names):
         raise LabelError(f"the test data has labels {low}..{high}; expected 0..{len(names) - 1}")
@@ -122,25 +241,26 @@ def evaluate(
         if not (truth == label).any():
             raise LabelError(f"label {names[label]!r} is not in the test data; every label of the set must be")
     inside = np.isin(truth, chosen)
-    is_open = len(outputs) > len(chosen) or bool(inside.all())
-    answers = np.array([-1 if label is None else label for label in outputs])[probability.argmax(1)]
-    among = np.asarray(chosen)[probability[:, [column[label] for label in chosen]].argmax(1)]
-    rows = np.ones_like(inside) if is_open else inside
-    results = tuple(
-        _label_result(names[label], label, truth[rows], answers[rows], probability[rows, column[label]])
-        for label in chosen
+    scores = probability[:, [column[label] for label in chosen]]
+    return _Answered(
+        truth=truth,
+        said=np.array([-1 if label is None else label for label in outputs])[probability.argmax(1)],
+        among=np.asarray(chosen)[scores.argmax(1)],
+        scores=scores,
+        inside=inside,
+        is_open=len(outputs) > len(chosen) or bool(inside.all()),
     )
-    balanced = [result.balanced_accuracy for result in results]
-    seen = np.where(np.isin(truth, chosen), truth, -1)
-    said = np.where(np.isin(answers, chosen), answers, -1)
-    return Evaluation(
-        labels=results,
-        inputs=int(rows.sum()),
-        closed_set_accuracy=float((among[inside] == truth[inside]).mean()),
-        open_set_accuracy=float((seen == said).mean()) if is_open else None,
-        mean_balanced_accuracy=None if None in balanced else float(np.mean([value or 0.0 for value in balanced])),
-        worst_label=min(results, key=_badness).label,
-    )
+
+
+def _intervals(samples: dict[str, Array], prefix: str, result: object) -> dict[str, Interval]:
+    """Intervals of those metrics that the result has a value for."""
+    found = {}
+    for name in vars(result):
+        if prefix + name in samples and getattr(result, name) is not None:
+            limits = interval(samples[prefix + name])
+            if limits is not None:
+                found[name] = limits
+    return found
 
 
 def judged(
@@ -172,12 +292,9 @@ def _badness(result: LabelResult) -> float:
     return result.recall if result.balanced_accuracy is None else result.balanced_accuracy
 
 
-def _label_result(
-    name: str, label: int, truth: NDArray[Any], answers: NDArray[Any], score: NDArray[Any]
-) -> LabelResult:
-    is_label = truth == label
+def _label_result(name: str, is_label: Array, is_answered: Array, score: Array) -> LabelResult:
     (true_negative, false_positive), (false_negative, true_positive) = confusion_matrix(
-        is_label, answers == label, labels=[False, True]
+        is_label, is_answered, labels=[False, True]
     )
     others, answered = int(true_negative + false_positive), int(true_positive + false_positive)
     recall = float(true_positive / (true_positive + false_negative))
@@ -188,6 +305,7 @@ def _label_result(
         recall=recall,
         false_positive_rate=rate,
         precision=float(true_positive / answered) if answered else None,
+        f1=float(f1_score(is_label, is_answered, zero_division=0.0)),
         balanced_accuracy=None if rate is None else (recall + 1 - rate) / 2,
         auroc=float(roc_auc_score(is_label, score)) if others else None,
     )

@@ -23,8 +23,9 @@ from nns_plugin.errors import CalibrationError, PruningError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
-from nns_plugin.jobs.evaluation import evaluate, judged, predict
+from nns_plugin.jobs.evaluation import drop_interval, evaluate, judged, predict
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract, provenance, stage
+from nns_plugin.jobs.intervals import Interval
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
@@ -117,7 +118,7 @@ def _prove(
     everything: tuple[int | None, ...] = tuple(range(len(data.label_names)))
     settings = recipe.measure
     batch = _test_inputs(data, settings.batch)
-    reports = {}
+    reports, answers = {}, {}
     subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, trials))
     pair = (("baseline", dense, everything), ("subnet", cut.model, cut.outputs))
     names = {"baseline": data.label_names, "subnet": subnet.output_names}
@@ -126,9 +127,12 @@ def _prove(
         export(model, data.example_inputs, path, label_names=names[name], opset=recipe.export.opset)
         with stage("data.test"):
             logits, truth = predict(model, data.test, progress)
-        columns, seen = judged(logits, outputs, cut.labels, cut.outputs)
+        answers[name] = judged(logits, outputs, cut.labels, cut.outputs)
+        evaluation = evaluate(
+            answers[name][0], truth, answers[name][1], cut.labels, data.label_names, settings.resamples, recipe.seed
+        )
         reports[name] = ModelReport.of(
-            evaluation=evaluate(columns, truth, seen, cut.labels, data.label_names),
+            evaluation=evaluation,
             operations=count_operations(model, data.example_inputs),
             path=path,
             outputs=names[name],
@@ -150,12 +154,15 @@ def _prove(
         seed=recipe.seed,
         progress=progress,
     )
+    drop, drop_limits = _drop(reports, answers, truth, cut.labels, data.label_names, recipe)
     report = Report(
         recipe=recipe.model_dump(mode="json"),
         labels=tuple(data.label_names[label] for label in cut.labels),
         units={group.name: group.size for group in cut.groups},
         kept_units={name: tuple(units.tolist()) for name, units in cut.kept.items()},
         trials=trials,
+        balanced_accuracy_drop=drop,
+        balanced_accuracy_drop_interval=drop_limits,
         baseline=reports["baseline"],
         subnet=reports["subnet"],
         latency=latency,
@@ -164,6 +171,27 @@ def _prove(
     subnet.save(staging / "subnet.safetensors")
     (staging / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _drop(
+    reports: Mapping[str, ModelReport],
+    answers: Mapping[str, tuple[Tensor, Sequence[int | None]]],
+    truth: Tensor,
+    labels: Sequence[int],
+    names: Sequence[str],
+    recipe: Recipe,
+) -> tuple[float | None, Interval | None]:
+    """What the subnet loses of the mean balanced accuracy, and the interval of that."""
+    before, after = (reports[name].evaluation.mean_balanced_accuracy for name in ("baseline", "subnet"))
+    if before is None or after is None:
+        return None, None
+    resamples = recipe.measure.resamples
+    limits = (
+        drop_interval(answers["baseline"], answers["subnet"], truth, labels, names, resamples, recipe.seed)
+        if resamples
+        else None
+    )
+    return before - after, limits
 
 
 def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:

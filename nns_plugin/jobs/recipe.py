@@ -119,12 +119,13 @@ class ExportSection(Section):
 
 
 class MeasureSection(Section):
-    """How parity and latency are measured."""
+    """How parity and latency are measured, and how often accuracies are resampled for their intervals."""
 
     provider: str = "cpu"
     threads: int = Field(default=1, ge=1)
     batch: int = Field(default=1, ge=1)
     samples: int = Field(default=300, ge=20)
+    resamples: int = Field(default=1000, ge=0)
     rtol: float = Field(default=1e-3, ge=0)
     atol: float = Field(default=1e-5, ge=0)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
 from nns_plugin.jobs.evaluation import Evaluation
+from nns_plugin.jobs.intervals import Interval
 from nns_plugin.subnet import Trial
 
 
@@ -56,6 +57,8 @@ class Report:
         units: Number of units of each group of the dense model.
         kept_units: The units that are left, for each pruned group.
         trials: What a search within a budget tried, in order.
+        balanced_accuracy_drop: What the subnet loses of the mean balanced accuracy; ``None`` if there is none.
+        balanced_accuracy_drop_interval: Its 95 % bootstrap interval, if asked for.
         baseline: The dense model.
         subnet: The pruned model.
         latency: Of both ONNX files, measured in turn.
@@ -67,6 +70,8 @@ class Report:
     units: dict[str, int]
     kept_units: dict[str, tuple[int, ...]]
     trials: tuple[Trial, ...]
+    balanced_accuracy_drop: float | None
+    balanced_accuracy_drop_interval: Interval | None
     baseline: ModelReport
     subnet: ModelReport
     latency: LatencyComparison
