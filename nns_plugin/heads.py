@@ -152,5 +152,5 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
 def _set(head: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     trainable = head.weight.requires_grad
     head.weight = nn.Parameter(weight.clone(), requires_grad=trainable)
-    head.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable)
+    head.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable))
     head.out_features = weight.shape[0]

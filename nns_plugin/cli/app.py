@@ -71,6 +71,7 @@ def run(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("nns-output"),
+    figures: Annotated[bool, typer.Option("--figures", help="Write figures into the folder, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
@@ -97,13 +98,14 @@ def run(
     checked = load_recipe(recipe, overrides)
     console = Console()
     with _notes(console):
-        report = run_job(checked, output, progress=not quiet)
+        report = run_job(checked, output, progress=not quiet, figures=figures)
     if report.trials:
         console.print(tables.trials(report))
     console.print(tables.comparison(report))
     console.print(tables.per_label(report))
     console.print(tables.kept_units(report))
-    console.print(f"written to {output}: {', '.join(FILES)}", highlight=False, markup=False)
+    written = ", ".join((*FILES, *(("figures",) if figures else ())))
+    console.print(f"written to {output}: {written}", highlight=False, markup=False)
     if not (report.baseline.parity.passed and report.subnet.parity.passed):
         console.print("parity FAILED: an ONNX file does not answer as its model does", style="bold red")
         raise typer.Exit(3)

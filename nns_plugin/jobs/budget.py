@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ BISECTIONS = 8
 
 def smallest_within(
     dense: nn.Module,
-    cut_at: Callable[[float], Cut],
+    keep: Callable[[float], Mapping[str, Tensor]],
+    finish: Callable[[Mapping[str, Tensor]], Cut],
     names: Sequence[str],
     validation: Iterable[Any],
     max_drop: float,
@@ -28,25 +29,27 @@ def smallest_within(
 
     Args:
         dense: The model that is cut.
-        cut_at: Gives the finished cut for a share of units to remove, in [0, 1).
+        keep: Gives the kept units for a share of units to remove, in [0, 1).
+        finish: Gives the finished cut for kept units.
         names: Name of each label.
         validation: Yields ``(inputs, labels)``, anew each time.
         max_drop: How far the mean balanced accuracy may lie under that of the dense model, as a share.
         progress: Whether to show a progress bar.
 
     Returns:
-        The cut with the fewest parameters, and all that was tried, in order.
+        The cut with the fewest parameters, and all that was tried, in order; shares that keep the same units are tried
+        once.
 
     Raises:
         SelectionError: If even the cut that removes no units is under the budget.
     """
     logits, truth = predict(dense, validation)
     whole: tuple[int | None, ...] = tuple(range(len(names)))
-    trials: list[Trial] = []
-    best: Cut | None = None
-    floor = 0.0
+    known: dict[tuple[int, ...], Trial] = {}
+    best: tuple[Trial, Cut] | None = None
+    floor: float | None = None
 
-    def measured(outputs: Sequence[int | None], values: Tensor, cut: Cut) -> float:
+    def accuracy(values: Tensor, outputs: Sequence[int | None], cut: Cut) -> float:
         columns, seen = judged(values, outputs, cut.labels, cut.outputs)
         found = evaluate(columns, truth, seen, cut.labels, names).mean_balanced_accuracy
         if found is None:
@@ -54,25 +57,25 @@ def smallest_within(
         return found
 
     low, high = 0.0, 1.0
-    shares = [0.0]
-    for _ in tqdm(range(1 + BISECTIONS), desc="searching", disable=not progress, leave=False):
-        share = shares[-1]
-        cut = cut_at(share)
-        if not trials:
-            floor = measured(whole, logits, cut) - max_drop
-        found = measured(cut.outputs, predict(cut.model, validation)[0], cut)
-        size = sum(parameter.numel() for parameter in cut.model.parameters())
-        within = found >= floor
-        trials.append(Trial(share, size, found, within))
-        if within and (best is None or size <= min(trial.parameters for trial in trials if trial.within)):
-            best = cut
-        low, high = (share, high) if within else (low, share)
-        if not within and share == 0:
-            break
-        shares.append((low + high) / 2)
+    for step in tqdm(range(1 + BISECTIONS), desc="searching", disable=not progress, leave=False):
+        share = (low + high) / 2 if step else 0.0
+        kept = keep(share)
+        mark = tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
+        if mark not in known:
+            cut = finish(kept)
+            if floor is None:
+                floor = accuracy(logits, whole, cut) - max_drop
+            reached = accuracy(predict(cut.model, validation)[0], cut.outputs, cut)
+            size = sum(parameter.numel() for parameter in cut.model.parameters())
+            known[mark] = Trial(share, size, reached, reached >= floor)
+            if known[mark].within and (best is None or size <= best[0].parameters):
+                best = known[mark], cut
+        if best is None:
+            raise SelectionError(
+                f"with all units, the balanced accuracy on the validation data is {known[mark].balanced_accuracy:.4f}, "
+                f"under the {floor:.4f} that the budget asks for: allow a larger drop, or another head"
+            )
+        low, high = (share, high) if known[mark].within else (low, share)
     if best is None:
-        raise SelectionError(
-            f"with all units, the balanced accuracy on the validation data is {trials[0].balanced_accuracy:.4f}, under "
-            f"the {floor:.4f} that the budget asks for: allow a larger drop, or another head"
-        )
-    return best, tuple(trials)
+        raise SelectionError("nothing was tried")
+    return best[1], tuple(known.values())

@@ -21,6 +21,7 @@ HOSTS = (
     ("typer", "typer", "cli"),
     ("rich", "rich", "cli"),
     ("PyYAML", "yaml", "cli"),
+    ("matplotlib", "matplotlib", "figures"),
     ("nni", "nni", "nni"),
 )
 

@@ -184,25 +184,20 @@ def extract(
             progress=progress,
         )
 
-    if scores is not None and section.max_balanced_accuracy_drop is not None:
-        with stage("data.validation"):
-            return smallest_within(
-                dense,
-                lambda share: finished(
-                    keep_by_ratio(scores, share, round_to=section.round_to, across_groups=section.across_groups)
-                ),
-                names,
-                loader if validation is None else validation,
-                section.max_balanced_accuracy_drop,
-                progress,
-            )
     if scores is None:
         kept, survivors = _by_angle(section, criterion, prepared)
         return finished(kept, survivors), ()
     if section.zeta is not None:
         return finished(keep_by_threshold(scores, section.zeta, round_to=section.round_to)), ()
-    share = 0.5 if section.ratio is None else section.ratio
-    return finished(keep_by_ratio(scores, share, round_to=section.round_to, across_groups=section.across_groups)), ()
+
+    def by_ratio(ratio: float) -> dict[str, Tensor]:
+        return keep_by_ratio(scores, ratio, round_to=section.round_to, across_groups=section.across_groups)
+
+    if section.max_balanced_accuracy_drop is None:
+        return finished(by_ratio(0.5 if section.ratio is None else section.ratio)), ()
+    data = loader if validation is None else validation
+    with stage("data.validation"):
+        return smallest_within(dense, by_ratio, finished, names, data, section.max_balanced_accuracy_drop, progress)
 
 
 def provenance(parent: nn.Module, section: CutSection, trials: tuple[Trial, ...] = ()) -> Provenance:

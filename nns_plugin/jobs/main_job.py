@@ -25,7 +25,9 @@ from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
 from nns_plugin.jobs.evaluation import drop_interval, evaluate, judged, predict
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract, provenance, stage
+from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.intervals import Interval
+from nns_plugin.jobs.job_figures import job_figures
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
@@ -37,7 +39,7 @@ from nns_plugin.subnet import Subnet, Trial
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
 
 
-def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
+def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool = False) -> Report:
     """Do the whole job of a recipe and write its four files.
 
     Args:
@@ -45,6 +47,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
         output: Folder for ``baseline.onnx``, ``subnet.onnx``, ``subnet.safetensors`` and ``report.json``; made if
             missing. The files appear together at the end, or not at all.
         progress: Whether to show progress bars.
+        figures: Whether to write figures, too, as PNG files.
 
     Returns:
         The report, as written.
@@ -54,6 +57,8 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
     """
     check_provider(recipe.measure.provider)
     criterion_class(recipe)
+    if figures:
+        new_figure(1, 1)  # tells what is missing before any work
     with staged_folder(output, FILES) as staging, _seeded(recipe.seed):
         data = Datasets.parse(
             call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
@@ -62,7 +67,10 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False) -> Report:
         _test_inputs(data, 1)
         dense = _dense_model(recipe, data, progress)
         cut, trials = cut_model(dense, data, recipe, progress)
-        return _prove(recipe, data, dense, cut, trials, staging, progress)
+        report = _prove(recipe, data, dense, cut, trials, staging, progress)
+        for name, figure in job_figures(recipe, data, dense, progress) if figures else ():
+            figure.savefig(staging / f"{name}.png", dpi=150)
+        return report
 
 
 def cut_model(

@@ -194,7 +194,8 @@ class CutSection(Section):
         if name is None:
             name = "semantic" if self.labels is not None and self.angle is None else "distinctiveness"
         by_span = name == "distinctiveness" and self.angle is None
-        return CriterionSection(name=name, options=({"mode": "span"} if by_span else {}) | self.criterion.options)
+        options = ({"mode": "span"} if by_span else {}) | self.criterion.options
+        return self.criterion.model_copy(update={"name": name, "options": options})
 
     @property
     def effective_method(self) -> str:

@@ -1,0 +1,172 @@
+"""Figures: what units do for labels, how label subnets overlap, and what integration and size cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nns_plugin.errors import CriterionError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Readable in grey: a scale of one hue for heat maps, and lines told apart by markers and dashes as well.
+SCALE = "Greys"
+STYLES = tuple(zip(("o", "s", "^", "D", "v", "P", "X", "<", ">", "*"), ("-", "--", "-.", ":") * 3, strict=False))
+MOST_NUMBERS = 12
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, NDArray[Any]]:
+    """A figure and its axes ``[rows, columns]``, without a window or a global state.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "figures") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def activity_figure(activity: Tensor, label_names: Sequence[str], zeta: float, group: str = "") -> Figure:
+    """Relative activity of units on each label, before and after the threshold.
+
+    Args:
+        activity: ``[L, U]`` in [0, 1], from :func:`nns_plugin.criteria.semantic.relative_activity`.
+        label_names: Name of each label.
+        zeta: Threshold; under it, a unit is not needed by a label.
+        group: Name of the group, for the title.
+
+    Raises:
+        CriterionError: If there are not as many names as rows.
+    """
+    values = _matrix(activity, len(label_names))
+    # Units by the label that they serve most, so that what belongs together stands together; silent ones last.
+    best = values.max(0)
+    order = np.lexsort((-best, values.argmax(0), best == 0))
+    figure, axes = new_figure(10, 1.6 + 0.5 * len(label_names) + 0.6, 2)
+    needed = np.where(values >= zeta, values, 0.0)
+    counts = (values >= zeta).sum(1)
+    titles = (
+        f"activity of the {values.shape[1]} units{f' of {group}' if group else ''}, relative to the most active one",
+        f"what is left at zeta = {zeta:.2f}: {counts.min()} to {counts.max()} units a label",
+    )
+    for axis, shown, title in zip(axes[:, 0], (values, needed), titles, strict=True):
+        image = axis.imshow(shown[:, order], cmap=SCALE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("label")
+        axis.set_yticks(range(len(label_names)), label_names)
+        figure.colorbar(image, ax=axis, label="share of the most active")
+    axes[1, 0].set_xlabel("unit, by the label that it serves most")
+    return figure
+
+
+def overlap_figure(kept: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """How much the units of label subnets overlap.
+
+    Args:
+        kept: For each label's name the kept units of its subnet by group.
+    """
+    names = list(kept)
+    values = jaccard(kept)
+    side = 2.2 + 0.45 * len(names)
+    figure, axes = new_figure(side + 0.8, side)
+    axis = axes[0, 0]
+    image = axis.imshow(values, cmap=SCALE, vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 3 else 0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("label of the subnet")
+    axis.set_ylabel("label of the subnet")
+    axis.set_title("units that two label subnets share, of those in either", fontsize=10)
+    if len(names) <= MOST_NUMBERS:
+        for row, column in np.ndindex(values.shape):
+            colour = "white" if values[row, column] > 0.5 else "black"
+            axis.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axis, label="Jaccard index")
+    return figure
+
+
+def jaccard(kept: Mapping[str, Mapping[str, Tensor]]) -> NDArray[np.float64]:
+    """Units that two subnets share over the units in either of them, ``[L, L]``.
+
+    Example:
+        >>> import torch
+        >>> jaccard({"a": {"0": torch.tensor([0, 1])}, "b": {"0": torch.tensor([1, 2, 3])}}).tolist()
+        [[1.0, 0.25], [0.25, 1.0]]
+    """
+    sets = [{(group, unit) for group, units in groups.items() for unit in units.tolist()} for groups in kept.values()]
+    return np.array([[len(left & right) / max(1, len(left | right)) for right in sets] for left in sets])
+
+
+def integration_figure(accuracy: Sequence[Mapping[str, float]], dense: Mapping[str, float]) -> Figure:
+    """Balanced accuracy of each label as label subnets are integrated one by one.
+
+    Args:
+        accuracy: For each number of integrated labels, from 1 on, the balanced accuracy of each of them.
+        dense: The dense model's.
+
+    Source:
+        "NNS: Neural network surgery", table 4 and figure 9.
+    """
+    figure, axes = new_figure(8, 4.8)
+    axis = axes[0, 0]
+    names = list(accuracy[-1])
+    for name, (marker, line) in zip(names, _styles(len(names)), strict=True):
+        points = [(count, 100 * known[name]) for count, known in enumerate(accuracy, 1) if name in known]
+        axis.plot(*zip(*points, strict=True), marker=marker, linestyle=line, label=name, markersize=5, linewidth=1)
+    mean = [100 * float(np.mean(list(known.values()))) for known in accuracy]
+    axis.plot(range(1, len(accuracy) + 1), mean, color="black", linewidth=2.5, label="mean")
+    before = 100 * float(np.mean([dense[name] for name in names]))
+    axis.axhline(before, color="black", linewidth=1, linestyle=(0, (1, 3)), label="dense, mean")
+    axis.set_xticks(range(1, len(accuracy) + 1), [f"{count}\n+ {name}" for count, name in enumerate(names, 1)])
+    axis.set_xlabel("integrated labels, and the one that came last")
+    axis.set_ylabel("balanced accuracy, %")
+    axis.set_title("accuracy of each label as label subnets are integrated", fontsize=10)
+    figure.legend(loc="outside right upper", title="label", fontsize=8)
+    return figure
+
+
+def size_figure(curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, total: int) -> Figure:
+    """Balanced accuracy against kept units.
+
+    Args:
+        curves: By name of the label (or method): kept units and balanced accuracy, one pair a subnet.
+        dense: Balanced accuracy of the dense model.
+        total: Number of units of the dense model.
+    """
+    figure, axes = new_figure(8, 4.8)
+    axis = axes[0, 0]
+    for (name, points), (marker, line) in zip(curves.items(), _styles(len(curves)), strict=True):
+        ordered = sorted(points)
+        axis.plot(
+            [units for units, _ in ordered],
+            [100 * value for _, value in ordered],
+            marker=marker,
+            linestyle=line,
+            label=name,
+            markersize=5,
+            linewidth=1,
+        )
+    axis.axhline(100 * dense, color="black", linewidth=1, linestyle=(0, (1, 3)), label="dense")
+    axis.set_xlabel(f"kept units, of {total}")
+    axis.set_ylabel("mean balanced accuracy, %")
+    axis.set_title("balanced accuracy against size, on held-out data", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title="subnet", fontsize=8)
+    return figure
+
+
+def _matrix(values: Tensor, rows: int) -> NDArray[np.float64]:
+    if values.dim() != 2 or values.shape[0] != rows:
+        raise CriterionError(f"the activity is {list(values.shape)}; expected [{rows}, units], one row a label")
+    return np.asarray(values.double().cpu().numpy())
+
+
+def _styles(count: int) -> list[tuple[str, str]]:
+    return [STYLES[place % len(STYLES)] for place in range(count)]

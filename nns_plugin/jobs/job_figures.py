@@ -1,0 +1,139 @@
+"""The figures of a job: its units, label subnets, integration and sizes, measured on its own data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.adapters.dependency_graph import unit_groups
+from nns_plugin.criteria import Semantic, score_groups
+from nns_plugin.integration import integrate
+from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.evaluation import evaluate, judged, predict
+from nns_plugin.jobs.extraction import chosen_labels, extract, provenance, stage
+from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
+from nns_plugin.jobs.recipe import Recipe
+from nns_plugin.observe import calibrate
+from nns_plugin.statistics import Statistics
+from nns_plugin.subnet import Subnet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ZETA = 0.4  # the source paper's
+MOST_LABELS = 20
+RATIOS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def job_figures(
+    recipe: Recipe, data: Datasets, dense: nn.Module, progress: bool = False
+) -> Iterator[tuple[str, Figure]]:
+    """Figures of a job, one after the other, with their names.
+
+    The activity of each group's units, the overlap of the single-label subnets and the accuracy of their integration
+    (for two labels and more), and balanced accuracy against size. Accuracies are those on the test data.
+
+    Args:
+        recipe: How subnets are cut.
+        data: The job's data.
+        dense: The dense model; left as it was found.
+        progress: Whether to show progress bars.
+    """
+    names = data.label_names
+    groups = unit_groups(dense, data.example_inputs, recipe.ignored_layers)
+    with stage("data.calibration"):
+        statistics = calibrate(dense, data.calibration, groups, labels=names, gram=True, progress=progress)
+    for name, activity in _activities(statistics).items():
+        yield f"activity-{name}", activity_figure(activity, names, _threshold(recipe, activity), name)
+    labels = chosen_labels(recipe, names) or list(range(len(names)))
+    with stage("data.test"):
+        logits, truth = predict(dense, data.test)
+    whole = tuple(range(len(names)))
+    shown = labels if len(names) > MOST_LABELS else [*labels, *(label for label in whole if label not in labels)]
+    if len(shown) > 1 and recipe.angle is None:
+        singles = [
+            _subnet(recipe.model_copy(update=_alone(recipe, names[label])), data, dense, statistics)
+            for label in tqdm(shown, desc="single labels", disable=not progress, leave=False)
+        ]
+        yield "overlap", overlap_figure({names[label]: each.kept for label, each in zip(shown, singles, strict=True)})
+        steps = _integrated(singles, data, dense, statistics, progress)
+        known = evaluate(logits, truth, whole, shown, names).labels
+        yield "integration", integration_figure(steps, {each.label: each.balanced_accuracy or 0.0 for each in known})
+    points = []
+    for ratio in tqdm(RATIOS, desc="sizes", disable=not progress, leave=False):
+        fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None}
+        subnet = _subnet(recipe.model_copy(update=fixed), data, dense, statistics)
+        columns, seen = judged(logits, whole, subnet.labels, subnet.outputs)
+        before = evaluate(columns, truth, seen, labels, names).mean_balanced_accuracy
+        after = _judge(subnet, data, dense)
+        if before is not None and after is not None:
+            points.append((float(sum(units.numel() for units in subnet.kept.values())), before, after))
+    if points:
+        curve = [(units, after) for units, _, after in points]
+        title = f"{', '.join(names[label] for label in labels[:4])}{', ...' if len(labels) > 4 else ''}"
+        yield "size", size_figure({title: curve}, points[0][1], sum(group.size for group in groups))
+
+
+def _alone(recipe: Recipe, label: str) -> dict[str, Any]:
+    """What makes a recipe one for a single label, whose head can answer something else, too."""
+    head = "open" if recipe.effective_head == "closed" else recipe.head
+    return {"labels": [label], "max_balanced_accuracy_drop": None, "head": head}
+
+
+def _threshold(recipe: Recipe, activity: Tensor) -> float:
+    """Under which activity a unit is not needed by a label: zeta, or what as many pairs reach as units are to stay."""
+    if recipe.zeta is not None or recipe.ratio is None:
+        return ZETA if recipe.zeta is None else recipe.zeta
+    return float(activity.flatten().quantile(recipe.ratio))
+
+
+def _activities(statistics: Statistics) -> dict[str, Tensor]:
+    """For each observed group the relative activity of its units on each label, ``[L, U]``."""
+    rows: dict[str, list[Tensor]] = {}
+    for label in range(len(statistics.labels or ())):
+        for name, scores in score_groups(Semantic(statistics, [label]), statistics.groups).items():
+            rows.setdefault(name, []).append(scores)
+    return {name: torch.stack(scores) for name, scores in rows.items()}
+
+
+def _subnet(recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statistics) -> Subnet:
+    cut, _ = extract(
+        dense,
+        data.example_inputs,
+        data.calibration,
+        data.label_names,
+        recipe,
+        validation=data.decisive,
+        statistics=statistics,
+    )
+    return Subnet.of(cut, data.label_names, provenance(dense, recipe))
+
+
+def _judge(subnet: Subnet, data: Datasets, dense: nn.Module) -> float | None:
+    """The mean balanced accuracy of a subnet on the test data."""
+    small = subnet.materialise(lambda: copy.deepcopy(dense), data.example_inputs)
+    logits, truth = predict(small, data.test)
+    return evaluate(logits, truth, subnet.outputs, subnet.labels, data.label_names).mean_balanced_accuracy
+
+
+def _integrated(
+    singles: Sequence[Subnet], data: Datasets, dense: nn.Module, statistics: Statistics, progress: bool
+) -> list[Mapping[str, float]]:
+    """Balanced accuracy of each label after each integration."""
+    steps: list[Mapping[str, float]] = []
+    for count in tqdm(range(1, len(singles) + 1), desc="integrating", disable=not progress, leave=False):
+        subnet = integrate(
+            singles[:count], dense, statistics, loader=data.calibration, example_inputs=data.example_inputs
+        )
+        small = subnet.materialise(lambda: copy.deepcopy(dense), data.example_inputs)
+        logits, truth = predict(small, data.test)
+        found = evaluate(logits, truth, subnet.outputs, subnet.labels, data.label_names)
+        known = {each.label: each.balanced_accuracy or 0.0 for each in found.labels}
+        order = [data.label_names[single.labels[0]] for single in singles[:count]]
+        steps.append({name: known[name] for name in order})
+    return steps

@@ -1,0 +1,185 @@
+"""Extraction from Python: what the options mean, and the smallest subnet within a budget."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.host("torch_pruning")
+pytest.importorskip("torch_pruning")
+pytest.importorskip("pydantic", reason="the extra cli is not installed")
+
+from nns_plugin import Subnet, calibrate  # noqa: E402
+from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
+from nns_plugin.errors import LabelError, NNSError, PruningError, RecipeError, SelectionError  # noqa: E402
+from nns_plugin.jobs.evaluation import evaluate, predict  # noqa: E402
+from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
+from nns_plugin.jobs.training import train_classifier  # noqa: E402
+
+LABELS = 4
+NAMES = ("ant", "bee", "cat", "dog")
+
+
+def make() -> nn.Module:
+    return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, LABELS))
+
+
+def batches(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(LABELS, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(count) % LABELS
+    inputs = centres[labels] + 0.8 * torch.randn(count, 10, generator=generator)
+    return list(zip(inputs.split(100), labels.split(100), strict=True))
+
+
+@functools.cache
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    model = make()
+    train_classifier(model, batches(1200, 1), epochs=4, learning_rate=0.01, weight_decay=0.0)
+    return model
+
+
+def extracted(**options: Any) -> Subnet:
+    loader = batches(800, 2)
+    return extract_subnet(trained(), loader[0][0][:2], loader, **{"label_names": NAMES, **options})
+
+
+def accuracy(subnet: Subnet, loader: Any) -> float:
+    logits, truth = predict(subnet.materialise(make), loader)
+    found = evaluate(logits, truth, subnet.outputs, subnet.labels, NAMES).mean_balanced_accuracy
+    assert found is not None
+    return found
+
+
+def dense_accuracy(labels: list[int], loader: Any) -> float:
+    logits, truth = predict(trained(), loader)
+    found = evaluate(logits, truth, (0, 1, 2, 3), labels, NAMES).mean_balanced_accuracy
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["semantic", "distinctiveness"])
+@pytest.mark.parametrize("across_groups", [False, True])
+def test_the_smallest_subnet_within_a_budget(criterion: str, across_groups: bool) -> None:
+    validation = batches(1000, 3)
+    subnet = extracted(
+        labels=["bee", "dog"],
+        max_balanced_accuracy_drop=0.03,
+        validation=validation,
+        criterion=criterion,
+        across_groups=across_groups,
+    )
+    floor = dense_accuracy([1, 3], validation) - 0.03
+    assert accuracy(subnet, validation) >= floor
+    trials = subnet.provenance.trials
+    assert trials[0].ratio == 0
+    assert any(not trial.within for trial in trials)
+    for trial in trials:
+        assert trial.within == (trial.balanced_accuracy >= floor)
+    size = sum(value.numel() for value in subnet.weights.values())
+    assert size == min(trial.parameters for trial in trials if trial.within)
+    assert size < trials[0].parameters / 2
+    assert len({trial.parameters for trial in trials}) > 3
+    again = extracted(labels=[1, 3], ratio=trials[1].ratio, criterion=criterion, across_groups=across_groups)
+    assert accuracy(again, validation) == pytest.approx(trials[1].balanced_accuracy)
+
+
+def test_a_larger_budget_allows_a_smaller_subnet() -> None:
+    validation = batches(1000, 3)
+    sizes = [
+        sum(
+            value.numel()
+            for value in extracted(
+                labels=[1], max_balanced_accuracy_drop=drop, validation=validation, criterion="distinctiveness"
+            ).weights.values()
+        )
+        for drop in (0.0, 0.05, 0.2)
+    ]
+    assert sizes[0] > sizes[1] >= sizes[2]
+
+
+def test_a_budget_that_nothing_meets_is_told() -> None:
+    """An output "other" that was fitted to wrong labels misleads even the subnet with all units."""
+    loader = [(inputs, (labels + 1) % LABELS) for inputs, labels in batches(800, 2)]
+    with pytest.raises(SelectionError, match="with all units, the balanced accuracy on the validation data is 0"):
+        extract_subnet(
+            trained(),
+            loader[0][0][:2],
+            loader,
+            labels=[1],
+            max_balanced_accuracy_drop=0.05,
+            validation=batches(400, 3),
+        )
+
+
+def test_a_calibrated_head_is_best_on_the_validation_data() -> None:
+    validation = batches(1000, 3)
+    plain = extracted(labels=[0, 2], ratio=0.8)
+    moved = extracted(labels=[0, 2], ratio=0.8, calibrate_head=True, validation=validation)
+    assert accuracy(moved, validation) >= accuracy(plain, validation)
+    differing = [name for name, value in plain.weights.items() if not torch.equal(value, moved.weights[name])]
+    assert differing == ["4.bias"]
+    assert torch.equal(plain.weights["4.bias"][:2], moved.weights["4.bias"][:2])
+
+
+def test_statistics_are_used_in_place_of_the_loader() -> None:
+    loader = batches(800, 2)
+    statistics = calibrate(trained(), loader, unit_groups(trained(), loader[0][0][:2]), labels=NAMES, gram=True)
+    for options in ({"criterion": "semantic"}, {"criterion": "distinctiveness", "compensation": "least_squares"}):
+        left = extracted(labels=[0, 2], ratio=0.6, head="open", **options)
+        right = extracted(labels=[0, 2], ratio=0.6, head="open", statistics=statistics, label_names=None, **options)
+        assert right.label_names == NAMES
+        for name, value in left.weights.items():
+            assert torch.allclose(value, right.weights[name], atol=1e-6), name
+
+
+def test_labels_without_names_are_numbers() -> None:
+    loader = batches(200, 2)
+    subnet = extract_subnet(trained(), loader[0][0][:2], loader, labels=[3], ratio=0.5)
+    assert subnet.label_names == ("0", "1", "2", "3")
+    assert subnet.output_names == ("3", "other")
+
+
+def test_a_subnet_of_all_labels_needs_no_other() -> None:
+    subnet = extracted(labels=list(NAMES), ratio=0.5)
+    assert subnet.output_names == NAMES
+    assert subnet.head_layer is None
+
+
+def test_the_model_is_left_as_it_was(zoo: Any) -> None:
+    snapshot = zoo.Snapshot(trained())
+    extracted(labels=[1], ratio=0.5, criterion="distinctiveness", across_groups=True)
+    snapshot.check()
+    with pytest.raises(LabelError):
+        extracted(labels=["fox"], ratio=0.5)
+    snapshot.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"labels": ["fox"]}, LabelError, "label 'fox' does not exist"),
+        ({"labels": []}, RecipeError, "field 'labels'"),
+        ({"ratio": 0.5, "zeta": 0.4}, RecipeError, "ratio and zeta exclude each other"),
+        ({"ratio": 1.0}, RecipeError, "field 'ratio': found 1.0"),
+        ({"max_balanced_accuracy_drop": 0.1}, PruningError, "need validation data; pass validation"),
+        ({"calibrate_head": True, "labels": [1]}, PruningError, "need validation data; pass validation"),
+        ({"head": "closed"}, RecipeError, "head 'closed' needs labels"),
+        ({"criterion": "magic"}, RecipeError, "field 'criterion.name': found 'magic'"),
+        ({"compensation": "magic"}, RecipeError, "field 'compensation.method': found 'magic'"),
+        ({"criterion": "semantic", "options": {"speed": 1}}, RecipeError, "found 'speed'; 'semantic' has the options"),
+        (
+            {"labels": [1], "head": "closed", "max_balanced_accuracy_drop": 0.1, "validation": batches(100, 1)},
+            LabelError,
+            "one label with a closed head cannot be mistaken",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told(options: dict[str, Any], error: type[NNSError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        extracted(**options)

@@ -1,0 +1,125 @@
+"""Figures: what they show is what they were given, and they say what is on their axes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pydantic", reason="the extra cli is not installed")
+
+from nns_plugin.errors import CriterionError, MissingExtraError
+from nns_plugin.jobs.figures import (
+    activity_figure,
+    integration_figure,
+    jaccard,
+    new_figure,
+    overlap_figure,
+    size_figure,
+)
+
+
+@pytest.fixture(autouse=True)
+def matplotlib() -> None:
+    pytest.importorskip("matplotlib", reason="the extra figures is not installed")
+
+
+def texts(axis: Any) -> tuple[str, str]:
+    return axis.get_xlabel(), axis.get_ylabel()
+
+
+def lines(axis: Any) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axis.lines
+        if len(line.get_xdata()) and not str(line.get_label()).startswith("_")
+    }
+
+
+def test_activity_before_and_after_the_threshold() -> None:
+    """Units stand by the label that they serve most, the strongest first, silent ones last."""
+    activity = torch.tensor([[0.2, 0.0, 1.0, 0.5], [1.0, 0.0, 0.3, 0.7]])
+    figure = activity_figure(activity, ["ant", "bee"], 0.4, "conv")
+    before, after = figure.axes[0], figure.axes[1]
+    order = [2, 0, 3, 1]
+    assert np.allclose(before.images[0].get_array(), activity[:, order])
+    assert np.allclose(after.images[0].get_array(), [[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.7, 0.0]])
+    assert [tick.get_text() for tick in before.get_yticklabels()] == ["ant", "bee"]
+    assert texts(after) == ("unit, by the label that it serves most", "label")
+    assert "4 units of conv" in before.get_title()
+    assert "zeta = 0.40: 2 to 2 units a label" in after.get_title()
+    with pytest.raises(CriterionError, match=r"expected \[3, units\]"):
+        activity_figure(activity, ["a", "b", "c"], 0.4)
+
+
+KEPT = {
+    "ant": {"x": torch.tensor([0, 1, 2]), "y": torch.tensor([0])},
+    "bee": {"x": torch.tensor([2]), "y": torch.tensor([0, 1])},
+    "cat": {"x": torch.tensor([5]), "y": torch.tensor([7])},
+}
+
+
+def test_the_overlap_of_subnets() -> None:
+    expected = [[1, 2 / 5, 0], [2 / 5, 1, 0], [0, 0, 1]]
+    assert np.allclose(jaccard(KEPT), expected)
+    axis = overlap_figure(KEPT).axes[0]
+    assert np.allclose(axis.images[0].get_array(), expected)
+    assert [text.get_text() for text in axis.texts][:3] == ["1.00", "0.40", "0.00"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["ant", "bee", "cat"]
+
+
+def test_accuracy_as_labels_are_integrated() -> None:
+    figure = integration_figure([{"b": 0.9}, {"b": 0.8, "a": 1.0}], {"a": 0.97, "b": 0.95, "c": 0.1})
+    axis = figure.axes[0]
+    shown = lines(axis)
+    assert shown["b"] == [(1, 90.0), (2, 80.0)]
+    assert shown["a"] == [(2, 100.0)]
+    assert shown["mean"] == [(1, 90.0), (2, 90.0)]
+    assert [value for _, value in shown["dense, mean"]] == [96.0, 96.0]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1\n+ b", "2\n+ a"]
+    assert texts(axis)[1] == "balanced accuracy, %"
+
+
+def test_accuracy_against_size() -> None:
+    axis = size_figure({"one": [(30.0, 0.9), (10.0, 0.7)]}, 0.95, 40).axes[0]
+    assert lines(axis)["one"] == [(10.0, 70.0), (30.0, 90.0)]
+    assert texts(axis) == ("kept units, of 40", "mean balanced accuracy, %")
+
+
+def test_lines_are_told_apart_without_colours() -> None:
+    names = [f"label {place}" for place in range(10)]
+    steps = [dict.fromkeys(names[: count + 1], 0.9) for count in range(10)]
+    found = integration_figure(steps, dict.fromkeys(names, 0.9)).axes[0].lines[:10]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in found}) == 10
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"nns-plugin\[figures\]"):
+        new_figure(1, 1)
+
+
+@pytest.mark.host("onnxruntime")
+def test_a_job_draws_its_figures(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    from nns_plugin.jobs.main_job import run_job
+    from nns_plugin.jobs.recipe import load_recipe
+
+    recipe = load_recipe(
+        None,
+        {
+            "train.epochs": 1,
+            "measure.samples": 20,
+            "measure.resamples": 0,
+            "model.arguments": {"width": 8},
+            "ratio": 0.6,
+        },
+    )
+    report = run_job(recipe, tmp_path / "out", figures=True)
+    drawn = {file.stem for file in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"overlap", "integration", "size", *(f"activity-{name}" for name in report.units)}
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "out").glob("*.png"))
