@@ -19,7 +19,6 @@ from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
 from nns_plugin.units import UnitGroup, complement, role_ports
 
-MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "UnusableGroupWarning",
     "build_graph",
     "graph_groups",
-    "mixed_groups",
     "output_layers",
     "remove_units",
     "resolve_layers",
@@ -121,19 +119,6 @@ def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -
         groups = _sound_groups(graph, ignored)
     order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
     return tuple(sorted(groups, key=lambda group: order[group.name]))
-
-
-def mixed_groups(graph: tp.DependencyGraph, groups: Sequence[UnitGroup]) -> tuple[str, ...]:
-    """Names of those groups whose units pass a norm over units: a LayerNorm, GroupNorm or RMSNorm."""
-    found = []
-    for group in groups:
-        root = next(port for port in group.producers if port.name == group.name)
-        module = graph.model.get_submodule(root.name)
-        pruner = graph.get_pruner_of_module(module)
-        host_group = graph.get_pruning_group(module, pruner.prune_out_channels, root.index.tolist())
-        if any(isinstance(item.dep.target.module, MIXING) for item in host_group):
-            found.append(group.name)
-    return tuple(found)
 
 
 def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> list[UnitGroup]:

@@ -13,7 +13,6 @@ from nns_plugin.adapters.dependency_graph import (
     UnusableGroupWarning,
     build_graph,
     graph_groups,
-    mixed_groups,
     output_layers,
     resolve_layers,
     sound_groups,
@@ -55,10 +54,6 @@ class TorchPruningSurgery:
         with warnings.catch_warnings():  # who cut the model was told what is left out
             warnings.simplefilter("ignore", UnusableGroupWarning)
             return sound_groups(self._graph, ignored)
-
-    def mixed(self, groups: Sequence[UnitGroup]) -> tuple[str, ...]:
-        """See the protocol."""
-        return mixed_groups(self._graph, groups)
 
     def keep(self, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
         """See the protocol."""

@@ -20,18 +20,21 @@ from nns_plugin.adapters.dependency_graph import (
     unit_groups,
     writes_output,
 )
+from nns_plugin.adapters.followed_snapshot import FollowedSnapshot
 from nns_plugin.adapters.pruning_history import FollowedStatistics
 from nns_plugin.compensation import RIDGE
 from nns_plugin.criteria.contract import Criterion, score
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
+from nns_plugin.criteria.wsf import WSF, Reduction
 from nns_plugin.errors import CriterionError, GroupError
 from nns_plugin.forward import device_of
 from nns_plugin.observe import calibrate
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.sensitivity import output_sensitivity
+from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "DistinctivenessImportance",
     "MeanWeightImportance",
     "SemanticImportance",
+    "WSFImportance",
     "compensated_step",
     "count_operations",
     "install",
@@ -266,6 +270,35 @@ class SemanticImportance(CriterionImportance):
         return importance
 
 
+class WSFImportance(CriterionImportance):
+    """Units whose synapses training hardly moved go first, as a torch-pruning importance.
+
+    The snapshot follows what torch-pruning removes; training in between does not matter.
+
+    Args:
+        snapshot: The model's weights before training, or at any earlier checkpoint.
+        reduction: Over the layers that write and read a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
+
+    Raises:
+        CriterionError: If the reduction is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.WSF`.
+    """
+
+    def __init__(self, snapshot: WeightSnapshot, reduction: Reduction = "mean") -> None:
+        super().__init__(WSF(nn.Identity(), snapshot, reduction))
+        self._reduction = reduction
+        self._snapshot = FollowedSnapshot(snapshot)
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        snapshot = self._snapshot.current(group._DG)
+        self._snapshot.saw(group)
+        model = group._DG.model
+        self._criterion = WSF(model, snapshot, self._reduction)
+        return self._criterion
+
+
 def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
     """Tell equal scores apart, within a group and between groups, keeping the order of different ones.
 
@@ -314,6 +347,7 @@ IMPORTANCES: dict[str, type[CriterionImportance]] = {
     "DistinctivenessImportance": DistinctivenessImportance,
     "MeanWeightImportance": MeanWeightImportance,
     "SemanticImportance": SemanticImportance,
+    "WSFImportance": WSFImportance,
 }
 
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from nns_plugin.circle import copied
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
-from nns_plugin.heads import balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
+from nns_plugin.forward import device_of, run_model, to_device
+from nns_plugin.heads import OTHER, balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
 from nns_plugin.observe import calibrate
+from nns_plugin.preserve import preserved
 from nns_plugin.statistics import Statistics
 from nns_plugin.surgery import Compensation, Surgeon
 from nns_plugin.survivors import Survivors
-from nns_plugin.taps import collect_inputs
+from nns_plugin.taps import collect_inputs, tap
 from nns_plugin.units import UnitGroup
 
 Head = Literal["keep", "closed", "open"]
@@ -108,10 +110,15 @@ def prepare(
             f"({', '.join(ignored_layers) or 'none'}) and groups that warnings name"
         )
     name = surgery.heads[0] if shrinks else None
+    if head == "open" and shrinks and OTHER in (names[label] for label in chosen):
+        raise LabelError(
+            f"a kept label is called {OTHER!r}, as the output for everything else: rename it, or close the head"
+        )
     if statistics is not None:
         _check(statistics, dense, groups, gram)
     outputs: tuple[int | None, ...] = chosen if shrinks else whole
     if name is not None:
+        _check_head(model, name, example_inputs)
         close_head(linear_head(model, name), chosen)
         if gram and head == "open":
             _open(model, name, chosen, loader, progress)
@@ -165,14 +172,27 @@ def finish_head(
     if not cut.opens or cut.head is None:
         return cut
     _open(cut.model, cut.head, cut.labels, loader, progress)
-    outputs = (*cut.labels, None)
+    cut = replace(cut, outputs=(*cut.labels, None))
     if validation is not None:
-        features, truth = _features(cut.model, cut.head, validation, progress)
-        head = linear_head(cut.model, cut.head)
-        with torch.no_grad():
-            logits = head(features.to(head.weight)).cpu()
-        shift_output(head, len(outputs) - 1, balancing_shift(logits, outputs, truth))
-    return replace(cut, outputs=outputs)
+        calibrate_head(cut, validation, progress)
+    return cut
+
+
+def calibrate_head(cut: Cut, validation: Iterable[Any], progress: bool = False) -> None:
+    """Move the output "other" to the best mean balanced accuracy on validation data, in place.
+
+    Args:
+        cut: A cut with that output; nothing happens to others.
+        validation: Yields ``(inputs, labels)``, anew each time.
+        progress: Whether to show progress bars.
+    """
+    if not cut.opens or cut.head is None:
+        return
+    features, truth = _features(cut.model, cut.head, validation, progress)
+    head = linear_head(cut.model, cut.head)
+    with torch.no_grad():
+        logits = head(features.to(head.weight)).cpu()
+    shift_output(head, cut.outputs.index(None), balancing_shift(logits, cut.outputs, truth))
 
 
 def _open(model: nn.Module, name: str, labels: Sequence[int], loader: Iterable[Any] | None, progress: bool) -> None:
@@ -185,6 +205,24 @@ def _open(model: nn.Module, name: str, labels: Sequence[int], loader: Iterable[A
     with torch.no_grad():
         kept_logits = head(features.to(head.weight)).cpu()
     open_head(head, *fit_other(features, kept_logits, ~torch.isin(truth, torch.tensor(labels))))
+
+
+def _check_head(model: nn.Module, name: str, example_inputs: Any) -> None:
+    """Make sure that the outputs are what the head's rows give: as they are, or behind a softmax or sigmoid."""
+    head = linear_head(model, name)
+    with preserved(model), torch.no_grad():
+        model.eval()
+        inputs = to_device(example_inputs, device_of(model))
+        found = run_model(model, inputs)
+        logits = head(tap(model, name, inputs))
+    if isinstance(found, Tensor) and found.shape == logits.shape and found.dim() == 2:
+        for ending in (logits, logits.softmax(1), logits.log_softmax(1), logits.sigmoid()):
+            if torch.allclose(found, ending, rtol=1e-3, atol=1e-5):
+                return
+    raise PruningError(
+        f"the model's outputs are not what its head {name!r} gives, as it is or behind a softmax: which label each row "
+        "is of cannot be told; use head 'keep'"
+    )
 
 
 def _features(model: nn.Module, name: str, loader: Iterable[Any], progress: bool) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,10 @@ class SubnetError(NNSError, ValueError):
     """A subnet, or its file, is damaged, foreign, or does not fit the model or the other subnets."""
 
 
+class SnapshotError(NNSError, ValueError):
+    """A weight snapshot is damaged or does not fit the model."""
+
+
 class ExportError(NNSError, RuntimeError):
     """A model could not be exported to, or loaded from, ONNX."""
 

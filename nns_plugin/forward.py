@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,8 +132,37 @@ def inputs_like(kinds: Any, device: torch.device | None = None) -> Any:
         return tuple(inputs_like(value, device) for value in kinds["tuple"])
     if "value" in kinds:
         return kinds["value"]
-    dtype = getattr(torch, kinds["dtype"])
+    dtype = INPUT_TYPES[kinds["dtype"]]
     if not dtype.is_floating_point:
         return torch.zeros(kinds["shape"], dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(kinds["shape"], generator=generator).to(device, dtype)
+
+
+def check_kinds(kinds: Any, most: int = 2**26) -> int:
+    """Number of elements of inputs of the given kinds, after a look whether they are kinds at all.
+
+    Raises:
+        ValueError: If they are not, or there are more than ``most`` elements.
+    """
+    count = 0
+    if isinstance(kinds, Mapping) and len(kinds) == 1 and "mapping" in kinds:
+        count = sum(check_kinds(value, most) for value in kinds["mapping"].values())
+    elif isinstance(kinds, Mapping) and len(kinds) == 1 and "tuple" in kinds:
+        count = sum(check_kinds(value, most) for value in kinds["tuple"])
+    elif isinstance(kinds, Mapping) and set(kinds) == {"shape", "dtype"} and kinds["dtype"] in INPUT_TYPES:
+        shape = kinds["shape"]
+        if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError(f"{shape!r} is no shape")
+        count = math.prod(shape)
+    elif not (isinstance(kinds, Mapping) and set(kinds) == {"value"}):
+        raise ValueError(f"{kinds!r} does not tell of inputs")
+    if count > most:
+        raise ValueError(f"the example inputs have {count} elements, more than {most}")
+    return count
+
+
+INPUT_TYPES = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}

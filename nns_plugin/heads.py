@@ -91,7 +91,9 @@ def balancing_shift(logits: Tensor, outputs: Sequence[int | None], labels: Tenso
     columns = [place for place, label in enumerate(outputs) if label is not None]
     best, answer = values[:, columns].max(1)
     counts = (labels[:, None] == kept).sum(0)
-    if bool((counts == 0).any()) or bool((counts == len(labels)).any()):
+    if not bool(torch.isfinite(values).all()):
+        raise CalibrationError("the output 'other' cannot be calibrated: some outputs are not finite")
+    if bool((counts == 0).any()) or int(counts.sum()) == len(labels):
         raise CalibrationError(
             f"the output 'other' cannot be calibrated: the kept labels have {counts.tolist()} of the "
             f"{len(labels)} validation inputs; expected some of each, and some others"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.cutting import carry_out, prepare
+from nns_plugin.criteria import find, score_groups
+from nns_plugin.cutting import Cut, carry_out, prepare
 from nns_plugin.errors import SubnetError
 from nns_plugin.forward import device_of, inputs_like
 from nns_plugin.selection import keep_by_threshold
@@ -24,6 +26,7 @@ def integrate(
     statistics: Statistics | None = None,
     *,
     loader: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
     budget: int | None = None,
     example_inputs: Any = None,
     surgeon: Surgeon | None = None,
@@ -41,8 +44,9 @@ def integrate(
         statistics: Of the parent, for compensation; collected from the loader by default.
         loader: Yields ``(inputs, labels)``, anew each time. Needed by an open head, by ``refit``, and in place of
             statistics.
-        budget: Most units that may stay, over all pruned groups; of the union the lowest scores go first, but each
-            group keeps its best unit. All stay by default.
+        validation: Yields ``(inputs, labels)``; needed by heads that were calibrated.
+        budget: Most units that may stay, over all pruned groups; of the union those go first that the criterion scores
+            lowest for all labels together, but each group keeps its best unit. All stay by default.
         example_inputs: Inputs that the parent can run on; made up by default.
         surgeon: Traces and cuts; torch-pruning by default.
         progress: Whether to show progress bars.
@@ -51,19 +55,28 @@ def integrate(
         The integrated subnet.
 
     Raises:
-        SubnetError: If there are no subnets, if they are of different parents or were cut differently, if the model is
-            not their parent, or the budget is too small or has no scores to go by.
+        SubnetError: If there are no subnets, if they are of different parents, were cut differently or by angles, if
+            the model is not their parent, or the budget is too small or has no scores to go by.
         PruningError: If the compensation or the head needs a loader, and there is none.
+
+    Warns:
+        RetrainedWarning: If subnets were trained after they were cut: the parent's weights take the place of theirs.
 
     Source:
         "NNS: Neural network surgery", integration of subnets.
     """
     first = _alike(subnets)
     first._check_parent(parent)
+    if first.provenance.calibrated and validation is None:
+        raise SubnetError("the subnets' heads were calibrated on validation data; pass validation")
+    if any(subnet.provenance.training for subnet in subnets):
+        warnings.warn(
+            "some subnets were trained after they were cut: their union has the parent's weights; train it again",
+            RetrainedWarning,
+            stacklevel=2,
+        )
     labels = tuple(sorted({label for subnet in subnets for label in subnet.labels}))
     kept, scores = united(subnets)
-    if budget is not None:
-        kept = within_budget(kept, scores, budget)
     surgeon = surgeon or find_surgeon()
     how = Compensation(**first.provenance.compensation)
     prepared = prepare(
@@ -73,17 +86,50 @@ def integrate(
         first.label_names,
         labels=labels,
         head=first.provenance.head,  # type: ignore[arg-type]
-        gram=how.method != "none",
+        gram=how.method != "none"
+        or (budget is not None and getattr(find(first.provenance.criterion), "needs_gram", False)),
         surgeon=surgeon,
         ignored_layers=first.provenance.ignored_layers,
         statistics=statistics,
         progress=progress,
     )
-    cut = carry_out(prepared, kept, how, loader, surgeon=surgeon, scores=scores, progress=progress)
+    if budget is not None:
+        scores = _scored_together(first, prepared) or scores
+        kept = within_budget(kept, scores, budget)
+    cut = carry_out(
+        prepared,
+        kept,
+        how,
+        loader,
+        surgeon=surgeon,
+        scores=scores,
+        validation=validation if first.provenance.calibrated else None,
+        progress=progress,
+    )
     provenance = replace(
-        first.provenance, versions=current_versions(), selection=_selection(subnets, budget), trials=()
+        first.provenance,
+        versions=current_versions(),
+        selection=_selection(subnets, budget),
+        training={},
+        trials=(),
     )
     return Subnet.of(cut, first.label_names, provenance)
+
+
+class RetrainedWarning(UserWarning):
+    """Training of subnets is lost in their integration."""
+
+
+def _scored_together(first: Subnet, prepared: Cut) -> dict[str, Tensor]:
+    """What the subnets' criterion says of all units for all labels together; empty if it needs what is not here."""
+    criterion = find(first.provenance.criterion)
+    evidence = {"statistics": prepared.statistics, "model": prepared.model}
+    if not set(criterion.requires) <= set(evidence):
+        return {}
+    options = dict(first.provenance.options)
+    if getattr(criterion, "accepts_labels", False):
+        options["labels"] = prepared.labels
+    return score_groups(criterion(**{name: evidence[name] for name in criterion.requires}, **options), prepared.groups)
 
 
 def united(subnets: Sequence[Subnet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -136,11 +182,17 @@ def within_budget(kept: dict[str, Tensor], scores: dict[str, Tensor], budget: in
 
 def _alike(subnets: Sequence[Subnet]) -> Subnet:
     """The first subnet, after a look whether all go together."""
+    if not isinstance(subnets, Sequence) or not all(isinstance(subnet, Subnet) for subnet in subnets):
+        raise SubnetError("subnets must be a list of Subnet")
     if not subnets:
         raise SubnetError("there are no subnets to integrate; pass at least one")
     first = subnets[0]
+    if any("angle" in subnet.provenance.selection for subnet in subnets):
+        raise SubnetError(
+            "subnets that were selected by angles cannot be integrated: who merges with whom is not stored"
+        )
     for place, subnet in enumerate(subnets[1:], 1):
-        for what in ("parent", "criterion", "compensation", "head", "ignored_layers", "options"):
+        for what in ("parent", "criterion", "options", "compensation", "head", "calibrated", "ignored_layers"):
             left, right = (getattr(each.provenance, what) for each in (first, subnet))
             if left != right:
                 raise SubnetError(
@@ -158,6 +210,9 @@ def _alike(subnets: Sequence[Subnet]) -> Subnet:
 
 
 def _selection(subnets: Sequence[Subnet], budget: int | None) -> dict[str, Any]:
+    """What decided how much went: one zeta for all, or a union of what the subnets say."""
     selections = [dict(subnet.provenance.selection) for subnet in subnets]
-    found = selections[0] if all(each == selections[0] for each in selections) else {"union": len(subnets)}
+    one = selections[0]
+    same_zeta = all(each == one for each in selections) and "zeta" in one and one.get("round_to", 1) == 1
+    found = one if same_zeta or len(subnets) == 1 else {"union": selections}
     return found if budget is None else {**found, "budget": budget}

@@ -34,14 +34,22 @@ def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
     return vectors
 
 
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """Values of a module's weight by the out-position that it writes, ``[out-positions, ...]``.
+
+    Args:
+        module: The module; says how its weight is laid out.
+        weight: Its weight, or other values of that shape.
+    """
+    if isinstance(module, Transposed):  # [C, O / G, K...]
+        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).flatten(0, 1)
+    return weight.T if isinstance(module, nn.Embedding) else weight
+
+
 def _rows(module: nn.Module) -> Tensor | None:
     """Weights of a module, ``[out-positions, D]``."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    if isinstance(module, Transposed):  # [C, O / G, K...]
-        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
-        weight = parts.transpose(1, 2).flatten(0, 1)
-    elif isinstance(module, nn.Embedding):
-        weight = weight.T
-    return weight.detach().double().cpu().flatten(1)
+    return rows_of(module, weight.detach()).double().cpu().flatten(1)

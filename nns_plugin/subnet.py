@@ -6,7 +6,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nns_plugin.circle import copied
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import NNSError, SubnetError
 from nns_plugin.fingerprint import digest, fingerprint
-from nns_plugin.forward import device_of, inputs_like, kinds_of
+from nns_plugin.forward import device_of, inputs_like, kinds_of, map_tensors, run_model, to_device
 from nns_plugin.heads import OTHER, linear_head, resize_head
 from nns_plugin.surgery import Surgery, find_surgeon
 from nns_plugin.units import UnitGroup
@@ -58,6 +58,8 @@ class Provenance:
         compensation: Options of :class:`nns_plugin.surgery.Compensation`.
         head: ``"keep"``, ``"closed"`` or ``"open"``.
         ignored_layers: Layers that stayed whole.
+        calibrated: Whether the output for everything else was moved to the best balanced accuracy.
+        training: What was done to the weights afterwards, such as ``{"fine_tune": 2}``; empty for nothing.
         trials: What a search tried, in order.
     """
 
@@ -69,6 +71,8 @@ class Provenance:
     compensation: Mapping[str, Any]
     head: str
     ignored_layers: tuple[str, ...] = ()
+    calibrated: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
 
 
@@ -105,7 +109,13 @@ class Subnet:
     def of(cls, cut: Cut, label_names: Sequence[str], provenance: Provenance) -> Subnet:
         """The subnet of a model that was cut."""
         sizes = {group.name: group.size for group in cut.groups if group.name in cut.kept}
-        weights = {name: value.detach().cpu().clone() for name, value in cut.model.state_dict().items()}
+        state = cut.model.state_dict()
+        foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if foreign:
+            raise SubnetError(
+                f"the model's state holds {', '.join(foreign[:3])}, which is no tensor and cannot be stored"
+            )
+        weights = {name: value.detach().cpu().clone() for name, value in state.items()}
         return cls(
             kept=dict(cut.kept),
             sizes=sizes,
@@ -138,9 +148,10 @@ class Subnet:
         Raises:
             SubnetError: If the factory makes another architecture than the subnet was cut from.
         """
-        model = parent_factory()
-        if not isinstance(model, nn.Module):
-            raise SubnetError(f"the parent factory returned a {type(model).__name__}; expected a torch module")
+        made = parent_factory()
+        if not isinstance(made, nn.Module):
+            raise SubnetError(f"the parent factory returned a {type(made).__name__}; expected a torch module")
+        model = copied(made)  # it may be a model that somebody has
         self._resize_head(model)
         surgery, groups = self._traced(model, example_inputs)
         surgery.keep(groups, self.kept)
@@ -151,7 +162,7 @@ class Subnet:
         """The parent with everything but the subnet at zero: the paper's form.
 
         Its outputs are those of the small model; units that pass a norm over units (LayerNorm, GroupNorm, RMSNorm) are
-        exempt, because such a norm sees how many there are.
+        exempt, because such a norm sees how many there are. Both are run to find out.
 
         Args:
             parent: The model that the subnet was cut from; left as it is.
@@ -168,19 +179,30 @@ class Subnet:
             InexactMaskWarning: If there are exempt groups; it names them.
         """
         self._check_parent(parent)
-        masked = copied(parent)
+        masked = _untied(copied(parent))
         self._resize_head(masked)
         surgery, groups = self._traced(copied(masked), example_inputs)
-        exempt = surgery.mixed([group for group in groups if group.name in self.kept])
-        if exempt:
+        _scatter(masked, self.weights, _origins(surgery, groups, self.kept))
+        masked.eval()
+        inputs = inputs_like(self.inputs) if example_inputs is None else example_inputs
+        if not _same_outputs(self.materialise(lambda: parent, example_inputs), masked, inputs):
+            exempt = [name for name in self.kept if self._mixes(parent, name, inputs)] or list(self.kept)
             warnings.warn(
-                f"the masked model differs from the small one at {', '.join(exempt)}: their units pass a norm over "
-                "units, which counts those at zero, too",
+                f"the masked model differs from the small one at {', '.join(exempt)}: what reads these units (such "
+                "as a norm over units) sees those at zero, too",
                 InexactMaskWarning,
                 stacklevel=2,
             )
-        _scatter(masked, self.weights, _origins(surgery, groups, self.kept))
-        return masked.eval()
+        return masked
+
+    def _mixes(self, parent: nn.Module, name: str, inputs: Any) -> bool:
+        """Whether units of one group at zero are not the same as no units there."""
+        kept = {name: self.kept[name]}
+        surgery, groups = self._traced(copied(parent), inputs)
+        surgery.keep(groups, kept)
+        masked = _untied(copied(parent))
+        _scatter(masked, surgery.model.state_dict(), _origins(*self._traced(copied(masked), inputs), kept))
+        return not _same_outputs(surgery.model, masked, inputs)
 
     def pruning_history(self, parent: nn.Module, example_inputs: Any = None) -> list[tuple[str, bool, list[int]]]:
         """What was removed, as torch-pruning writes it, for ``DependencyGraph.load_pruning_history``.
@@ -265,6 +287,36 @@ def current_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _untied(model: nn.Module) -> nn.Module:
+    """Give each name of a shared parameter a parameter of its own, in place: removal cuts each by itself."""
+    seen = set()
+    for module in model.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None and id(value) in seen:
+                setattr(module, name, nn.Parameter(value.detach().clone(), value.requires_grad))
+            seen.add(id(value))
+    return model
+
+
+def _same_outputs(left: nn.Module, right: nn.Module, inputs: Any) -> bool:
+    """Whether two models compute the same, in double precision."""
+    found = []
+    for model in (left, right):
+        double = copied(model).to("cpu", torch.float64).eval()
+        values = map_tensors(
+            to_device(inputs, torch.device("cpu")),
+            lambda value: value.double() if value.is_floating_point() else value,
+        )
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            map_tensors(run_model(double, values), lambda value, parts=parts: parts.append(value) or value)  # type: ignore[misc]
+        found.append(parts)
+    return all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-8)
+        for a, b in zip(*found, strict=True)
+    )
 
 
 def _origins(surgery: Surgery, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,24 +8,24 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nns_plugin.cutting import Head
 from nns_plugin.errors import StatisticsError, SubnetError
+from nns_plugin.forward import INPUT_TYPES, check_kinds
 from nns_plugin.statistics_file import write_safetensors
 from nns_plugin.subnet import Provenance, Subnet, Trial
+from nns_plugin.surgery import Compensation
 
 FORMAT = "nns-plugin subnet 1"
 
 # Weights of one type lie in one tensor, end to end: the many small ones of norms would need more room for the entries
 # of a safetensors header than for themselves.
-TYPES = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-}
+TYPES = INPUT_TYPES
 
 
 def save(subnet: Subnet, path: Path) -> Path:
@@ -88,9 +88,9 @@ def load(path: Path) -> Subnet:
         raise SubnetError(f"there is no file {str(path)!r}") from error
     except (SafetensorError, OSError) as error:
         raise SubnetError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
-        if isinstance(error, SubnetError):
-            raise
+    except SubnetError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
         raise SubnetError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -106,26 +106,66 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:
         raise ValueError("a group has no kept unit")
     scored = list(sizes) if header["scored"] == "all" else list(header["scored"])
     counts = [kept[name].numel() for name in scored]
-    scores = dict(zip(scored, tensors["scores"].split(counts), strict=True)) if scored else {}
-    names = tuple(str(name) for name in header["label_names"])
+    scores = dict(zip(scored, _scores(tensors, sum(counts)).split(counts), strict=True)) if scored else {}
+    names = tuple(_text(name) for name in header["label_names"])
+    labels = tuple(_label(label, names) for label in header["labels"])
     outputs = tuple(None if label is None else _label(label, names) for label in header["outputs"])
-    provenance = dict(header["provenance"])
-    trials = tuple(Trial(float(a), _count(b), float(c), bool(d)) for a, b, c, d in provenance.pop("trials"))
-    provenance["ignored_layers"] = tuple(str(name) for name in provenance["ignored_layers"])
-    if header["head_layer"] is not None and not isinstance(header["head_layer"], str):
-        raise TypeError(f"head_layer is {header['head_layer']!r}")
+    head_layer = header["head_layer"]
+    if not labels or list(labels) != sorted(set(labels)):
+        raise ValueError(f"the labels are {labels}; expected some, ascending")
+    shrunk = (labels, (*labels, None))
+    if not (outputs in shrunk if head_layer is not None else outputs == tuple(range(len(names)))):
+        raise ValueError(f"the outputs are {outputs} for the labels {labels} and the head {head_layer!r}")
+    check_kinds(header["inputs"])
     return Subnet(
         kept=kept,
         sizes=sizes,
         scores=scores,
         label_names=names,
-        labels=tuple(_label(label, names) for label in header["labels"]),
+        labels=labels,
         outputs=outputs,
-        head_layer=header["head_layer"],
+        head_layer=None if head_layer is None else _text(head_layer),
         weights=_weights(header["layout"], header["type"], tensors),
         inputs=header["inputs"],
-        provenance=Provenance(**provenance, trials=trials),
+        provenance=_provenance(header["provenance"]),
     )
+
+
+def _provenance(found: dict[str, Any]) -> Provenance:
+    trials = tuple(
+        Trial(_number(ratio), _count(parameters), _number(accuracy), bool(within))
+        for ratio, parameters, accuracy, within in found["trials"]
+    )
+    known = Provenance(
+        **{
+            **found,
+            "trials": trials,
+            "ignored_layers": tuple(_text(name) for name in found["ignored_layers"]),
+            "versions": {_text(name): _text(value) for name, value in found["versions"].items()},
+            "options": dict(found["options"]),
+            "selection": dict(found["selection"]),
+            "training": dict(found["training"]),
+        }
+    )
+    for value in (known.parent, known.criterion):
+        _text(value)
+    if known.head not in get_args(Head) or not isinstance(known.calibrated, bool):
+        raise ValueError(f"the head is {known.head!r}, calibrated {known.calibrated!r}")
+    for name in ("zeta", "ratio"):
+        if name in known.selection:
+            _number(known.selection[name])
+    if known.compensation:
+        how = Compensation(**known.compensation)
+        how.check(())
+        _number(how.ridge)
+    return known
+
+
+def _scores(tensors: Mapping[str, Tensor], count: int) -> Tensor:
+    scores = tensors["scores"]
+    if scores.dtype != torch.float64 or scores.shape != (count,) or not bool(torch.isfinite(scores).all()):
+        raise ValueError(f"the scores are {scores.dtype}{list(scores.shape)} or not finite; expected {count} numbers")
+    return scores
 
 
 def _weights(layout: dict[str, Any], most: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +174,8 @@ def _weights(layout: dict[str, Any], most: str, tensors: Mapping[str, Tensor]) -
         kind, shape = (entry[0], entry[1:]) if entry and isinstance(entry[0], str) else (most, entry)
         lengths = [_count(length) for length in shape]
         source = tensors[f"weights.{kind}"]
+        if name in weights:
+            raise ValueError(f"{name!r} is there twice")
         start, count = used[f"weights.{kind}"], math.prod(lengths)
         if source.dtype != TYPES[kind] or start + count > source.numel():
             raise ValueError(f"{name!r} is said to be {kind}{lengths}, more than the file holds")
@@ -183,6 +225,18 @@ def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is no count")
     return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 def _label(value: Any, names: tuple[str, ...]) -> int:

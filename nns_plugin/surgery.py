@@ -81,10 +81,6 @@ class Surgery(Protocol):
         """The unit groups; unless ``checked``, without a look whether they are read where the host says."""
         ...
 
-    def mixed(self, groups: Sequence[UnitGroup]) -> tuple[str, ...]:
-        """Names of those groups whose units pass a norm over units, which sees who is missing."""
-        ...
-
     def keep(self, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
         """Remove from each named group all but the kept units, ``[k]`` int64 ascending."""
         ...

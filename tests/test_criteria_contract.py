@@ -24,13 +24,24 @@ from nns_plugin.criteria import BUILT_IN, Criterion, UnscoredGroupWarning, avail
 from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
+from nns_plugin.criteria.wsf import WSF
 from nns_plugin.errors import CriterionError
+from nns_plugin.snapshot import WeightSnapshot
 
 if "zoo" not in sys.modules:
     spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
     sys.modules["zoo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["zoo"])
 zoo = sys.modules["zoo"]
+
+
+def moved_from(model: nn.Module) -> WeightSnapshot:
+    """Other weights of the same architecture."""
+    generator = torch.Generator().manual_seed(5)
+    return WeightSnapshot(
+        {name: torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()}
+    )
+
 
 # For each criterion, ways to build it from a model and its statistics.
 SETTINGS: dict[str, dict[str, Callable[[nn.Module, Statistics], Criterion]]] = {
@@ -45,6 +56,10 @@ SETTINGS: dict[str, dict[str, Callable[[nn.Module, Statistics], Criterion]]] = {
         "sigmoid": lambda model, statistics: Distinctiveness(statistics, model, center=0.5),
         "weights": lambda model, statistics: Distinctiveness(statistics, model, vectors="weights"),
         "span": lambda model, statistics: Distinctiveness(statistics, model, mode="span"),
+    },
+    "wsf": {
+        reduction: lambda model, statistics, reduction=reduction: WSF(model, moved_from(model), reduction)  # type: ignore[misc]
+        for reduction in ("mean", "sum", "max", "first")
     },
     "mean_weight": {
         "magnitudes": lambda model, statistics: MeanWeight(model),

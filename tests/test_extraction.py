@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
-from nns_plugin import Subnet, calibrate  # noqa: E402
+from nns_plugin import Statistics, Subnet, calibrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
-from nns_plugin.errors import LabelError, NNSError, PruningError, RecipeError, SelectionError  # noqa: E402
+from nns_plugin.cutting import Cut  # noqa: E402
+from nns_plugin.errors import CalibrationError, LabelError, NNSError, PruningError, RecipeError, SelectionError  # noqa: E402
+from nns_plugin.jobs.budget import smallest_within  # noqa: E402
 from nns_plugin.jobs.evaluation import evaluate, predict  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
@@ -89,6 +92,75 @@ def test_the_smallest_subnet_within_a_budget(criterion: str, across_groups: bool
     assert accuracy(again, validation) == pytest.approx(trials[1].balanced_accuracy)
 
 
+def test_a_budget_with_a_closed_head_compares_what_both_can_answer() -> None:
+    """The dense model, too, is judged among the labels of the set, on their inputs alone."""
+    validation = batches(1000, 3)
+    subnet = extracted(labels=[0, 1], head="closed", max_balanced_accuracy_drop=0.01, validation=validation)
+    inside = [(inputs[labels < 2], labels[labels < 2]) for inputs, labels in validation]
+    logits, truth = predict(trained(), inside)
+    answers = logits[:, :2].argmax(1)
+    dense = sum(float((answers[truth == label] == label).double().mean()) for label in (0, 1)) / 2
+    for trial in subnet.provenance.trials:
+        assert trial.within == (trial.balanced_accuracy >= dense - 0.01)
+
+
+class Made:
+    """Cuts of a model that does not exist, whose accuracy at each share of removed units is made up."""
+
+    def __init__(self, accuracy: Any) -> None:
+        self.accuracy = accuracy
+        self.finished: list[int] = []
+
+    def keep(self, share: float) -> dict[str, torch.Tensor]:
+        return {"group": torch.arange(100 - int(100 * share))}
+
+    def finish(self, kept: dict[str, torch.Tensor]) -> Any:
+        units = kept["group"].numel()
+        self.finished.append(units)
+        right = round(1000 * self.accuracy(units))
+        model = Answering(right)
+        model.size = nn.Parameter(torch.zeros(units))
+        return Cut(model, None, (), Statistics({}, (), None, 0.0, {}), (0, 1), (0, 1), None, False, kept, {})
+
+
+class Answering(nn.Module):
+    """Answers the first inputs of a batch right: input ``[N, 2]`` is its number and its label."""
+
+    def __init__(self, right: int) -> None:
+        super().__init__()
+        self.right = right
+        self.size = nn.Parameter(torch.zeros(100))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer = torch.where(x[:, 0] < self.right, x[:, 1], 1 - x[:, 1]).long()
+        return 5.0 * nn.functional.one_hot(answer, 2)
+
+
+def searched(accuracy: Any, drop: float) -> tuple[int, Made, Any]:
+    made = Made(accuracy)
+    labels = torch.arange(2000) % 2
+    numbers = torch.arange(2000) // 2  # both labels alike
+    loader = [(torch.stack([numbers, labels], 1).float(), labels)]
+    best, trials = smallest_within(Answering(1000), made.keep, made.finish, ("a", "b"), loader, drop)
+    return best.model.size.numel(), made, trials
+
+
+@pytest.mark.parametrize("least", [3, 17, 42, 99])
+def test_the_search_ends_within_a_256th_of_the_smallest(least: int) -> None:
+    units, made, trials = searched(lambda units: 1.0 if units >= least else 0.5, 0.1)
+    assert units == least
+    assert len(made.finished) == len(set(made.finished)) == len(trials)
+    assert len(trials) <= 9
+
+
+def test_of_all_that_was_tried_the_smallest_within_is_kept() -> None:
+    """Where accuracy is not monotone, the last point that is within need not be the smallest."""
+    good = {100, 50, 25, 13, 7}
+    units, _, trials = searched(lambda units: 1.0 if units in good else 0.5, 0.1)
+    within = [trial.parameters for trial in trials if trial.within]
+    assert units == min(within)
+
+
 def test_a_larger_budget_allows_a_smaller_subnet() -> None:
     validation = batches(1000, 3)
     sizes = [
@@ -151,6 +223,25 @@ def test_a_subnet_of_all_labels_needs_no_other() -> None:
     assert subnet.head_layer is None
 
 
+def test_labels_may_be_integers_of_any_kind() -> None:
+    left, right = extracted(labels=[1, 2], ratio=0.5), extracted(labels=[np.int64(2), torch.tensor(1)], ratio=0.5)
+    assert left.outputs == right.outputs == (1, 2, None)
+
+
+def test_example_inputs_that_do_not_fit_are_told() -> None:
+    with pytest.raises(RecipeError, match="example_inputs: RuntimeError"):
+        extract_subnet(trained(), torch.randn(2, 3), batches(100, 1), labels=[1])
+
+
+def test_validation_that_the_head_cannot_be_calibrated_on_is_told() -> None:
+    inside = [(inputs[labels < 2], labels[labels < 2]) for inputs, labels in batches(100, 3)]
+    with pytest.raises(CalibrationError, match="expected some of each, and some others"):
+        extracted(labels=[0, 1], calibrate_head=True, validation=inside)
+    wide = [(torch.randn(8, 3), torch.arange(8) % 4)]
+    with pytest.raises(RecipeError, match="cutting: RuntimeError"):
+        extracted(labels=[0, 1], calibrate_head=True, validation=wide)
+
+
 def test_the_model_is_left_as_it_was(zoo: Any) -> None:
     snapshot = zoo.Snapshot(trained())
     extracted(labels=[1], ratio=0.5, criterion="distinctiveness", across_groups=True)
@@ -169,6 +260,12 @@ def test_the_model_is_left_as_it_was(zoo: Any) -> None:
         ({"ratio": 1.0}, RecipeError, "field 'ratio': found 1.0"),
         ({"max_balanced_accuracy_drop": 0.1}, PruningError, "need validation data; pass validation"),
         ({"calibrate_head": True, "labels": [1]}, PruningError, "need validation data; pass validation"),
+        ({"labels": "02"}, RecipeError, "labels is '02'; it must be a list"),
+        ({"labels": 2}, RecipeError, "labels is 2; it must be a list"),
+        ({"ignored_layers": "0"}, RecipeError, "ignored_layers is '0'; it must be a list"),
+        ({"label_names": ("a", "b")}, LabelError, "there are 4 outputs and the label names"),
+        ({"label_names": ("a", "b", "c", "c")}, LabelError, "expected one for each, distinct"),
+        ({"labels": [1], "calibrate_head": True, "validation": iter([])}, PruningError, "validation is an iterator"),
         ({"head": "closed"}, RecipeError, "head 'closed' needs labels"),
         ({"criterion": "magic"}, RecipeError, "field 'criterion.name': found 'magic'"),
         ({"compensation": "magic"}, RecipeError, "field 'compensation.method': found 'magic'"),

@@ -90,6 +90,21 @@ def test_accuracy_against_size() -> None:
     assert texts(axis) == ("kept units, of 40", "mean balanced accuracy, %")
 
 
+def test_names_are_no_mathematics(tmp_path: Path) -> None:
+    names = ["$x^$", "a $5 $b_{"]
+    activity_figure(torch.rand(2, 3), names, 0.4, names[0]).savefig(tmp_path / "a.png")
+    steps = [{names[0]: 0.9}, dict.fromkeys(names, 0.8)]
+    integration_figure(steps, dict.fromkeys(names, 1.0)).savefig(tmp_path / "b.png")
+    size_figure({names[1]: [(3, 0.5)]}, 0.9, 4).savefig(tmp_path / "c.png")
+    overlap_figure({name: {"x": torch.tensor([1])} for name in names}).savefig(tmp_path / "d.png")
+
+
+def test_nothing_to_draw_is_told() -> None:
+    for draw in (lambda: overlap_figure({}), lambda: integration_figure([], {}), lambda: size_figure({}, 0.9, 4)):
+        with pytest.raises(CriterionError, match="there is nothing to draw"):
+            draw()
+
+
 def test_lines_are_told_apart_without_colours() -> None:
     names = [f"label {place}" for place in range(10)]
     steps = [dict.fromkeys(names[: count + 1], 0.9) for count in range(10)]
@@ -119,7 +134,12 @@ def test_a_job_draws_its_figures(tmp_path: Path) -> None:
             "ratio": 0.6,
         },
     )
-    report = run_job(recipe, tmp_path / "out", figures=True)
-    drawn = {file.stem for file in (tmp_path / "out").glob("*.png")}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "activity-old.png").touch()
+    (out / "mine.png").touch()
+    report = run_job(recipe, out, figures=True)
+    (out / "mine.png").unlink()  # only what an earlier job drew goes by itself
+    drawn = {file.stem for file in out.glob("*.png")}
     assert drawn == {"overlap", "integration", "size", *(f"activity-{name}" for name in report.units)}
-    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "out").glob("*.png"))
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in out.glob("*.png"))

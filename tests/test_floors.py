@@ -37,11 +37,13 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.refitting",
             "nns_plugin.selection",
             "nns_plugin.sensitivity",
+            "nns_plugin.snapshot",
             "nns_plugin.statistics",
             "nns_plugin.statistics_file",
             "nns_plugin.surgery",
             "nns_plugin.survivors",
             "nns_plugin.taps",
+            "nns_plugin.unit_synapses",
             "nns_plugin.units",
         }
     ),
@@ -73,6 +75,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.angle_pruning": frozenset(),
     f"{ADAPTERS}.compensated": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.dependency_graph": frozenset({"torch_pruning"}),
+    f"{ADAPTERS}.followed_snapshot": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.pruning_history": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.reading_check": frozenset(),
     f"{ADAPTERS}.removals": frozenset({"torch_pruning"}),
@@ -98,7 +101,12 @@ USES: dict[str, frozenset[str]] = {
         {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.removals"}
     ),
     f"{ADAPTERS}.torch_pruning": frozenset(
-        {f"{ADAPTERS}.compensated", f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.pruning_history"}
+        {
+            f"{ADAPTERS}.compensated",
+            f"{ADAPTERS}.dependency_graph",
+            f"{ADAPTERS}.followed_snapshot",
+            f"{ADAPTERS}.pruning_history",
+        }
     ),
     f"{ADAPTERS}.nni": frozenset({f"{ADAPTERS}.dependency_graph"}),
     f"{ADAPTERS}.onnx_latency": frozenset({f"{ADAPTERS}.onnx_session"}),

@@ -19,9 +19,11 @@ pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin import Statistics, Subnet, calibrate, integrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
+from nns_plugin.criteria import Semantic  # noqa: E402
 from nns_plugin.errors import NNSError, PruningError, SubnetError  # noqa: E402
-from nns_plugin.integration import within_budget  # noqa: E402
+from nns_plugin.integration import RetrainedWarning, within_budget  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
+from nns_plugin.subnet import Trial  # noqa: E402
 
 LABELS = 10
 
@@ -112,7 +114,7 @@ def test_ratios_unite_too() -> None:
     for name, units in united.kept.items():
         assert set(units.tolist()) == set(parts[0].kept[name].tolist()) | set(parts[1].kept[name].tolist())
     assert united.labels == (2, 5)
-    assert united.provenance.selection == {"ratio": 0.7}
+    assert united.provenance.selection == {"union": [{"ratio": 0.7}, {"ratio": 0.7}]}
 
 
 def test_a_budget_drops_the_least_needed_units() -> None:
@@ -120,11 +122,10 @@ def test_a_budget_drops_the_least_needed_units() -> None:
     parts = [subnet_of([label], ratio=0.5) for label in (2, 5, 6)]
     united = integrate(parts, parent, statistics, loader=loader, budget=12)
     assert sum(units.numel() for units in united.kept.values()) == 12
-    everything = subnet_of([2, 5, 6], ratio=0.0)
-    scores = {
-        (name, unit): float(everything.scores[name][unit])
-        for name in united.kept
-        for unit in range(everything.sizes[name])
+    scores = {  # of all units for the three labels together, by the criterion itself
+        (group.name, unit): float(score)
+        for group in statistics.groups
+        for unit, score in enumerate(Semantic(statistics, [2, 5, 6])(group))
     }
     kept = {(name, unit) for name, units in united.kept.items() for unit in units.tolist()}
     union = {(name, unit) for part in parts for name, units in part.kept.items() for unit in units.tolist()}
@@ -132,7 +133,69 @@ def test_a_budget_drops_the_least_needed_units() -> None:
     dropped = union - kept
     assert best <= kept <= union
     assert max(scores[key] for key in dropped) <= min(scores[key] for key in kept - best)
-    assert united.provenance.selection == {"ratio": 0.5, "budget": 12}
+    # What subnets say of units that others of them dropped is too little: the scores are those of all labels together.
+    silent = [
+        dataclasses.replace(part, scores={name: 0 * each for name, each in part.scores.items()}) for part in parts
+    ]
+    check_equal(integrate(silent, parent, statistics, loader=loader, budget=12), united)
+    assert united.provenance.selection == {"union": [{"ratio": 0.5}] * 3, "budget": 12}
+
+
+def test_a_budget_for_another_criterion() -> None:
+    parent, _, loader, _ = setting()
+    parts = [subnet_of([label], ratio=0.5, criterion="distinctiveness") for label in (2, 5)]
+    united = integrate(parts, parent, loader=loader, budget=10)
+    assert sum(units.numel() for units in united.kept.values()) == 10
+    assert united.outputs == (2, 5, None)
+
+
+def test_subnets_of_different_zetas_and_roundings_are_plain_unions() -> None:
+    parent, _, loader, statistics = setting()
+    for parts in (
+        [subnet_of([2], zeta=0.3), subnet_of([5], zeta=0.6)],
+        [subnet_of([2], zeta=0.6, round_to=4), subnet_of([5], zeta=0.6, round_to=4)],
+    ):
+        united = integrate(parts, parent, statistics, loader=loader)
+        for name, units in united.kept.items():
+            assert set(units.tolist()) == set(parts[0].kept[name].tolist()) | set(parts[1].kept[name].tolist())
+        assert united.provenance.selection == {"union": [part.provenance.selection for part in parts]}
+
+
+def test_a_group_that_is_whole_in_one_subnet_stays_whole() -> None:
+    parent, _, loader, statistics = setting()
+    one, two = subnet_of([2], zeta=0.5), subnet_of([5], zeta=0.5)
+    two = dataclasses.replace(
+        two, kept={name: units for name, units in two.kept.items() if name != "join"},
+        sizes={name: size for name, size in two.sizes.items() if name != "join"},
+    )  # fmt: skip
+    for parts in ([one, two], [two, one]):
+        united = integrate(parts, parent, statistics, loader=loader)
+        assert "join" not in united.kept
+        assert united.weights["join.weight"].shape[0] == 20
+
+
+def test_calibrated_heads_are_calibrated_again() -> None:
+    parent, inputs, loader, statistics = setting()
+    validation = [(inputs + 0.3 * torch.randn(inputs.shape), torch.arange(400) % LABELS)]
+    options: dict[str, Any] = {"zeta": 0.6, "calibrate_head": True, "validation": validation}
+    parts = [subnet_of([0], **options), subnet_of([2], **options)]
+    united = integrate(parts, parent, statistics, loader=loader, validation=validation)
+    check_equal(united, subnet_of([0, 2], **options))
+    assert united.provenance.calibrated
+    with pytest.raises(SubnetError, match="were calibrated on validation data; pass validation"):
+        integrate(parts, parent, statistics, loader=loader)
+    with pytest.raises(SubnetError, match="subnet 1 has calibrated False, subnet 0 True"):
+        integrate([parts[0], subnet_of([2], zeta=0.6)], parent, statistics, loader=loader, validation=validation)
+
+
+def test_training_that_is_lost_is_told() -> None:
+    parent, _, loader, statistics = setting()
+    tuned = changed(subnet_of([2], zeta=0.5), training={"fine_tune": 2}, trials=(Trial(0.5, 3, 0.9, True),))
+    with pytest.warns(RetrainedWarning, match="their union has the parent's weights; train it again"):
+        united = integrate([tuned], parent, statistics, loader=loader)
+    check_equal(united, subnet_of([2], zeta=0.5))
+    assert united.provenance.training == {}
+    assert united.provenance.trials == ()
 
 
 def test_a_budget_by_hand() -> None:
@@ -163,6 +226,9 @@ def test_what_does_not_go_together_is_refused() -> None:
         ([one, subnet_of([2], zeta=0.5, compensation="mean")], "subnet 1 has compensation"),
         ([one, subnet_of([2], zeta=0.5, ignored_layers=["left"])], "subnet 1 has ignored_layers"),
         ([one, subnet_of([2], ratio=0.5, criterion="mean_weight")], "subnet 1 has criterion 'mean_weight'"),
+        ([one, subnet_of([2], zeta=0.5, options={"measure": "frequency"})], "subnet 1 has options"),
+        ([changed(one, selection={"angle": {}})], "selected by angles cannot be integrated"),
+        (one, "must be a list of Subnet"),  # type: ignore[list-item]
         ([one, dataclasses.replace(one, label_names=("x",) * LABELS)], "other label names"),
         ([one, dataclasses.replace(one, sizes={**one.sizes, "left": 3})], "3 units in 'left', subnet 0 16"),
     ]

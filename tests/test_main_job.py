@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nns_plugin import Subnet
+from nns_plugin.errors import LabelError, NNSError
 
 pytestmark = pytest.mark.host("onnxruntime")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
@@ -40,7 +41,7 @@ def loader(count, seed, nan=False):
 
 def data(**changes):
     made = {
-        "calibration": loader(256, 1), "test": loader(128, 2), "train": loader(256, 3),
+        "calibration": loader(256, 1), "test": loader(128, 2), "train": loader(256, 3), "validation": loader(256, 4),
         "example_inputs": torch.randn(2, 12), "label_names": ["ant", "bee", "cat", "dog"],
     }
     return {**made, **changes}
@@ -82,6 +83,17 @@ def data_generator():
 
 def data_train_generator():
     return data(train=(batch for batch in loader(64, 1)))
+
+def only(whole, chosen=(1, 3)):
+    inputs, labels = whole.dataset.tensors
+    keep = torch.isin(labels, torch.tensor(chosen))
+    return DataLoader(TensorDataset(inputs[keep], labels[keep]), 32)
+
+def data_inside():
+    return data(test=only(loader(128, 2)))
+
+def data_undecided():
+    return data(validation=None)
 
 def data_no_test():
     return data(test=[])
@@ -223,7 +235,9 @@ def test_the_label_map_travels_in_the_onnx_file(digits_job: Any) -> None:
     assert json.loads(metadata["nns.labels"]) == ["3", "5", "other"]
 
 
-def pruned(recipe: Any, chosen: list[int] | None = None, **changes: Any) -> tuple[Any, Any]:
+def pruned(
+    recipe: Any, chosen: list[int] | None = None, factory: str = "user_factories:data", **changes: Any
+) -> tuple[Any, Any]:
     """The pruned model of a recipe and its evaluation, without the cost of exporting it."""
     from nns_plugin.jobs.datasets import Datasets
     from nns_plugin.jobs.evaluation import evaluate, predict
@@ -232,7 +246,7 @@ def pruned(recipe: Any, chosen: list[int] | None = None, **changes: Any) -> tupl
     from nns_plugin.jobs.training import train_classifier
 
     checked = recipe(**changes)
-    data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
+    data = Datasets.parse(call_factory("data", factory, {}), "")
     dense = call_factory("model", "user_factories:model", {})
     train_classifier(dense, data.train, epochs=3, learning_rate=0.003, weight_decay=0.01)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
@@ -363,6 +377,66 @@ def test_turns_go_on_until_accuracy_falls(recipe: Any) -> None:
     assert evaluation.mean_balanced_accuracy > 0.9
     rows = result.kept["0"]
     assert rows.tolist() == sorted(set(rows.tolist()))
+
+
+@pytest.mark.parametrize("rejected", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns: bool, rejected: bool) -> None:
+    """On the data that decides there is nothing left to gain, whatever came last."""
+    from nns_plugin.heads import balancing_shift
+    from nns_plugin.jobs.datasets import Datasets
+    from nns_plugin.jobs.evaluation import predict
+    from nns_plugin.jobs.recipe import call_factory
+
+    changes: dict[str, Any] = {"ratio": 0.96 if rejected else 0.6, "calibrate_head": True}
+    if turns:
+        changes["circle"] = {"max_rounds": 2, "max_drop": 0.0 if rejected else 0.5}
+    rate = 1e-9 if rejected else 0.01
+    result, _ = pruned(recipe, [1, 3], fine_tune={"epochs": 1, "learning_rate": rate}, **changes)
+    assert turns is False or bool(result.kept) != rejected
+    data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
+    logits, labels = predict(result.model, data.decisive)
+    shift = balancing_shift(logits, result.outputs, labels)
+    moved = logits + torch.tensor([0.0, 0.0, shift])
+    assert torch.equal(moved.argmax(1), logits.argmax(1))
+
+
+def test_decisions_on_calibration_data_are_told(recipe: Any) -> None:
+    from nns_plugin.jobs.main_job import CalibrationDataWarning
+
+    with pytest.warns(CalibrationDataWarning, match="there is no validation data"):
+        pruned(recipe, [1, 3], "user_factories:data_undecided", ratio=None, max_balanced_accuracy_drop=0.5)
+
+
+def test_figures_that_cannot_be_drawn_do_not_cost_the_job(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nns_plugin.jobs.main_job import FigureWarning, run_job
+
+    pytest.importorskip("matplotlib", reason="the extra figures is not installed")
+    checked = recipe(head="closed", data={"factory": "user_factories:data_inside"})
+    run_job(checked, tmp_path / "one", figures=True)  # test data of the set alone is enough
+    drawn = {file.name for file in (tmp_path / "one").glob("*.png")}
+    assert {"overlap.png", "size.png", "activity-0.png"} <= drawn
+
+    def failing(*_: object) -> Any:
+        raise LabelError("nothing to see")
+        yield
+
+    monkeypatch.setattr("nns_plugin.jobs.main_job.job_figures", failing)
+    with pytest.warns(FigureWarning, match="some figures are left out: nothing to see"):
+        run_job(checked, tmp_path / "two", figures=True)
+    assert {"report.json", "subnet.onnx"} <= {file.name for file in (tmp_path / "two").iterdir()}
+
+
+def test_a_figure_that_is_a_folder_is_found_before_anything_is_moved(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin.jobs.main_job import run_job
+
+    pytest.importorskip("matplotlib", reason="the extra figures is not installed")
+    (tmp_path / "out" / "size.png").mkdir(parents=True)
+    with pytest.raises(NNSError, match="size.png' is a folder"):
+        run_job(recipe(), tmp_path / "out", figures=True)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["size.png"]
 
 
 def test_a_turn_that_costs_accuracy_is_taken_back(recipe: Any) -> None:

@@ -107,7 +107,12 @@ def test_the_example_names_every_field() -> None:
         ({"head": "round"}, "head", "'round'", "'keep', 'closed' or 'open'"),
         ({"labels": []}, "labels", "[]", "at least 1 item"),
         ({"round_to": 0}, "round_to", "0", "greater than or equal to 1"),
-        ({"criterion": "magic"}, "criterion.name", "'magic'", "expected one of distinctiveness, mean_weight, semantic"),
+        (
+            {"criterion": "magic"},
+            "criterion.name",
+            "'magic'",
+            "expected one of distinctiveness, mean_weight, semantic, wsf",
+        ),
         ({"model.factory": "nowhere"}, "model.factory", "'nowhere'", "pattern"),
         ({"measure.samples": 3}, "measure.samples", "3", "greater than or equal to 20"),
         ({"measure.rtol": float("inf")}, "measure.rtol", "inf", "finite number"),

@@ -158,8 +158,8 @@ def test_a_header_that_lies_is_refused(
     tensors = load_file(folder / "good.safetensors")
     length = struct.unpack("<Q", good[:8])[0]
     header = json.loads(json.loads(good[8 : 8 + length])["__metadata__"]["nns"])
-    field = data.draw(st.sampled_from(sorted(header)))
-    header[field] = data.draw(JSON)
+    place = header if data.draw(st.booleans()) else header["provenance"]
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
     path = forged(header, tensors, folder)
     try:
         subnet = Subnet.load(path)
@@ -187,8 +187,18 @@ def forged(header: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
         ({"groups": {"a": 8, "empty": 1, "c": 7}}, "a group has no kept unit"),
         ({"labels": [3]}, "label 3 has no name"),
         ({"outputs": [True]}, "True is no count"),
-        ({"head_layer": 3}, "head_layer is 3"),
-        ({"provenance": {"trials": [], "ignored_layers": []}}, "missing"),
+        ({"labels": [0, 0]}, "expected some, ascending"),
+        ({"outputs": [1, 0, None]}, "the outputs are"),
+        ({"head_layer": 3}, "3 is no text"),
+        ({"head_layer": None}, "the outputs are"),
+        ({"inputs": {}}, "does not tell of inputs"),
+        ({"inputs": 3}, "does not tell of inputs"),
+        ({"inputs": {"shape": [4 * 10**8, 10], "dtype": "float32"}}, "more than 67108864"),
+        ({"inputs": {"mapping": {"x": {"shape": [-1], "dtype": "float32"}}}}, "is no shape"),
+        ({"inputs": {"tuple": [{"shape": [1], "dtype": "load"}]}}, "does not tell of inputs"),
+        ({"scored": ["a", "b.c"]}, "the scores are"),
+        ({"provenance": {}}, "trials"),
+        ({"layout": {"block": {"0": {"deep.bias": []}, "0.deep": {"bias": []}}}}, "is there twice|more than"),
     ],
 )
 def test_lies_are_named(change: dict[str, Any], message: str, good: bytes, tmp_path: Path) -> None:
@@ -197,6 +207,48 @@ def test_lies_are_named(change: dict[str, Any], message: str, good: bytes, tmp_p
     header = json.loads(json.loads(good[8 : 8 + length])["__metadata__"]["nns"])
     with pytest.raises(SubnetError, match=message):
         Subnet.load(forged({**header, **change}, load_file(tmp_path / "good.safetensors"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": [[10**400, 1, 1.0, True]]}, "OverflowError"),
+        ({"trials": [[0.5, -1, 1.0, True]]}, "-1 is no count"),
+        ({"compensation": {"foo": 1}}, "foo"),
+        ({"compensation": {"method": "magic"}}, "method is 'magic'"),
+        ({"selection": {"zeta": "x"}}, "'x' is no number"),
+        ({"selection": [1]}, "damaged"),
+        ({"head": "weird"}, "the head is 'weird'"),
+        ({"calibrated": 3}, "calibrated 3"),
+        ({"parent": 3}, "3 is no text"),
+        ({"versions": {"torch": 2}}, "2 is no text"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_lies_about_the_provenance_are_named(change: dict[str, Any], message: str, good: bytes, tmp_path: Path) -> None:
+    (tmp_path / "good.safetensors").write_bytes(good)
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(json.loads(good[8 : 8 + length])["__metadata__"]["nns"])
+    header["provenance"] |= change
+    with pytest.raises(SubnetError, match=message):
+        Subnet.load(forged(header, load_file(tmp_path / "good.safetensors"), tmp_path))
+
+
+def test_scores_must_be_numbers(good: bytes, tmp_path: Path) -> None:
+    (tmp_path / "good.safetensors").write_bytes(good)
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(json.loads(good[8 : 8 + length])["__metadata__"]["nns"])
+    tensors = load_file(tmp_path / "good.safetensors")
+    for wrong in (tensors["scores"] * torch.nan, tensors["scores"].float(), tensors["scores"][:, None]):
+        with pytest.raises(SubnetError, match="the scores are"):
+            Subnet.load(forged(header, {**tensors, "scores": wrong}, tmp_path))
+
+
+def test_a_subnet_without_pruned_groups(tmp_path: Path) -> None:
+    subnet = subnet_with({"w": torch.ones(2)}, kept={}, sizes={}, scores={})
+    again = Subnet.load(subnet.save(tmp_path / "s.safetensors"))
+    assert again.kept == {}
+    assert torch.equal(again.weights["w"], torch.ones(2))
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score,
 from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
+from nns_plugin.criteria.wsf import WSF
 from nns_plugin.errors import CriterionError
 
 ENTRY_POINT_GROUP = "nns_plugin.criteria"
@@ -22,10 +23,12 @@ BUILT_IN: dict[str, type[Any]] = {
     "distinctiveness": Distinctiveness,
     "mean_weight": MeanWeight,
     "semantic": Semantic,
+    "wsf": WSF,
 }
 
 __all__ = [
     "BUILT_IN",
+    "WSF",
     "Criterion",
     "Distinctiveness",
     "MeanWeight",

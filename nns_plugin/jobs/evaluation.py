@@ -279,7 +279,9 @@ def judged(
     """
     if tuple(answers) != tuple(chosen):
         return logits, outputs
-    return logits[:, [list(outputs).index(label) for label in chosen]], tuple(chosen)
+    # Logarithms of probabilities are logits, whether there are fewer of them or not.
+    known = _probabilities(logits.double()).clamp_min(torch.finfo(torch.float64).tiny).log()
+    return known[:, [list(outputs).index(label) for label in chosen]], tuple(chosen)
 
 
 def _probabilities(outputs: Tensor) -> Tensor:

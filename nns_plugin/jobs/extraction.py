@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -97,8 +98,13 @@ def extract_subnet(
         >>> subnet.output_names, subnet.weights["0.weight"].shape
         (('0', '2', 'other'), torch.Size([8, 4]))
     """
+    for name, value in (("labels", labels), ("ignored_layers", ignored_layers)):
+        if isinstance(value, str) or not isinstance(value, (Iterable, type(None))):
+            raise RecipeError(f"{name} is {value!r}; it must be a list")
+    if isinstance(validation, Iterator):
+        raise PruningError("validation is an iterator, which yields once; pass something that yields anew")
     cut_section = check_cut(
-        labels=None if labels is None else list(labels),
+        labels=None if labels is None else [_plain(label) for label in labels],
         criterion={"name": criterion, "options": dict(options or {})},
         compensation={"method": compensation},
         ratio=ratio,
@@ -112,9 +118,12 @@ def extract_subnet(
     )
     if validation is None and (calibrate_head or max_balanced_accuracy_drop is not None):
         raise PruningError("calibrate_head and max_balanced_accuracy_drop need validation data; pass validation")
-    names = tuple(
-        str(name) for name in label_names or (statistics and statistics.labels) or _numbers(model, example_inputs)
-    )
+    numbers = _numbers(model, example_inputs)
+    names = tuple(str(name) for name in label_names or (statistics and statistics.labels) or numbers)
+    if len(names) != len(numbers) or len(set(names)) != len(names):
+        raise LabelError(
+            f"there are {len(numbers)} outputs and the label names {names}; expected one for each, distinct"
+        )
     cut, trials = extract(
         model,
         example_inputs,
@@ -125,7 +134,7 @@ def extract_subnet(
         statistics=statistics,
         progress=progress,
     )
-    return Subnet.of(cut, names, provenance(model, cut_section, trials))
+    return Subnet.of(cut, names, provenance(model, cut_section, cut, trials))
 
 
 def extract(
@@ -172,17 +181,18 @@ def extract(
     scores = None if section.angle is not None else score_groups(criterion, prepared.groups)
 
     def finished(kept: Mapping[str, Tensor], survivors: Mapping[str, Survivors] | None = None) -> Cut:
-        return carry_out(
-            prepared,
-            kept,
-            how,
-            loader,
-            surgeon=TorchPruningSurgery,
-            scores=scores,
-            survivors=survivors,
-            validation=validation if section.calibrate_head else None,
-            progress=progress,
-        )
+        with stage("cutting"):
+            return carry_out(
+                prepared,
+                kept,
+                how,
+                loader,
+                surgeon=TorchPruningSurgery,
+                scores=scores,
+                survivors=survivors,
+                validation=validation if section.calibrate_head else None,
+                progress=progress,
+            )
 
     if scores is None:
         kept, survivors = _by_angle(section, criterion, prepared)
@@ -200,7 +210,13 @@ def extract(
         return smallest_within(dense, by_ratio, finished, names, data, section.max_balanced_accuracy_drop, progress)
 
 
-def provenance(parent: nn.Module, section: CutSection, trials: tuple[Trial, ...] = ()) -> Provenance:
+def provenance(
+    parent: nn.Module,
+    section: CutSection,
+    cut: Cut,
+    trials: tuple[Trial, ...] = (),
+    training: Mapping[str, Any] | None = None,
+) -> Provenance:
     """Where a subnet that is cut out of a parent as a section says comes from."""
     criterion = section.effective_criterion
     return Provenance(
@@ -212,6 +228,8 @@ def provenance(parent: nn.Module, section: CutSection, trials: tuple[Trial, ...]
         compensation=dataclasses.asdict(section.effective_compensation),
         head=section.effective_head,
         ignored_layers=tuple(section.ignored_layers),
+        calibrated=section.calibrate_head and cut.opens,
+        training=dict(training or {}),
         trials=trials,
     )
 
@@ -272,9 +290,19 @@ def _by_angle(section: CutSection, criterion: Any, cut: Cut) -> tuple[dict[str, 
     return {name: selection.kept for name, selection in selections.items()}, survivors
 
 
+def _plain(label: Any) -> Any:
+    """A label as Python's own type: NumPy and torch have integers of theirs."""
+    if isinstance(label, (str, bool)):
+        return label
+    try:
+        return operator.index(label)
+    except TypeError:
+        return label
+
+
 def _numbers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     """Numbers for names, as many as the model has outputs."""
-    with preserved(model), torch.no_grad():
+    with preserved(model), torch.no_grad(), stage("example_inputs"):
         model.eval()
         found = run_model(model, to_device(example_inputs, device_of(model)))
     if not isinstance(found, Tensor) or found.dim() != 2:

@@ -20,6 +20,11 @@ STYLES = tuple(zip(("o", "s", "^", "D", "v", "P", "X", "<", ">", "*"), ("-", "--
 MOST_NUMBERS = 12
 
 
+def plain(text: str) -> str:
+    """A name as it is: matplotlib would read what stands between dollar signs as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, NDArray[Any]]:
     """A figure and its axes ``[rows, columns]``, without a window or a global state.
 
@@ -53,15 +58,16 @@ def activity_figure(activity: Tensor, label_names: Sequence[str], zeta: float, g
     figure, axes = new_figure(10, 1.6 + 0.5 * len(label_names) + 0.6, 2)
     needed = np.where(values >= zeta, values, 0.0)
     counts = (values >= zeta).sum(1)
+    of_group = f" of {plain(group)}" if group else ""
     titles = (
-        f"activity of the {values.shape[1]} units{f' of {group}' if group else ''}, relative to the most active one",
+        f"activity of the {values.shape[1]} units{of_group}, relative to the most active one",
         f"what is left at zeta = {zeta:.2f}: {counts.min()} to {counts.max()} units a label",
     )
     for axis, shown, title in zip(axes[:, 0], (values, needed), titles, strict=True):
         image = axis.imshow(shown[:, order], cmap=SCALE, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("label")
-        axis.set_yticks(range(len(label_names)), label_names)
+        axis.set_yticks(range(len(label_names)), [plain(name) for name in label_names])
         figure.colorbar(image, ax=axis, label="share of the most active")
     axes[1, 0].set_xlabel("unit, by the label that it serves most")
     return figure
@@ -73,7 +79,8 @@ def overlap_figure(kept: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     Args:
         kept: For each label's name the kept units of its subnet by group.
     """
-    names = list(kept)
+    _some(kept)
+    names = [plain(name) for name in kept]
     values = jaccard(kept)
     side = 2.2 + 0.45 * len(names)
     figure, axes = new_figure(side + 0.8, side)
@@ -114,17 +121,20 @@ def integration_figure(accuracy: Sequence[Mapping[str, float]], dense: Mapping[s
     Source:
         "NNS: Neural network surgery", table 4 and figure 9.
     """
+    _some(accuracy)
     figure, axes = new_figure(8, 4.8)
     axis = axes[0, 0]
     names = list(accuracy[-1])
     for name, (marker, line) in zip(names, _styles(len(names)), strict=True):
         points = [(count, 100 * known[name]) for count, known in enumerate(accuracy, 1) if name in known]
-        axis.plot(*zip(*points, strict=True), marker=marker, linestyle=line, label=name, markersize=5, linewidth=1)
+        axis.plot(
+            *zip(*points, strict=True), marker=marker, linestyle=line, label=plain(name), markersize=5, linewidth=1
+        )
     mean = [100 * float(np.mean(list(known.values()))) for known in accuracy]
     axis.plot(range(1, len(accuracy) + 1), mean, color="black", linewidth=2.5, label="mean")
     before = 100 * float(np.mean([dense[name] for name in names]))
     axis.axhline(before, color="black", linewidth=1, linestyle=(0, (1, 3)), label="dense, mean")
-    axis.set_xticks(range(1, len(accuracy) + 1), [f"{count}\n+ {name}" for count, name in enumerate(names, 1)])
+    axis.set_xticks(range(1, len(accuracy) + 1), [f"{count}\n+ {plain(name)}" for count, name in enumerate(names, 1)])
     axis.set_xlabel("integrated labels, and the one that came last")
     axis.set_ylabel("balanced accuracy, %")
     axis.set_title("accuracy of each label as label subnets are integrated", fontsize=10)
@@ -140,6 +150,7 @@ def size_figure(curves: Mapping[str, Sequence[tuple[float, float]]], dense: floa
         dense: Balanced accuracy of the dense model.
         total: Number of units of the dense model.
     """
+    _some(curves)
     figure, axes = new_figure(8, 4.8)
     axis = axes[0, 0]
     for (name, points), (marker, line) in zip(curves.items(), _styles(len(curves)), strict=True):
@@ -149,7 +160,7 @@ def size_figure(curves: Mapping[str, Sequence[tuple[float, float]]], dense: floa
             [100 * value for _, value in ordered],
             marker=marker,
             linestyle=line,
-            label=name,
+            label=plain(name),
             markersize=5,
             linewidth=1,
         )
@@ -160,6 +171,11 @@ def size_figure(curves: Mapping[str, Sequence[tuple[float, float]]], dense: floa
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="subnet", fontsize=8)
     return figure
+
+
+def _some(values: object) -> None:
+    if not values:
+        raise CriterionError("there is nothing to draw; pass at least one subnet")
 
 
 def _matrix(values: Tensor, rows: int) -> NDArray[np.float64]:

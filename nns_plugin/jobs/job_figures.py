@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,18 @@ def job_figures(
     groups = unit_groups(dense, data.example_inputs, recipe.ignored_layers)
     with stage("data.calibration"):
         statistics = calibrate(dense, data.calibration, groups, labels=names, gram=True, progress=progress)
-    for name, activity in _activities(statistics).items():
-        yield f"activity-{name}", activity_figure(activity, names, _threshold(recipe, activity), name)
+    known = sorted(_calibrated(statistics))
+    for name, activity in _activities(statistics, known).items():
+        file = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+        rows = [names[label] for label in known]
+        yield f"activity-{file}", activity_figure(activity, rows, _threshold(recipe, activity), name)
     labels = chosen_labels(recipe, names) or list(range(len(names)))
     with stage("data.test"):
         logits, truth = predict(dense, data.test)
     whole = tuple(range(len(names)))
-    shown = labels if len(names) > MOST_LABELS else [*labels, *(label for label in whole if label not in labels)]
+    shown = [*labels, *(label for label in whole if label not in labels)]
+    tested = set(truth.tolist())
+    shown = [label for label in shown if label in known and label in tested][:MOST_LABELS]
     if len(shown) > 1 and recipe.angle is None:
         singles = [
             _subnet(recipe.model_copy(update=_alone(recipe, names[label])), data, dense, statistics)
@@ -62,8 +68,8 @@ def job_figures(
         ]
         yield "overlap", overlap_figure({names[label]: each.kept for label, each in zip(shown, singles, strict=True)})
         steps = _integrated(singles, data, dense, statistics, progress)
-        known = evaluate(logits, truth, whole, shown, names).labels
-        yield "integration", integration_figure(steps, {each.label: each.balanced_accuracy or 0.0 for each in known})
+        every = evaluate(logits, truth, whole, shown, names).labels
+        yield "integration", integration_figure(steps, {each.label: each.balanced_accuracy or 0.0 for each in every})
     points = []
     for ratio in tqdm(RATIOS, desc="sizes", disable=not progress, leave=False):
         fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None}
@@ -79,6 +85,12 @@ def job_figures(
         yield "size", size_figure({title: curve}, points[0][1], sum(group.size for group in groups))
 
 
+def _calibrated(statistics: Statistics) -> set[int]:
+    """Labels that the calibration data has inputs of."""
+    inputs = next(iter(statistics.records.values())).inputs
+    return {label for label, count in enumerate(inputs.tolist()) if count}
+
+
 def _alone(recipe: Recipe, label: str) -> dict[str, Any]:
     """What makes a recipe one for a single label, whose head can answer something else, too."""
     head = "open" if recipe.effective_head == "closed" else recipe.head
@@ -92,10 +104,10 @@ def _threshold(recipe: Recipe, activity: Tensor) -> float:
     return float(activity.flatten().quantile(recipe.ratio))
 
 
-def _activities(statistics: Statistics) -> dict[str, Tensor]:
-    """For each observed group the relative activity of its units on each label, ``[L, U]``."""
+def _activities(statistics: Statistics, labels: Sequence[int]) -> dict[str, Tensor]:
+    """For each observed group the relative activity of its units on each of the labels, ``[L, U]``."""
     rows: dict[str, list[Tensor]] = {}
-    for label in range(len(statistics.labels or ())):
+    for label in labels:
         for name, scores in score_groups(Semantic(statistics, [label]), statistics.groups).items():
             rows.setdefault(name, []).append(scores)
     return {name: torch.stack(scores) for name, scores in rows.items()}
@@ -111,7 +123,7 @@ def _subnet(recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statis
         validation=data.decisive,
         statistics=statistics,
     )
-    return Subnet.of(cut, data.label_names, provenance(dense, recipe))
+    return Subnet.of(cut, data.label_names, provenance(dense, recipe, cut))
 
 
 def _judge(subnet: Subnet, data: Datasets, dense: nn.Module) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_operations
-from nns_plugin.cutting import Cut
-from nns_plugin.errors import CalibrationError, PruningError, RecipeError
+from nns_plugin.cutting import Cut, calibrate_head
+from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
@@ -36,7 +37,16 @@ from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
 from nns_plugin.preserve import preserved, preserved_rng
 from nns_plugin.subnet import Subnet, Trial
 
+FIGURES = ("activity-*.png", "overlap.png", "integration.png", "size.png")
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
+
+
+class CalibrationDataWarning(UserWarning):
+    """Decisions are made on data that was used before."""
+
+
+class FigureWarning(UserWarning):
+    """A figure could not be drawn."""
 
 
 def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool = False) -> Report:
@@ -47,7 +57,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
         output: Folder for ``baseline.onnx``, ``subnet.onnx``, ``subnet.safetensors`` and ``report.json``; made if
             missing. The files appear together at the end, or not at all.
         progress: Whether to show progress bars.
-        figures: Whether to write figures, too, as PNG files.
+        figures: Whether to write figures, too, as PNG files; those of an earlier job go in either case.
 
     Returns:
         The report, as written.
@@ -59,7 +69,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
     criterion_class(recipe)
     if figures:
         new_figure(1, 1)  # tells what is missing before any work
-    with staged_folder(output, FILES) as staging, _seeded(recipe.seed):
+    with staged_folder(output, FILES, FIGURES) as staging, _seeded(recipe.seed):
         data = Datasets.parse(
             call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
         )
@@ -68,9 +78,18 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
         dense = _dense_model(recipe, data, progress)
         cut, trials = cut_model(dense, data, recipe, progress)
         report = _prove(recipe, data, dense, cut, trials, staging, progress)
-        for name, figure in job_figures(recipe, data, dense, progress) if figures else ():
-            figure.savefig(staging / f"{name}.png", dpi=150)
+        if figures:
+            _draw(recipe, data, dense, staging, progress)
         return report
+
+
+def _draw(recipe: Recipe, data: Datasets, dense: nn.Module, staging: Path, progress: bool) -> None:
+    """Write the figures that can be drawn; what stops one does not cost the job its files."""
+    try:
+        for name, figure in job_figures(recipe, data, dense, progress):
+            figure.savefig(staging / f"{name}.png", dpi=150)
+    except NNSError as error:
+        warnings.warn(f"some figures are left out: {error}", FigureWarning, stacklevel=2)
 
 
 def cut_model(
@@ -91,9 +110,19 @@ def cut_model(
         NNSError: If nothing in the model can be pruned, or the data or the recipe cannot be used.
     """
     trials: tuple[Trial, ...] = ()
+    if data.validation is None and (recipe.calibrate_head or recipe.max_balanced_accuracy_drop is not None):
+        warnings.warn(
+            "there is no validation data: decisions are made on the calibration data, which the head was fitted on",
+            CalibrationDataWarning,
+            stacklevel=2,
+        )
 
-    def tune(model: nn.Module, outputs: Sequence[int | None]) -> None:
-        _train(model, data, recipe, "fine_tune", outputs, progress)
+    def tune(cut: Cut) -> None:
+        """Fine-tune in place; what "other" was calibrated to has moved by then."""
+        _train(cut.model, data, recipe, "fine_tune", cut.outputs, progress)
+        if recipe.calibrate_head:
+            with stage("data.validation"):
+                calibrate_head(cut, data.decisive, progress)
 
     if recipe.circle is not None:
         cut = circle_of_cuts(dense, data, recipe, recipe.circle, tune, progress)
@@ -109,7 +138,7 @@ def cut_model(
         )
     with masked_synapses(cut, recipe.synapses):
         if recipe.fine_tune.epochs and (recipe.circle is None or recipe.synapses is not None):
-            tune(cut.model, cut.outputs)
+            tune(cut)
     _check_runs(cut.model, data.example_inputs, len(cut.outputs))
     return cut, trials
 
@@ -127,7 +156,7 @@ def _prove(
     settings = recipe.measure
     batch = _test_inputs(data, settings.batch)
     reports, answers = {}, {}
-    subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, trials))
+    subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, cut, trials, _training(recipe)))
     pair = (("baseline", dense, everything), ("subnet", cut.model, cut.outputs))
     names = {"baseline": data.label_names, "subnet": subnet.output_names}
     for name, model, outputs in tqdm(pair, desc="exporting and evaluating", disable=not progress, leave=False):
@@ -179,6 +208,16 @@ def _prove(
     subnet.save(staging / "subnet.safetensors")
     (staging / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe does to the weights of a subnet after it was cut."""
+    found: dict[str, Any] = {"fine_tune": recipe.fine_tune.epochs} if recipe.fine_tune.epochs else {}
+    for name in ("circle", "synapses"):
+        section = getattr(recipe, name)
+        if section is not None:
+            found[name] = section.model_dump()
+    return found
 
 
 def _drop(

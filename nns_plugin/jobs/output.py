@@ -13,7 +13,7 @@ from nns_plugin.errors import RecipeError
 
 
 @contextmanager
-def staged_folder(output: Path, names: Sequence[str]) -> Iterator[Path]:
+def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move to ``output`` if the block succeeds.
 
     It lies inside ``output``, so that moving is a rename; an ``output`` that was made for it goes again on failure.
@@ -21,6 +21,7 @@ def staged_folder(output: Path, names: Sequence[str]) -> Iterator[Path]:
     Args:
         output: The folder; made if missing.
         names: The files that will be written there.
+        optional: Patterns of files that may be written as well; those of an earlier time are removed.
 
     Raises:
         RecipeError: At once if ``output`` cannot be written.
@@ -37,14 +38,21 @@ def staged_folder(output: Path, names: Sequence[str]) -> Iterator[Path]:
             if (output / name).is_dir():
                 raise RecipeError(f"output: {str(output / name)!r} is a folder; expected to write a file there")
         yield staging
-        _move(staging, output)
+        _move(staging, output, optional)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(made)
 
 
-def _move(staging: Path, output: Path) -> None:
+def _move(staging: Path, output: Path, optional: Sequence[str]) -> None:
+    for file in staging.iterdir():
+        if (output / file.name).is_dir():
+            raise RecipeError(f"output: {str(output / file.name)!r} is a folder; expected to write a file there")
     try:
+        for pattern in optional:
+            for old in output.glob(pattern):
+                if old.is_file():
+                    old.unlink()
         for file in sorted(staging.iterdir()):
             os.replace(file, output / file.name)
     except OSError as error:

@@ -34,7 +34,7 @@ def circle_of_cuts(
     data: Datasets,
     recipe: Recipe,
     section: CircleSection,
-    tune: Callable[[nn.Module, Sequence[int | None]], None],
+    tune: Callable[[Cut], None],
     progress: bool = False,
 ) -> Cut:
     """Prune and fine-tune in turns, as long as the mean balanced accuracy on the validation data holds.
@@ -44,7 +44,7 @@ def circle_of_cuts(
         data: Its data.
         recipe: What each turn removes.
         section: How long to go on.
-        tune: Fine-tunes a model that has the given outputs, in place.
+        tune: Fine-tunes the model of a cut, in place.
         progress: Whether to show progress bars.
 
     Returns:
@@ -65,7 +65,12 @@ def circle_of_cuts(
             progress=progress,
         )
         start = carry_out(
-            prepared, {}, Compensation("none", reestimate=False), data.calibration, surgeon=TorchPruningSurgery
+            prepared,
+            {},
+            Compensation("none", reestimate=False),
+            data.calibration,
+            surgeon=TorchPruningSurgery,
+            validation=data.decisive if recipe.calibrate_head else None,
         )
     cuts: list[Cut] = []
 
@@ -97,7 +102,7 @@ def circle_of_cuts(
     circle = train_prune_circle(
         _Holder(start.model),
         turn,
-        lambda holder: tune(holder.get_submodule("model"), start.outputs),
+        lambda holder: tune(replace(start, model=holder.get_submodule("model"))),
         accuracy,
         pretrain=False,
         max_drop=section.max_drop,
@@ -123,7 +128,7 @@ def masked_synapses(cut: Cut, section: SynapsesSection | None) -> Iterator[None]
         yield
         return
     linear = [name for name, module in cut.model.named_modules() if isinstance(module, nn.Linear)]
-    layers = section.layers or [
+    layers = list(dict.fromkeys(section.layers or [])) or [
         name for name in linear if name not in TorchPruningSurgery(cut.model, cut.example_inputs).heads
     ]
     prune_under_mean(cut.model, layers)

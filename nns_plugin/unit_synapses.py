@@ -1,0 +1,66 @@
+"""The synapses of units: values of the weights that write and that read each unit, summed layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.consumers import Convolution, Transposed
+from nns_plugin.producers import rows_of
+from nns_plugin.units import Port, UnitGroup
+
+
+def summed_synapses(model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Sums of a value of each synapse over those of each unit, for every layer that writes or reads the group.
+
+    Args:
+        model: The model that the group belongs to.
+        group: Its U units.
+        values: By name of the parameter, of its shape; biases are no synapses and are not looked at.
+
+    Returns:
+        For each producer, then each consumer: the sums ``[U]`` float64 on the CPU, and which units the layer touches,
+        ``[U]`` bool. Layers that have no weight of a known form are left out.
+    """
+    found = []
+    for port in group.producers:
+        module = model.get_submodule(port.name)
+        weight = values.get(f"{port.name}.weight")
+        if weight is not None and not isinstance(module, nn.RNNBase):
+            found.append(_by_unit(rows_of(module, weight), port, group.size))
+    for port in group.consumers:
+        columns = _columns(model.get_submodule(port.name), port.name, values)
+        if columns is not None:
+            found.append(_by_unit(columns, port, group.size))
+    return found
+
+
+def _by_unit(positions: Tensor, port: Port, size: int) -> tuple[Tensor, Tensor]:
+    """Values ``[positions, D]`` of a port's module, summed by unit."""
+    sums = positions.double().cpu().flatten(1).sum(1)[port.index]
+    touched = torch.zeros(size, dtype=torch.bool)
+    touched[port.unit] = True
+    return torch.zeros(size, dtype=torch.float64).index_add(0, port.unit, sums), touched
+
+
+def _columns(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tensor | None:
+    """Values of the weights that read each in-position, ``[in-positions, D]``."""
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        found = [
+            values[key] for key in (f"{name}.weight_ih_l0{direction}" for direction in directions) if key in values
+        ]
+        return torch.cat(found).T if len(found) == len(directions) else None
+    weight = values.get(f"{name}.weight")
+    if weight is None:
+        return None
+    if isinstance(module, nn.Linear):
+        return weight.T
+    if isinstance(module, Transposed):
+        return weight
+    if isinstance(module, Convolution):  # [O, C / G, K...]
+        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).flatten(0, 1)
+    return None
