@@ -59,8 +59,8 @@ GOALS = {12: 90.0, 20: 95.0}
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_DROP = 0.02
-RESNET_CALIBRATION, RESNET_VALIDATION = 2048, 2500
-TUNING_EPOCHS, SHRINK = 1, 0.8
+RESNET_CALIBRATION, RESNET_VALIDATION = 1024, 2500
+TUNING_EPOCHS, SHRINK = 1, 0.7
 
 
 def perceptron() -> nn.Module:

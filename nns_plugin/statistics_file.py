@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nns_plugin.errors import GroupError, StatisticsError
+from nns_plugin.errors import GroupError, NNSError, StatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.statistics import SUMS, Key, Layout, Record, Statistics
 from nns_plugin.units import Port, UnitGroup, check_group
+
+Read = TypeVar("Read")
 
 FORMAT = "nns-plugin statistics 1"
 
@@ -74,26 +76,39 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], p
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, model: nn.Module | None) -> Statistics:
-    """Read statistics and check that they are whole and, if a model is given, that they belong to it."""
+def read_safetensors(
+    path: Path, kind: str, error: type[NNSError], decode: Callable[[dict[str, str], dict[str, Tensor]], Read]
+) -> Read:
+    """Read a file of ours, and turn whatever is wrong with it into one error.
+
+    Args:
+        path: The file.
+        kind: What its metadata ``"format"`` must be.
+        error: Class of the error.
+        decode: Makes something of the metadata and the tensors.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise StatisticsError(
-                    f"{str(path)!r} is no statistics file: its format is {metadata.get('format')!r}, "
-                    f"expected {FORMAT!r}"
-                )
+            if metadata.get("format") != kind:
+                raise error(f"{str(path)!r} is no {kind} file: its format is {metadata.get('format')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        statistics = _decode(json.loads(metadata["nns"]), tensors)
-    except FileNotFoundError as error:
-        raise StatisticsError(f"there is no file {str(path)!r}") from error
-    except (SafetensorError, OSError) as error:
-        raise StatisticsError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, StatisticsError):
-            raise
-        raise StatisticsError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+        return decode(metadata, tensors)
+    except error:
+        raise
+    except FileNotFoundError as cause:
+        raise error(f"there is no file {str(path)!r}") from cause
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{str(path)!r} is damaged or no safetensors file: {cause}") from cause
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as cause:
+        raise error(f"{str(path)!r} is damaged: {type(cause).__name__}: {cause}") from cause
+
+
+def load(path: Path, model: nn.Module | None) -> Statistics:
+    """Read statistics and check that they are whole and, if a model is given, that they belong to it."""
+    statistics = read_safetensors(
+        path, FORMAT, StatisticsError, lambda metadata, tensors: _decode(json.loads(metadata["nns"]), tensors)
+    )
     if model is not None:
         differs = difference(statistics.fingerprint, fingerprint(model))
         if differs:

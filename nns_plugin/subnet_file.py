@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nns_plugin.cutting import Head
 from nns_plugin.errors import StatisticsError, SubnetError
 from nns_plugin.forward import INPUT_TYPES, check_kinds
-from nns_plugin.statistics_file import write_safetensors
+from nns_plugin.statistics_file import read_safetensors, write_safetensors
 from nns_plugin.subnet import Provenance, Subnet, Trial
 from nns_plugin.surgery import Compensation
 
@@ -73,25 +72,13 @@ def save(subnet: Subnet, path: Path) -> Path:
 
 def load(path: Path) -> Subnet:
     """Read a subnet and check that it is whole and as it was written."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise SubnetError(
-                    f"{str(path)!r} is no subnet file: its format is {metadata.get('format')!r}, expected {FORMAT!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+    def decoded(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Subnet:
         if _digest(metadata["nns"], tensors) != metadata["digest"]:
             raise SubnetError(f"{str(path)!r} is damaged: its content has changed since it was written; copy it again")
         return _decode(json.loads(metadata["nns"]), tensors)
-    except FileNotFoundError as error:
-        raise SubnetError(f"there is no file {str(path)!r}") from error
-    except (SafetensorError, OSError) as error:
-        raise SubnetError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-    except SubnetError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        raise SubnetError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+    return read_safetensors(path, FORMAT, SubnetError, decoded)
 
 
 def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:

@@ -547,7 +547,9 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match="damaged or no safetensors file"):
         Statistics.load(tmp_path)
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(StatisticsError, match="weights.safetensors' is no statistics file: its format is None"):
+    with pytest.raises(
+        StatisticsError, match="weights.safetensors' is no nns-plugin statistics 1 file: its format is None"
+    ):
         Statistics.load(tmp_path / "weights.safetensors")
     torch.save({"a": 1}, tmp_path / "pickle.pt")
     with pytest.raises(StatisticsError, match="pickle.pt' is damaged or no safetensors file"):

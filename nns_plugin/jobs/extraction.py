@@ -20,6 +20,7 @@ from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.jobs.budget import smallest_within
+from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.recipe import CutSection, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
@@ -208,6 +209,27 @@ def extract(
     data = loader if validation is None else validation
     with stage("data.validation"):
         return smallest_within(dense, by_ratio, finished, names, data, section.max_balanced_accuracy_drop, progress)
+
+
+def extract_from(
+    dense: nn.Module,
+    data: Datasets,
+    section: CutSection,
+    *,
+    statistics: Statistics | None = None,
+    progress: bool = False,
+) -> tuple[Cut, tuple[Trial, ...]]:
+    """The same, with the data of a job."""
+    return extract(
+        dense,
+        data.example_inputs,
+        data.calibration,
+        data.label_names,
+        section,
+        validation=data.decisive,
+        statistics=statistics,
+        progress=progress,
+    )
 
 
 def provenance(

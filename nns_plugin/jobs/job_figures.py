@@ -16,7 +16,7 @@ from nns_plugin.criteria import Semantic, score_groups
 from nns_plugin.integration import integrate
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.evaluation import evaluate, judged, predict
-from nns_plugin.jobs.extraction import chosen_labels, extract, provenance, stage
+from nns_plugin.jobs.extraction import chosen_labels, extract_from, provenance, stage
 from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
 from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.observe import calibrate
@@ -114,15 +114,7 @@ def _activities(statistics: Statistics, labels: Sequence[int]) -> dict[str, Tens
 
 
 def _subnet(recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statistics) -> Subnet:
-    cut, _ = extract(
-        dense,
-        data.example_inputs,
-        data.calibration,
-        data.label_names,
-        recipe,
-        validation=data.decisive,
-        statistics=statistics,
-    )
+    cut, _ = extract_from(dense, data, recipe, statistics=statistics)
     return Subnet.of(cut, data.label_names, provenance(dense, recipe, cut))
 
 

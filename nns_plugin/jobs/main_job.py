@@ -25,7 +25,7 @@ from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
 from nns_plugin.jobs.evaluation import drop_interval, evaluate, judged, predict
-from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract, provenance, stage
+from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.intervals import Interval
 from nns_plugin.jobs.job_figures import job_figures
@@ -127,15 +127,7 @@ def cut_model(
     if recipe.circle is not None:
         cut = circle_of_cuts(dense, data, recipe, recipe.circle, tune, progress)
     else:
-        cut, trials = extract(
-            dense,
-            data.example_inputs,
-            data.calibration,
-            data.label_names,
-            recipe,
-            validation=data.decisive,
-            progress=progress,
-        )
+        cut, trials = extract_from(dense, data, recipe, progress=progress)
     with masked_synapses(cut, recipe.synapses):
         if recipe.fine_tune.epochs and (recipe.circle is None or recipe.synapses is not None):
             tune(cut)

@@ -15,7 +15,7 @@ from nns_plugin.cutting import Cut, carry_out, finish_head, prepare
 from nns_plugin.errors import LabelError
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.evaluation import evaluate, predict
-from nns_plugin.jobs.extraction import chosen_labels, extract, stage
+from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
 from nns_plugin.jobs.recipe import CircleSection, Recipe, SynapsesSection
 from nns_plugin.surgery import Compensation
 from nns_plugin.synapses import prune_under_mean
@@ -75,14 +75,8 @@ def circle_of_cuts(
     cuts: list[Cut] = []
 
     def turn(holder: nn.Module) -> int:
-        cut, _ = extract(
-            holder.get_submodule("model"),
-            data.example_inputs,
-            data.calibration,
-            data.label_names,
-            recipe.model_copy(update={"head": "keep", "calibrate_head": False}),
-            progress=progress,
-        )
+        keeping = recipe.model_copy(update={"head": "keep", "calibrate_head": False})
+        cut, _ = extract_from(holder.get_submodule("model"), data, keeping, progress=progress)
         whole = {group.name: group.size for group in cut.groups}
         cut = replace(cut, head=start.head, opens=start.opens, outputs=start.outputs)
         with stage("data.calibration"):
