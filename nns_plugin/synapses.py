@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from nns_plugin.consumers import Convolution, weight_of
 from nns_plugin.errors import PruningError
+from nns_plugin.snapshot import WeightSnapshot
+
+SYNAPSES = (nn.Linear, Convolution)
 
 
 def over_mean(weight: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -37,6 +41,126 @@ def over_mean(weight: Tensor, mask: Tensor | None = None) -> Tensor:
     # A mean of equal magnitudes may be rounded to just over them; all of them stay.
     threshold = magnitude[there].mean() * (1 - 1e-12)
     return there & (magnitude >= threshold)
+
+
+def significance(model: nn.Module, snapshot: WeightSnapshot) -> dict[str, Tensor]:
+    """Weight significance factor of every synapse: how far training has moved it.
+
+    Args:
+        model: As it is now; left as it is.
+        snapshot: Its weights before training, or at any earlier checkpoint.
+
+    Returns:
+        For the name of each linear and convolutional layer |w(t) - w(0)| of its weight, of the weight's shape, float64
+        on the CPU. A masked weight counts as what lies behind the mask. Biases are no synapses.
+
+    Raises:
+        SnapshotError: If the snapshot is of another architecture.
+
+    Source:
+        Bulin and Smidl, "Optimization of Neural Network": WSF(k) = |w_k(t_f) - w_k(0)|.
+    """
+    movement = snapshot.movement(model)
+    return {name: movement[f"{name}.weight"] for name, module in model.named_modules() if isinstance(module, SYNAPSES)}
+
+
+def prune_synapses(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    *,
+    amount: float | int | None = None,
+    threshold: float | None = None,
+    across_layers: bool = False,
+) -> dict[str, int]:
+    """Mask the synapses that score lowest, through ``torch.nn.utils.prune``.
+
+    Synapses that are masked already stay masked, and do not count.
+
+    Args:
+        model: Changed in place.
+        scores: For each layer's name a score of every synapse, of its weight's shape; such as :func:`significance`.
+        amount: How many of those that are left to mask, in each layer: a share in [0, 1], or a number.
+        threshold: Mask the synapses that score less than this, in place of an amount.
+        across_layers: Rank the synapses of all layers together; an amount is then of all of them.
+
+    Returns:
+        For each layer the number of synapses that were masked by this call.
+
+    Raises:
+        PruningError: If not exactly one of ``amount`` and ``threshold`` is given, an amount is out of range, or scores
+            do not fit the layers; nothing is masked then.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 1))
+        >>> prune_synapses(layer, {"0": torch.tensor([[0.5, 2.0]])}, amount=0.5)
+        {'0': 1}
+        >>> layer[0].weight_mask
+        tensor([[0., 1.]])
+    """
+    if (amount is None) == (threshold is None):
+        raise PruningError(f"amount is {amount} and threshold {threshold}; give one of them")
+    modules = {name: _layer(model, name, score) for name, score in scores.items()}
+    left = {name: synapse_mask(module) for name, module in modules.items()}
+    _check_amount(amount, sum(int(mask.sum()) for mask in left.values()) if across_layers else None, left)
+    ranks = _ranked(scores, {name: weight_of(module).device for name, module in modules.items()})
+    if threshold is not None:
+        for name, module in modules.items():
+            prune.custom_from_mask(module, "weight", scores[name].to(module.weight.device) >= threshold)
+    elif across_layers:
+        prune.global_unstructured(
+            [(module, "weight") for module in modules.values()],
+            prune.L1Unstructured,
+            importance_scores={(module, "weight"): ranks[name] for name, module in modules.items()},
+            amount=amount,
+        )
+    else:
+        for name, module in modules.items():
+            prune.l1_unstructured(module, "weight", amount, importance_scores=ranks[name])
+    return {name: int(left[name].sum()) - int(synapse_mask(module).sum()) for name, module in modules.items()}
+
+
+def synapse_mask(module: nn.Module) -> Tensor:
+    """Which synapses of a layer are there, bool of its weight's shape."""
+    mask = getattr(module, "weight_mask", None)
+    if isinstance(mask, Tensor):
+        return mask.bool()
+    return torch.ones_like(weight_of(module), dtype=torch.bool)
+
+
+def _ranked(scores: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """Scores as torch wants them: it takes the lowest magnitudes, so that what may be negative becomes a rank."""
+    joined = torch.cat([score.detach().double().cpu().flatten() for score in scores.values()])
+    ranks = (joined.unique(return_inverse=True)[1] + 1).double()
+    parts = ranks.split([score.numel() for score in scores.values()])
+    return {
+        name: part.reshape(score.shape).to(devices[name])
+        for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def _layer(model: nn.Module, name: str, score: Tensor) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise PruningError(f"there is no module {name!r} in the model; name its layers") from error
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != score.shape:
+        found = list(weight.shape) if isinstance(weight, Tensor) else "missing"
+        raise PruningError(f"the scores of {name!r} are {list(score.shape)}, but its weight is {found}")
+    if not bool(torch.isfinite(score).all()):
+        raise PruningError(f"the scores of {name!r} are not all finite; synapses cannot be ranked by them")
+    return module
+
+
+def _check_amount(amount: float | int | None, total: int | None, left: Mapping[str, Tensor]) -> None:
+    if amount is None:
+        return
+    most = min((int(mask.sum()) for mask in left.values()), default=0) if total is None else total
+    share = isinstance(amount, float)
+    if isinstance(amount, bool) or not 0 <= amount <= (1 if share else most):
+        raise PruningError(
+            f"amount is {amount}; expected a share in [0, 1], or a number of synapses up to the {most} that are left"
+        )
 
 
 def prune_under_mean(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
