@@ -105,7 +105,7 @@ def prune_synapses(
     ranks = _ranked(scores, {name: weight_of(module).device for name, module in modules.items()})
     if threshold is not None:
         for name, module in modules.items():
-            prune.custom_from_mask(module, "weight", scores[name].to(module.weight.device) >= threshold)
+            prune.custom_from_mask(module, "weight", scores[name].to(weight_of(module).device) >= threshold)
     elif across_layers:
         prune.global_unstructured(
             [(module, "weight") for module in modules.values()],
