@@ -91,7 +91,10 @@ def read_safetensors(
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
-                raise error(f"{str(path)!r} is no {kind} file: its format is {metadata.get('format')!r}")
+                raise error(
+                    f"{str(path)!r} is no such file as is needed: its format is {metadata.get('format')!r}, expected "
+                    f"{kind!r}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         return decode(metadata, tensors)
     except error:
