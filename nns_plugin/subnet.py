@@ -36,12 +36,14 @@ class Trial:
         ratio: Share of units that was removed.
         parameters: Number of parameters that were left.
         balanced_accuracy: Mean over the labels, on the validation data.
+        drop_bound: How far under the dense model's that is at most, with the confidence of the search.
         within: Whether that was within the budget.
     """
 
     ratio: float
     parameters: int
     balanced_accuracy: float
+    drop_bound: float
     within: bool
 
 

@@ -120,8 +120,8 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:
 
 def _provenance(found: dict[str, Any]) -> Provenance:
     trials = tuple(
-        Trial(_number(ratio), _count(parameters), _number(accuracy), bool(within))
-        for ratio, parameters, accuracy, within in found["trials"]
+        Trial(_number(ratio), _count(parameters), _number(accuracy), _number(bound), bool(within))
+        for ratio, parameters, accuracy, bound, within in found["trials"]
     )
     known = Provenance(
         **{

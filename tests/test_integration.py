@@ -190,7 +190,7 @@ def test_calibrated_heads_are_calibrated_again() -> None:
 
 def test_training_that_is_lost_is_told() -> None:
     parent, _, loader, statistics = setting()
-    tuned = changed(subnet_of([2], zeta=0.5), training={"fine_tune": 2}, trials=(Trial(0.5, 3, 0.9, True),))
+    tuned = changed(subnet_of([2], zeta=0.5), training={"fine_tune": 2}, trials=(Trial(0.5, 3, 0.9, 0.01, True),))
     with pytest.warns(RetrainedWarning, match="their union has the parent's weights; train it again"):
         united = integrate([tuned], parent, statistics, loader=loader)
     check_equal(united, subnet_of([2], zeta=0.5))

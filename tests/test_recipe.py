@@ -74,6 +74,7 @@ def test_criterion_and_compensation_by_default(
         ({"compensation.recalibrate": "each_group"}, "each_group goes with refit and least_squares, not with none"),
         ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
         ({"calibrate_head": True, "head": "closed"}, "calibrate_head goes with head open, not with closed"),
+        ({"confidence": 0.9}, "confidence goes with max_balanced_accuracy_drop"),
         ({"circle": {}}, "circle fine-tunes after each removal"),
         ({"circle": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1}, "circle has a max_drop of its own"),
         ({"synapses": {"rule": "none"}}, "field 'synapses.rule': found 'none'"),
@@ -91,6 +92,7 @@ def test_the_example_names_every_field() -> None:
         "zeta",
         "angle",
         "max_balanced_accuracy_drop",
+        "confidence",
         "circle",
         "synapses",
     }

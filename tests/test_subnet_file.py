@@ -42,7 +42,7 @@ def subnet_with(weights: dict[str, Tensor], **changes: Any) -> Subnet:
             compensation={"method": "none"},
             head="open",
             ignored_layers=("x.y",),
-            trials=(Trial(0.5, 10, 0.9, True), Trial(0.75, 5, 0.8, False)),
+            trials=(Trial(0.5, 10, 0.9, 0.01, True), Trial(0.75, 5, 0.8, 0.11, False)),
         ),
     }
     return Subnet(**{**known, **changes})
@@ -212,8 +212,8 @@ def test_lies_are_named(change: dict[str, Any], message: str, good: bytes, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trials": [[10**400, 1, 1.0, True]]}, "OverflowError"),
-        ({"trials": [[0.5, -1, 1.0, True]]}, "-1 is no count"),
+        ({"trials": [[10**400, 1, 1.0, 0.0, True]]}, "OverflowError"),
+        ({"trials": [[0.5, -1, 1.0, 0.0, True]]}, "-1 is no count"),
         ({"compensation": {"foo": 1}}, "foo"),
         ({"compensation": {"method": "magic"}}, "method is 'magic'"),
         ({"selection": {"zeta": "x"}}, "'x' is no number"),

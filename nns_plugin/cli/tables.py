@@ -91,13 +91,14 @@ def per_label(report: Report) -> Table:
 def trials(report: Report) -> Table:
     """What a search within a budget tried, in order."""
     table = Table(title="search for the smallest subnet within the budget, on validation data")
-    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", ""):
+    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", "drop at most, points", ""):
         table.add_column(column, justify="right")
     for trial in report.trials:
         table.add_row(
             f"{100 * trial.ratio:.1f}",
             f"{trial.parameters:,}",
             _percent(trial.balanced_accuracy),
+            f"{100 * trial.drop_bound:.1f}",
             "within" if trial.within else "",
         )
     return table

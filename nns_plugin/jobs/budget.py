@@ -10,10 +10,13 @@ from tqdm.auto import tqdm
 
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
-from nns_plugin.jobs.evaluation import evaluate, judged, predict
+from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
+from nns_plugin.jobs.intervals import percentile
 from nns_plugin.subnet import Trial
 
 BISECTIONS = 8
+CONFIDENCE = 0.95
+RESAMPLES = 1000
 
 
 def smallest_within(
@@ -23,9 +26,15 @@ def smallest_within(
     names: Sequence[str],
     validation: Iterable[Any],
     max_drop: float,
+    confidence: float = CONFIDENCE,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Search the share of units to remove by bisection, and keep the smallest cut that stays within the budget.
+
+    The validation data is a sample, and the search is for the smallest subnet that passes on it, which favours one that
+    is lucky there: of subnets that lose as much as is allowed on the sample, most lose more on other data. A cut is
+    therefore within the budget if its drop is so with a confidence, over bootstrap resamples of the inputs that it
+    shares with the dense model.
 
     Args:
         dense: The model that is cut.
@@ -34,6 +43,7 @@ def smallest_within(
         names: Name of each label.
         validation: Yields ``(inputs, labels)``, anew each time.
         max_drop: How far the mean balanced accuracy may lie under that of the dense model, as a share.
+        confidence: Share of the resamples in which it must be so; 0.5 judges by the middle of them.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -41,20 +51,25 @@ def smallest_within(
         once.
 
     Raises:
-        SelectionError: If even the cut that removes no units is under the budget.
+        SelectionError: If even the cut that removes no units is not within the budget.
+        LabelError: If the validation data has too few inputs of a label, or there is nothing to mistake it for.
     """
     logits, truth = predict(dense, validation)
     whole: tuple[int | None, ...] = tuple(range(len(names)))
     known: dict[tuple[int, ...], Trial] = {}
     best: tuple[Trial, Cut] | None = None
-    floor: float | None = None
 
-    def accuracy(values: Tensor, outputs: Sequence[int | None], cut: Cut) -> float:
-        columns, seen = judged(values, outputs, cut.labels, cut.outputs)
-        found = evaluate(columns, truth, seen, cut.labels, names).mean_balanced_accuracy
-        if found is None:
+    def trial(share: float, cut: Cut) -> Trial:
+        small = predict(cut.model, validation)[0], cut.outputs
+        reached = evaluate(small[0], truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
+        if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
-        return found
+        large = judged(logits, whole, cut.labels, cut.outputs)
+        bound = percentile(drops(large, small, truth, cut.labels, names, RESAMPLES), 100 * confidence)
+        if bound is None:
+            raise LabelError("the validation data has so few inputs of a label that its accuracy cannot be judged")
+        size = sum(parameter.numel() for parameter in cut.model.parameters())
+        return Trial(share, size, reached, bound, bound <= max_drop)
 
     low, high = 0.0, 1.0
     for step in tqdm(range(1 + BISECTIONS), desc="searching", disable=not progress, leave=False):
@@ -63,17 +78,14 @@ def smallest_within(
         mark = tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
         if mark not in known:
             cut = finish(kept)
-            if floor is None:
-                floor = accuracy(logits, whole, cut) - max_drop
-            reached = accuracy(predict(cut.model, validation)[0], cut.outputs, cut)
-            size = sum(parameter.numel() for parameter in cut.model.parameters())
-            known[mark] = Trial(share, size, reached, reached >= floor)
-            if known[mark].within and (best is None or size <= best[0].parameters):
+            known[mark] = trial(share, cut)
+            if known[mark].within and (best is None or known[mark].parameters <= best[0].parameters):
                 best = known[mark], cut
         if best is None:
             raise SelectionError(
-                f"with all units, the balanced accuracy on the validation data is {known[mark].balanced_accuracy:.4f}, "
-                f"under the {floor:.4f} that the budget asks for: allow a larger drop, or another head"
+                "with all units, balanced accuracy on the validation data drops by at most "
+                f"{known[mark].drop_bound:.4f} at a confidence of {confidence:g}, more than {max_drop:g}: allow a "
+                "larger drop or another head, or give more validation data"
             )
         low, high = (share, high) if known[mark].within else (low, share)
     if best is None:

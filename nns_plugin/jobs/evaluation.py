@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
-from nns_plugin.jobs.intervals import Array, Interval, bootstrap, interval, label_metrics
+from nns_plugin.jobs.intervals import Array, Interval, bootstrap, interval, label_metrics, rates
 from nns_plugin.preserve import preserved
 
 
@@ -149,7 +149,7 @@ def evaluate(
     return replace(found, intervals=_intervals(samples, "", found))
 
 
-def drop_interval(
+def drops(
     dense: tuple[Tensor, Sequence[int | None]],
     subnet: tuple[Tensor, Sequence[int | None]],
     labels: Tensor,
@@ -157,8 +157,8 @@ def drop_interval(
     names: Sequence[str],
     resamples: int,
     seed: int = 0,
-) -> Interval | None:
-    """95 % interval of what the subnet loses of the mean balanced accuracy, over resamples that both models share.
+) -> Array:
+    """What a subnet loses of the mean balanced accuracy in resamples of the inputs that both models share.
 
     Args:
         dense: Logits and outputs of the dense model, as for :func:`evaluate`.
@@ -168,12 +168,17 @@ def drop_interval(
         names: Name of every label.
         resamples: Number of bootstrap resamples.
         seed: Of the resamples.
+
+    Returns:
+        ``[resamples]``, as shares; NaN where a label was not drawn.
     """
-    left, right = (
-        _answered(logits, labels, outputs, chosen, names).resampled(chosen, resamples, seed)["mean_balanced_accuracy"]
-        for logits, outputs in (dense, subnet)
-    )
-    return interval(left - right)
+    answered = [_answered(logits, labels, outputs, chosen, names) for logits, outputs in (dense, subnet)]
+
+    def metrics(weights: Array) -> dict[str, Array]:
+        left, right = (each.mean_balanced_accuracy(chosen, weights) for each in answered)
+        return {"drop": left - right}
+
+    return bootstrap(metrics, len(labels), resamples, seed)["drop"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +210,12 @@ class _Answered:
         """``[N]`` bool, answered right where all labels beside the set are one."""
         seen = np.where(self.inside, self.truth, -1)
         return np.asarray(seen == np.where(np.isin(self.said, chosen), self.said, -1))
+
+    def mean_balanced_accuracy(self, chosen: Sequence[int], weights: Array) -> Array:
+        """``[b]`` for ``[b, N]`` weights of all inputs."""
+        rows = self.rows
+        each = [rates(weights[:, rows], self.truth[rows] == label, self.said[rows] == label) for label in chosen]
+        return np.asarray(np.mean([found["balanced_accuracy"] for found in each], axis=0))
 
     def resampled(self, chosen: Sequence[int], resamples: int, seed: int) -> dict[str, Array]:
         """Metrics over resamples of all inputs: each label's by ``"label.name"``, and those of the whole set."""

@@ -19,7 +19,7 @@ from nns_plugin.cutting import Cut, Head, carry_out, prepare
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
-from nns_plugin.jobs.budget import smallest_within
+from nns_plugin.jobs.budget import CONFIDENCE, smallest_within
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.recipe import CutSection, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
@@ -43,6 +43,7 @@ def extract_subnet(
     ratio: float | None = None,
     zeta: float | None = None,
     max_balanced_accuracy_drop: float | None = None,
+    confidence: float | None = None,
     criterion: str | None = None,
     options: Mapping[str, Any] | None = None,
     compensation: Method | None = None,
@@ -66,8 +67,10 @@ def extract_subnet(
         ratio: Share of units to remove, in [0, 1); 0.5 if nothing else decides.
         zeta: Keep units that score at least this.
         max_balanced_accuracy_drop: Search the smallest subnet whose mean balanced accuracy over the labels is at most
-            this far (0.02: two points) under the dense model's on the validation data. ``provenance.trials`` of the
-            result says what was tried.
+            this far (0.02: two points) under the dense model's, to judge by the validation data.
+            ``provenance.trials`` of the result says what was tried.
+        confidence: How sure of that to be, 0.95 by default: the share of the bootstrap resamples of the validation data
+            in which it must hold. More data, and confidence down to 0.5, allow smaller subnets.
         criterion: Name of the criterion; by default ``"semantic"`` with labels, else ``"distinctiveness"``.
         options: Its options.
         compensation: How kept units take over; by default ``"refit"`` with ``"distinctiveness"``, else ``"none"``.
@@ -111,6 +114,7 @@ def extract_subnet(
         ratio=ratio,
         zeta=zeta,
         max_balanced_accuracy_drop=max_balanced_accuracy_drop,
+        confidence=confidence,
         across_groups=across_groups,
         round_to=round_to,
         ignored_layers=list(ignored_layers),
@@ -208,7 +212,16 @@ def extract(
         return finished(by_ratio(0.5 if section.ratio is None else section.ratio)), ()
     data = loader if validation is None else validation
     with stage("data.validation"):
-        return smallest_within(dense, by_ratio, finished, names, data, section.max_balanced_accuracy_drop, progress)
+        return smallest_within(
+            dense,
+            by_ratio,
+            finished,
+            names,
+            data,
+            section.max_balanced_accuracy_drop,
+            CONFIDENCE if section.confidence is None else section.confidence,
+            progress,
+        )
 
 
 def extract_from(

@@ -45,21 +45,31 @@ def bootstrap(
 
 def interval(values: Array) -> Interval | None:
     """The percentile interval; ``None`` where fewer than half of the resamples define the metric."""
+    low, high = (percentile(values, (100 + side * LEVEL) / 2) for side in (-1, 1))
+    return None if low is None or high is None else (low, high)
+
+
+def percentile(values: Array, percent: float) -> float | None:
+    """Of a metric over resamples; ``None`` where fewer than half of them define it."""
     defined = values[np.isfinite(values)]
     if defined.size * 2 < values.size or not defined.size:
         return None
-    low, high = np.percentile(defined, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return float(low), float(high)
+    return float(np.percentile(defined, percent))
 
 
 def label_metrics(weights: Array, is_label: Array, is_answered: Array, score: Array) -> dict[str, Array]:
-    """Metrics of one label against all others, for many weightings of the inputs at once.
+    """Metrics of one label against all others: :func:`rates`, and AUROC for ``[N]`` scores, higher for the label."""
+    pairs = (weights @ np.stack([is_label, ~is_label], 1).astype(np.float64)).prod(1)
+    return rates(weights, is_label, is_answered) | {"auroc": _auroc(weights, is_label, score, pairs)}
+
+
+def rates(weights: Array, is_label: Array, is_answered: Array) -> dict[str, Array]:
+    """Metrics of the answers with one label against all others, for many weightings of the inputs at once.
 
     Args:
         weights: ``[b, N]``.
         is_label: ``[N]`` bool, inputs of the label.
         is_answered: ``[N]`` bool, inputs answered with it.
-        score: ``[N]``, higher for the label.
 
     Returns:
         By name ``[b]``; NaN where one is not defined.
@@ -75,7 +85,6 @@ def label_metrics(weights: Array, is_label: Array, is_answered: Array, score: Ar
             "precision": hits / answers,
             "f1": 2 * hits / (positives + answers),
             "balanced_accuracy": (recall + 1 - rate) / 2,
-            "auroc": _auroc(weights, is_label, score, positives * negatives),
         }
 
 
@@ -86,4 +95,5 @@ def _auroc(weights: Array, is_label: Array, score: Array, pairs: Array) -> Array
     positive = np.add.reduceat(weights[:, order] * is_label[order], steps, axis=1)
     negative = np.add.reduceat(weights[:, order] * ~is_label[order], steps, axis=1)
     below = negative.cumsum(1) - negative / 2
-    return np.asarray((positive * below).sum(1) / pairs)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((positive * below).sum(1) / pairs)

@@ -72,7 +72,7 @@ def job_figures(
         yield "integration", integration_figure(steps, {each.label: each.balanced_accuracy or 0.0 for each in every})
     points = []
     for ratio in tqdm(RATIOS, desc="sizes", disable=not progress, leave=False):
-        fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None}
+        fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None, "confidence": None}
         subnet = _subnet(recipe.model_copy(update=fixed), data, dense, statistics)
         columns, seen = judged(logits, whole, subnet.labels, subnet.outputs)
         before = evaluate(columns, truth, seen, labels, names).mean_balanced_accuracy
@@ -94,7 +94,7 @@ def _calibrated(statistics: Statistics) -> set[int]:
 def _alone(recipe: Recipe, label: str) -> dict[str, Any]:
     """What makes a recipe one for a single label, whose head can answer something else, too."""
     head = "open" if recipe.effective_head == "closed" else recipe.head
-    return {"labels": [label], "max_balanced_accuracy_drop": None, "head": head}
+    return {"labels": [label], "max_balanced_accuracy_drop": None, "confidence": None, "head": head}
 
 
 def _threshold(recipe: Recipe, activity: Tensor) -> float:

@@ -24,10 +24,10 @@ from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeEr
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
-from nns_plugin.jobs.evaluation import drop_interval, evaluate, judged, predict
+from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage
 from nns_plugin.jobs.figures import new_figure
-from nns_plugin.jobs.intervals import Interval
+from nns_plugin.jobs.intervals import Interval, interval
 from nns_plugin.jobs.job_figures import job_figures
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
@@ -225,12 +225,10 @@ def _drop(
     if before is None or after is None:
         return None, None
     resamples = recipe.measure.resamples
-    limits = (
-        drop_interval(answers["baseline"], answers["subnet"], truth, labels, names, resamples, recipe.seed)
-        if resamples
-        else None
-    )
-    return before - after, limits
+    if not resamples:
+        return before - after, None
+    lost = drops(answers["baseline"], answers["subnet"], truth, labels, names, resamples, recipe.seed)
+    return before - after, interval(lost)
 
 
 def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:

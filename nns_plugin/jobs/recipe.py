@@ -144,6 +144,7 @@ class CutSection(Section):
     ratio: float | None = Field(default=None, ge=0, lt=1)
     zeta: float | None = Field(default=None, ge=0, le=1)
     max_balanced_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
+    confidence: float | None = Field(default=None, ge=0.5, lt=1)
     across_groups: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
@@ -161,6 +162,8 @@ class CutSection(Section):
         given = [name for name in SELECTIONS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.confidence is not None and self.max_balanced_accuracy_drop is None:
+            raise ValueError("confidence goes with max_balanced_accuracy_drop: it says how sure of that to be")
         if self.angle is not None and self.angle.similar > self.angle.complementary:
             raise ValueError("angle: similar must be at most complementary")
         if self.angle is not None and self.effective_criterion.name != "distinctiveness":
@@ -221,8 +224,8 @@ class CutSection(Section):
         given = {name: getattr(self, name) for name in SELECTIONS if getattr(self, name) is not None}
         if self.angle is not None:
             given["angle"] = self.angle.model_dump()
-        more = {name: getattr(self, name) for name in ("across_groups", "round_to")}
-        return (given or {"ratio": 0.5}) | {name: value for name, value in more.items() if value not in (False, 1)}
+        more = {name: getattr(self, name) for name in ("confidence", "across_groups", "round_to")}
+        return (given or {"ratio": 0.5}) | {name: more[name] for name in more if more[name] not in (None, False, 1)}
 
 
 class Recipe(CutSection):
