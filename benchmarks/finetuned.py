@@ -74,10 +74,11 @@ def candidates(
     return pruned
 
 
-def fine_tune(
-    model: nn.Module, images: Tensor, labels: Tensor, title: str, epochs: int = EPOCHS, weight: Tensor | None = None
-) -> None:
-    """SGD with a one-cycle schedule, random crops and flips, in mixed precision (bfloat16)."""
+def fine_tune(model: nn.Module, images: Tensor, labels: Tensor, title: str, epochs: int = EPOCHS) -> None:
+    """SGD with a one-cycle schedule, random crops and flips, in mixed precision (bfloat16).
+
+    Labels are their numbers, or probabilities.
+    """
     steps = epochs * -(-len(images) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1)
@@ -87,7 +88,7 @@ def fine_tune(
             for batch in torch.randperm(len(images)).split(BATCH):
                 inputs = augmented(images[batch]).contiguous(memory_format=torch.channels_last)
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = nn.functional.cross_entropy(model(inputs), labels[batch], weight)
+                    loss = nn.functional.cross_entropy(model(inputs), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -3,6 +3,8 @@
 Messages name the module, group or file, what was found, what was expected and what to do about it.
 """
 
+from typing import Any
+
 
 class NNSError(Exception):
     """Base class of all errors raised by nns-plugin."""
@@ -38,6 +40,18 @@ class SelectionError(NNSError, ValueError):
 
 class PruningError(NNSError, RuntimeError):
     """Units could not be removed from a model."""
+
+
+class SearchError(NNSError, RuntimeError):
+    """A search was cut short.
+
+    Attributes:
+        accepted: The last network that it accepted; ``None`` if it had none yet.
+    """
+
+    def __init__(self, message: str, accepted: Any = None) -> None:
+        super().__init__(message)
+        self.accepted = accepted
 
 
 class SubnetError(NNSError, ValueError):

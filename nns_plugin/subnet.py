@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.circle import copied
+from nns_plugin.comparison import same_outputs
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import NNSError, SubnetError
 from nns_plugin.fingerprint import digest, fingerprint
-from nns_plugin.forward import device_of, inputs_like, kinds_of, map_tensors, run_model, to_device
+from nns_plugin.forward import device_of, inputs_like, kinds_of
 from nns_plugin.heads import OTHER, linear_head, resize_head
 from nns_plugin.surgery import Surgery, find_surgeon
 from nns_plugin.units import UnitGroup
@@ -187,7 +188,7 @@ class Subnet:
         _scatter(masked, self.weights, _origins(surgery, groups, self.kept))
         masked.eval()
         inputs = inputs_like(self.inputs) if example_inputs is None else example_inputs
-        if not _same_outputs(self.materialise(lambda: parent, example_inputs), masked, inputs):
+        if not same_outputs(self.materialise(lambda: parent, example_inputs), masked, inputs):
             exempt = [name for name in self.kept if self._mixes(parent, name, inputs)] or list(self.kept)
             warnings.warn(
                 f"the masked model differs from the small one at {', '.join(exempt)}: what reads these units (such "
@@ -204,7 +205,7 @@ class Subnet:
         surgery.keep(groups, kept)
         masked = _untied(copied(parent))
         _scatter(masked, surgery.model.state_dict(), _origins(*self._traced(copied(masked), inputs), kept))
-        return not _same_outputs(surgery.model, masked, inputs)
+        return not same_outputs(surgery.model, masked, inputs)
 
     def pruning_history(self, parent: nn.Module, example_inputs: Any = None) -> list[tuple[str, bool, list[int]]]:
         """What was removed, as torch-pruning writes it, for ``DependencyGraph.load_pruning_history``.
@@ -300,25 +301,6 @@ def _untied(model: nn.Module) -> nn.Module:
                 setattr(module, name, nn.Parameter(value.detach().clone(), value.requires_grad))
             seen.add(id(value))
     return model
-
-
-def _same_outputs(left: nn.Module, right: nn.Module, inputs: Any) -> bool:
-    """Whether two models compute the same, in double precision."""
-    found = []
-    for model in (left, right):
-        double = copied(model).to("cpu", torch.float64).eval()
-        values = map_tensors(
-            to_device(inputs, torch.device("cpu")),
-            lambda value: value.double() if value.is_floating_point() else value,
-        )
-        parts: list[Tensor] = []
-        with torch.no_grad():
-            map_tensors(run_model(double, values), lambda value, parts=parts: parts.append(value) or value)  # type: ignore[misc]
-        found.append(parts)
-    return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-8)
-        for a, b in zip(*found, strict=True)
-    )
 
 
 def _origins(surgery: Surgery, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def prune_synapses(
     """
     if (amount is None) == (threshold is None):
         raise PruningError(f"amount is {amount} and threshold {threshold}; give one of them")
-    modules = {name: _layer(model, name, score) for name, score in scores.items()}
+    modules = scored_layers(model, scores)
     left = {name: synapse_mask(module) for name, module in modules.items()}
     _check_amount(amount, sum(int(mask.sum()) for mask in left.values()) if across_layers else None, left)
     ranks = _ranked(scores, {name: weight_of(module).device for name, module in modules.items()})
@@ -127,6 +127,21 @@ def synapse_mask(module: nn.Module) -> Tensor:
     return torch.ones_like(weight_of(module), dtype=torch.bool)
 
 
+def mask_synapses(module: nn.Module, kept: Tensor) -> None:
+    """Mask all but some synapses of a layer, in place; in a mask that is there already, which thereby does not grow.
+
+    Args:
+        module: A layer with a weight.
+        kept: Bool of its weight's shape; synapses that are masked already stay masked.
+    """
+    mask, original = getattr(module, "weight_mask", None), getattr(module, "weight_orig", None)
+    if not isinstance(mask, Tensor) or not isinstance(original, Tensor):
+        prune.custom_from_mask(module, "weight", kept.to(weight_of(module).device))
+        return
+    mask.mul_(kept.to(mask))
+    module.weight = original * mask
+
+
 def _ranked(scores: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
     """Scores as torch wants them: it takes the lowest magnitudes, so that what may be negative becomes a rank."""
     joined = torch.cat([score.detach().double().cpu().flatten() for score in scores.values()])
@@ -136,6 +151,15 @@ def _ranked(scores: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -
         name: part.reshape(score.shape).to(devices[name])
         for (name, score), part in zip(scores.items(), parts, strict=True)
     }
+
+
+def scored_layers(model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The layers that scores name.
+
+    Raises:
+        PruningError: If a layer is missing, or a score is not finite or not of its weight's shape.
+    """
+    return {name: _layer(model, name, score) for name, score in scores.items()}
 
 
 def _layer(model: nn.Module, name: str, score: Tensor) -> nn.Module:

@@ -24,16 +24,30 @@ def summed_synapses(model: nn.Module, group: UnitGroup, values: Mapping[str, Ten
         For each producer, then each consumer: the sums ``[U]`` float64 on the CPU, and which units the layer touches,
         ``[U]`` bool. Layers that have no weight of a known form are left out.
     """
-    found = []
+    found = incoming_synapses(model, group, values) + outgoing_synapses(model, group, values)
+    return [layer for layer in found if layer is not None]
+
+
+def incoming_synapses(
+    model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """The same for each producer; ``None`` where it has no weight of a known form."""
+    found: list[tuple[Tensor, Tensor] | None] = []
     for port in group.producers:
         module = model.get_submodule(port.name)
-        weight = values.get(f"{port.name}.weight")
-        if weight is not None and not isinstance(module, nn.RNNBase):
-            found.append(_by_unit(rows_of(module, weight), port, group.size))
+        weight = None if isinstance(module, nn.RNNBase) else values.get(f"{port.name}.weight")
+        found.append(None if weight is None else _by_unit(rows_of(module, weight), port, group.size))
+    return found
+
+
+def outgoing_synapses(
+    model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """The same for each consumer; ``None`` where it has no weight of a known form."""
+    found: list[tuple[Tensor, Tensor] | None] = []
     for port in group.consumers:
         columns = _columns(model.get_submodule(port.name), port.name, values)
-        if columns is not None:
-            found.append(_by_unit(columns, port, group.size))
+        found.append(None if columns is None else _by_unit(columns, port, group.size))
     return found
 
 

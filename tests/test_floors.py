@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.batch_norm",
             "nns_plugin.channel_plans",
             "nns_plugin.circle",
+            "nns_plugin.comparison",
             "nns_plugin.compensation",
             "nns_plugin.consumers",
             "nns_plugin.group_mixing",
@@ -49,13 +50,17 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         {
+            "nns_plugin.compaction",
             "nns_plugin.criteria",
             "nns_plugin.cutting",
+            "nns_plugin.input_selection",
             "nns_plugin.integration",
+            "nns_plugin.minimal",
             "nns_plugin.subnet",
             "nns_plugin.subnet_file",
             "nns_plugin.switching",
             "nns_plugin.synapses",
+            "nns_plugin.unreached",
         }
     ),
     frozenset({"nns_plugin"}),  # what users of the core import; only this one file

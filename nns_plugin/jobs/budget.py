@@ -65,9 +65,7 @@ def smallest_within(
         if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
         large = judged(logits, whole, cut.labels, cut.outputs)
-        bound = percentile(drops(large, small, truth, cut.labels, names, RESAMPLES), 100 * confidence)
-        if bound is None:
-            raise LabelError("the validation data has so few inputs of a label that its accuracy cannot be judged")
+        bound = drop_bound(large, small, truth, cut.labels, names, confidence)
         size = sum(parameter.numel() for parameter in cut.model.parameters())
         return Trial(share, size, reached, bound, bound <= max_drop)
 
@@ -91,3 +89,30 @@ def smallest_within(
     if best is None:
         raise SelectionError("nothing was tried")
     return best[1], tuple(known.values())
+
+
+def drop_bound(
+    dense: tuple[Tensor, Sequence[int | None]],
+    subnet: tuple[Tensor, Sequence[int | None]],
+    truth: Tensor,
+    chosen: Sequence[int],
+    names: Sequence[str],
+    confidence: float = CONFIDENCE,
+) -> float:
+    """How much a subnet loses of the mean balanced accuracy at most, with a confidence.
+
+    Args:
+        dense: Logits and outputs of the dense model, as for :func:`nns_plugin.jobs.evaluation.evaluate`.
+        subnet: The same of the subnet.
+        truth: ``[N]`` true labels.
+        chosen: The labels of the set.
+        names: Name of every label.
+        confidence: The share of the bootstrap resamples in which it loses no more.
+
+    Raises:
+        LabelError: If there are too few inputs of a label to say.
+    """
+    bound = percentile(drops(dense, subnet, truth, chosen, names, RESAMPLES), 100 * confidence)
+    if bound is None:
+        raise LabelError("the validation data has so few inputs of a label that its accuracy cannot be judged")
+    return bound

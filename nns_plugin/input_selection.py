@@ -1,0 +1,107 @@
+"""Narrow a model to the inputs that it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.circle import copied
+from nns_plugin.comparison import same_outputs
+from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.forward import run_model
+from nns_plugin.preserve import preserved
+
+
+@dataclass(frozen=True, eq=False)
+class InputSelection:
+    """Which of a model's inputs are left.
+
+    Attributes:
+        indices: ``[F]`` int64, ascending: those that are left.
+        total: How many there were.
+        axis: The axis of the input tensor that they are counted on.
+        flat: Whether the axes behind the batch are counted as one, axis 1.
+    """
+
+    indices: Tensor
+    total: int
+    axis: int
+    flat: bool
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """What the narrowed model works on, out of the inputs of the wide one."""
+        values = inputs.flatten(1) if self.flat else inputs
+        return values.index_select(self.axis, self.indices.to(values.device))
+
+
+def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSelection] | None:
+    """A copy without the inputs that no synapse reads, and those that it wants.
+
+    Features, where linear layers read the model's one input tensor or flatten it; channels, where convolutions do. At
+    least one is left.
+
+    Args:
+        model: In double precision, without masks; left as it is.
+        inputs: Inputs that it can run on, all of which differ.
+
+    Returns:
+        ``None`` if all inputs are used, or something else than those layers reads them.
+    """
+    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
+        return None
+    small = copied(model)
+    readers = _readers(small, inputs)
+    if len({(flat, axis, _width(module)) for module, flat, axis in readers}) != 1:
+        return None
+    _, flat, axis = readers[0]
+    used = torch.stack([(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]).any(0)
+    if bool(used.all()):
+        return None
+    if not bool(used.any()):
+        used[0] = True
+    selection = InputSelection(used.nonzero().flatten().cpu(), used.numel(), axis, flat)
+    for module, _, _ in readers:
+        _narrow(module, selection.indices)
+    try:
+        same = same_outputs(model, small, inputs, selection(inputs))
+    except (RuntimeError, ValueError, IndexError):  # a forward that wants its inputs' shape as it was
+        return None
+    return (small, selection) if same else None
+
+
+def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, int]]:
+    """Layers that work on the model's inputs as they are, or flattened, and the axis of their features."""
+    found: dict[nn.Module, tuple[bool, int]] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        for flat, values in ((False, inputs), (True, inputs.flatten(1))):
+            if args and args[0].shape == values.shape and torch.equal(args[0], values):
+                found.setdefault(module, (flat and inputs.dim() > 2, axis))
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_plain(module)]
+    handles = [module.register_forward_pre_hook(look) for module in layers]
+    try:
+        with preserved(model), torch.no_grad():
+            run_model(model.eval(), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(module, flat, axis) for module, (flat, axis) in found.items()]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, Convolution) and not isinstance(module, Transposed) and module.groups == 1
+
+
+def _width(module: nn.Module) -> int:
+    return weight_of(module).shape[1]
+
+
+def _narrow(module: nn.Module, indices: Tensor) -> None:
+    weight = weight_of(module)
+    module.weight = nn.Parameter(weight.detach()[:, indices.to(weight.device)].clone(), weight.requires_grad)
+    setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", indices.numel())

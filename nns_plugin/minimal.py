@@ -1,0 +1,411 @@
+"""The minimal network: synapses go, the least significant ones first, as long as accuracy does not drop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.circle import copied
+from nns_plugin.compaction import Compact, compact
+from nns_plugin.errors import NNSError, PruningError, SearchError
+from nns_plugin.fingerprint import digest, fingerprint
+from nns_plugin.preserve import preserved_rng
+from nns_plugin.snapshot import WeightSnapshot
+from nns_plugin.statistics_file import read_safetensors, write_safetensors
+from nns_plugin.surgery import Surgeon
+from nns_plugin.synapses import mask_synapses, scored_layers, significance, synapse_mask
+
+FORMAT = "nns-plugin minimal network 1"
+SCHEDULE = (0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)
+
+Scores = Callable[[nn.Module], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the search.
+
+    Attributes:
+        removed: Number of synapses that it removed.
+        left: Number that were left then.
+        value: What ``evaluate`` said after training.
+        accepted: Whether the search went on from there.
+    """
+
+    removed: int
+    left: int
+    value: float
+    accepted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class MinimalNetwork:
+    """What the search led to.
+
+    Attributes:
+        masked: The last accepted network, as wide as the model, masked by ``torch.nn.utils.prune``.
+        compact: The same without the units and inputs that no synapse reaches.
+        reference: What ``evaluate`` said of the model.
+        steps: What was tried, in order.
+        finished: Whether nothing more could be removed; False where ``least`` or ``max_steps`` ended the search.
+    """
+
+    masked: nn.Module
+    compact: Compact
+    reference: float
+    steps: tuple[Step, ...]
+    finished: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """The compact model."""
+        return self.compact.model
+
+    @property
+    def value(self) -> float:
+        """What ``evaluate`` said of the last accepted network."""
+        return next((step.value for step in reversed(self.steps) if step.accepted), self.reference)
+
+    @property
+    def synapses(self) -> int:
+        """Number of synapses of the compact model."""
+        return self.compact.synapses
+
+    @property
+    def features(self) -> Tensor | None:
+        """``[F]`` int64 indices of the inputs that the compact model works on; ``None`` for all."""
+        return None if self.compact.inputs is None else self.compact.inputs.indices
+
+
+def minimal_network(
+    model: nn.Module,
+    snapshot: WeightSnapshot | None,
+    train: Callable[[nn.Module], object],
+    evaluate: Callable[[nn.Module], float],
+    *,
+    example_inputs: Any,
+    scores: Scores | None = None,
+    schedule: Sequence[float] = SCHEDULE,
+    one_by_one: bool = True,
+    across_layers: bool = True,
+    max_drop: float = 0.0,
+    least: int = 0,
+    max_steps: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    ignored_layers: Sequence[str] = (),
+    surgeon: Surgeon | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> MinimalNetwork:
+    """Remove synapses, the least significant ones first, and train the others, as long as accuracy does not drop.
+
+    A step removes a share of the synapses that are left, trains, and is kept if accuracy has not dropped. If it has,
+    the next smaller share of the schedule is tried from where the step began; after the smallest one, synapses are
+    tried one by one, until none can go. What no synapse reaches is removed for real in the end.
+
+    Args:
+        model: Trained; left as it is. Synapses that ``torch.nn.utils.prune`` masks already stay masked.
+        snapshot: Its weights before training; not needed if ``scores`` are given.
+        train: Trains a model, in place, and leaves its masks as they are.
+        evaluate: Accuracy of a model, higher is better; on other data than the network is judged by in the end.
+        example_inputs: Inputs that the model can run on.
+        scores: For each layer's name a score of every synapse, the lowest of which go; by default their
+            :func:`~nns_plugin.synapses.significance` to the snapshot.
+        schedule: Shares of the synapses that are left to remove in a step, each in (0, 1), falling.
+        one_by_one: Whether to go on with single synapses after the schedule.
+        across_layers: Whether to rank the synapses of all layers together, or to take equal shares of each.
+        max_drop: How far accuracy may fall under that of the model.
+        least: Stop at this many synapses.
+        max_steps: Stop after this many steps, those of former runs included.
+        checkpoint: File that is written after every step; if it is there, the search goes on from it.
+        ignored_layers: Names of layers whose outputs must stay whole in the end.
+        surgeon: Removes units in the end; torch-pruning by default.
+        seed: Of torch, NumPy and ``random`` before every call of ``train``, ``evaluate`` and ``scores``, together with
+            the number of the step: a search that was interrupted ends as if it had not been.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The network, and every step.
+
+    Raises:
+        PruningError: If an option is out of range, or the checkpoint belongs to another search.
+        SnapshotError: If the snapshot is of another architecture.
+        SearchError: If ``train``, ``evaluate`` or ``scores`` fails; its ``accepted`` is the last accepted network.
+
+    Source:
+        Bulin and Smidl, "Optimization of Neural Network".
+    """
+    options = _Options(tuple(schedule), one_by_one, across_layers, max_drop, least, seed)
+    search = _Search(copied(model), scores or _significance(model, snapshot), train, evaluate, options)
+    with warnings.catch_warnings():  # what stays is told in the end; what cannot be done at all, now
+        warnings.simplefilter("ignore")
+        compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
+    parent = digest(fingerprint(model))
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        search.resume(path, parent)
+    else:
+        search.begin()
+    total = search.left
+    with tqdm(total=total, desc="removing synapses", disable=not progress, leave=False) as bar:
+        while not search.ended and (max_steps is None or len(search.progress.steps) < max_steps):
+            try:
+                search.step()
+            except NNSError as error:
+                where = "" if path is None else f", and {str(path)!r} holds it: call again to go on from there"
+                raise SearchError(
+                    f"the search stopped in step {len(search.progress.steps)}: {error}; the last accepted network, "
+                    f"with {search.left} synapses, is the error's 'accepted'{where}",
+                    search.model,
+                ) from error
+            if path is not None:
+                search.save(path, parent)
+            bar.update(total - search.left - bar.n)
+            bar.set_postfix(left=search.left, value=f"{search.progress.steps[-1].value:.4f}")
+    return MinimalNetwork(
+        masked=search.model,
+        compact=compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon),
+        reference=search.progress.reference,
+        steps=tuple(search.progress.steps),
+        finished=search.progress.finished,
+    )
+
+
+def _significance(model: nn.Module, snapshot: WeightSnapshot | None) -> Scores:
+    if snapshot is None:
+        raise PruningError("there are neither a snapshot nor scores; pass the weights before training, or scores")
+    significance(model, snapshot)
+    return lambda network: significance(network, snapshot)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What two runs of one search have in common."""
+
+    schedule: tuple[float, ...]
+    one_by_one: bool
+    across_layers: bool
+    max_drop: float
+    least: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        falling = all(left > right for left, right in itertools.pairwise(self.schedule))
+        if not falling or not all(0 < share < 1 for share in self.schedule):
+            raise PruningError(f"schedule is {self.schedule}; expected falling shares in (0, 1), such as (0.5, 0.1)")
+        if not self.schedule and not self.one_by_one:
+            raise PruningError("the schedule is empty and one_by_one is off: nothing would be tried")
+        if not 0 <= self.max_drop < math.inf or self.least < 0:
+            raise PruningError(f"max_drop is {self.max_drop} and least {self.least}; expected at least 0")
+
+
+@dataclass
+class _Progress:
+    """How far a search has come.
+
+    Attributes:
+        reference: What was said of the model.
+        rung: Place in the schedule; its length for single synapses.
+        tried: Single synapses that were tried since the last time that all of them were to be tried.
+        changed: Whether one of those was accepted.
+        finished: Whether nothing more can go.
+        steps: What was tried.
+    """
+
+    reference: float
+    rung: int = 0
+    tried: list[int] = field(default_factory=list)
+    changed: bool = False
+    finished: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+
+class _Search:
+    """The search: the last accepted network, and how far it has come."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Scores,
+        train: Callable[[nn.Module], object],
+        evaluate: Callable[[nn.Module], float],
+        options: _Options,
+    ) -> None:
+        self.model, self._scores, self._train, self._evaluate, self._options = model, scores, train, evaluate, options
+        self.progress = _Progress(math.nan)
+        self._layers = tuple(self._scored())
+        for name in self._layers:
+            layer = model.get_submodule(name)
+            mask_synapses(layer, synapse_mask(layer))
+
+    @property
+    def left(self) -> int:
+        """Number of synapses that are left."""
+        return int(self._mask().sum())
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to do."""
+        return self.progress.finished or self.left <= self._options.least
+
+    def begin(self) -> None:
+        """Judge the model."""
+        self.progress.reference = self._judged(self.model)
+
+    def step(self) -> None:
+        """Try to remove some synapses.
+
+        Raises:
+            SearchError: If something fails; the search is where it was then.
+        """
+        gone = self._chosen()
+        candidate = copied(self.model)
+        kept = self._mask()
+        kept[gone] = False
+        masks = list(self._masks().values())
+        parts = kept.split([mask.numel() for mask in masks])
+        for name, mask, part in zip(self._layers, masks, parts, strict=True):
+            mask_synapses(candidate.get_submodule(name), part.reshape(mask.shape))
+        self._call("train", self._train, candidate)
+        if not torch.equal(kept, _joined(_masks(candidate, self._layers))):
+            raise SearchError("train changed which synapses are masked; it must leave the masks as they are")
+        value = self._judged(candidate)
+        accepted = value >= self.progress.reference - self._options.max_drop
+        if accepted:
+            self.model = candidate
+        self._note(gone, Step(gone.numel(), int(kept.sum()), value, accepted))
+
+    def _chosen(self) -> Tensor:
+        """Positions of the synapses to remove next, among those of all layers one after the other."""
+        scores = self._scored()
+        if not self._options.across_layers:
+            scores = {name: _rank(score, self._masks()[name]) for name, score in scores.items()}
+        joined = torch.cat([scores[name].detach().double().cpu().flatten() for name in self._layers])
+        there = self._mask().nonzero().flatten()
+        order = there[joined[there].argsort(stable=True)]
+        if not self._single:
+            share = self._options.schedule[self.progress.rung]
+            return order[: min(max(1, round(share * order.numel())), order.numel() - self._options.least)]
+        return order[~torch.isin(order, torch.tensor(self.progress.tried, dtype=order.dtype))][:1]
+
+    @property
+    def _single(self) -> bool:
+        return self.progress.rung == len(self._options.schedule)
+
+    def _note(self, gone: Tensor, step: Step) -> None:
+        """Decide how to go on after a step."""
+        progress = self.progress
+        progress.steps.append(step)
+        if self._single:
+            progress.tried += gone.tolist()
+            progress.changed |= step.accepted
+            if not set(self._mask().nonzero().flatten().tolist()) - set(progress.tried):
+                progress.finished = not progress.changed or not self.left
+                progress.tried, progress.changed = [], False
+            return
+        if not step.accepted:
+            # Smaller shares that come to as many synapses have been tried with this one.
+            progress.rung += 1
+            while not self._single and max(1, round(self._options.schedule[progress.rung] * self.left)) >= gone.numel():
+                progress.rung += 1
+        progress.finished = not self.left or (self._single and not self._options.one_by_one)
+
+    def _scored(self) -> Mapping[str, Tensor]:
+        found = self._call("scores", self._scores, self.model)
+        if not isinstance(found, Mapping) or not found:
+            raise PruningError(f"scores returned a {type(found).__name__}; expected scores for the names of layers")
+        scored_layers(self.model, found)
+        return found
+
+    def _judged(self, model: nn.Module) -> float:
+        value = self._call("evaluate", self._evaluate, model)
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise SearchError(f"evaluate returned {value!r}; expected a number, higher is better") from error
+        if not math.isfinite(number):
+            raise SearchError(f"evaluate returned {number}; expected a finite number, higher is better")
+        return number
+
+    def _call(self, name: str, function: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+        """Call what the user gave, seeded by the number of the step; the random states come back."""
+        entropy = (self._options.seed, len(self.progress.steps), ("scores", "train", "evaluate").index(name))
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        with preserved_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            try:
+                return function(model)
+            except Exception as error:
+                raise SearchError(f"{name} raised {type(error).__name__}: {error}") from error
+
+    def _masks(self) -> dict[str, Tensor]:
+        return _masks(self.model, self._layers)
+
+    def _mask(self) -> Tensor:
+        """Which synapses are left, of all layers one after the other."""
+        return _joined(self._masks())
+
+    def save(self, path: Path, parent: str) -> None:
+        """Write the last accepted network and the progress; the file appears whole or not at all."""
+        header = {"parent": parent, "options": asdict(self._options), "progress": asdict(self.progress)}
+        write_safetensors(self.model.state_dict(), {"format": FORMAT, "nns": json.dumps(header)}, path)
+
+    def resume(self, path: Path, parent: str) -> None:
+        """Go on from a file of :meth:`save`.
+
+        Raises:
+            PruningError: If it is damaged, or of another search.
+        """
+        wanted = {"parent": parent, "options": json.loads(json.dumps(asdict(self._options)))}
+        header, state = read_safetensors(path, FORMAT, SearchError, _decoded)
+        for name, value in wanted.items():
+            if header[name] != value:
+                raise PruningError(
+                    f"{str(path)!r} belongs to another search: its {name} is {header[name]}, expected {value}; go on "
+                    "with the same model and options, or choose another file"
+                )
+        found = {name: (value.shape, value.dtype) for name, value in state.items()}
+        if found != {name: (value.shape, value.dtype) for name, value in self.model.state_dict().items()}:
+            raise PruningError(f"{str(path)!r} belongs to another model, or to scores of other layers")
+        self.model.load_state_dict(state)
+        self.progress = header["progress"]
+
+
+def _decoded(metadata: Mapping[str, str], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header = json.loads(metadata["nns"])
+    progress = _Progress(**header["progress"])
+    progress.steps = [Step(**step) for step in header["progress"]["steps"]]
+    return {"parent": header["parent"], "options": header["options"], "progress": progress}, state
+
+
+def _masks(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Which synapses of each layer are there, on the CPU."""
+    return {name: synapse_mask(model.get_submodule(name)).cpu() for name in layers}
+
+
+def _joined(masks: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([mask.flatten() for mask in masks.values()])
+
+
+def _rank(score: Tensor, mask: Tensor) -> Tensor:
+    """Place of each synapse among those of its layer that are left, in [0, 1)."""
+    values = score.detach().double().cpu()
+    ranks = torch.ones_like(values)
+    count = int(mask.sum())
+    ranks[mask] = values[mask].argsort(stable=True).argsort().double() / max(count, 1)
+    return ranks
