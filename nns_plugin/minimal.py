@@ -25,8 +25,10 @@ from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.preserve import preserved_rng
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
-from nns_plugin.surgery import Surgeon
+from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.synapses import mask_synapses, scored_layers, significance, synapse_mask
+from nns_plugin.unit_synapses import scores_by_unit
+from nns_plugin.units import UnitGroup
 
 FORMAT = "nns-plugin minimal network 1"
 SCHEDULE = (0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)
@@ -101,6 +103,7 @@ def minimal_network(
     schedule: Sequence[float] = SCHEDULE,
     one_by_one: bool = True,
     across_layers: bool = True,
+    by_unit: bool = False,
     max_drop: float = 0.0,
     least: int = 0,
     max_steps: int | None = None,
@@ -127,6 +130,8 @@ def minimal_network(
         schedule: Shares of the synapses that are left to remove in a step, each in (0, 1), falling.
         one_by_one: Whether to go on with single synapses after the schedule.
         across_layers: Whether to rank the synapses of all layers together, or to take equal shares of each.
+        by_unit: Whether a synapse counts for what the weakest hidden unit at its ends counts in total, so that whole
+            units go before parts of them: towards fewer units, where plain ranking leaves many with few synapses.
         max_drop: How far accuracy may fall under that of the model.
         least: Stop at this many synapses.
         max_steps: Stop after this many steps, those of former runs included.
@@ -148,8 +153,11 @@ def minimal_network(
     Source:
         Bulin and Smidl, "Optimization of Neural Network".
     """
-    options = _Options(tuple(schedule), one_by_one, across_layers, max_drop, least, seed)
-    search = _Search(copied(model), scores or _significance(model, snapshot), train, evaluate, options)
+    options = _Options(tuple(schedule), one_by_one, across_layers, by_unit, max_drop, least, seed)
+    scored = scores or _significance(model, snapshot)
+    if by_unit:
+        scored = _by_unit(scored, (surgeon or find_surgeon())(copied(model), example_inputs).groups(ignored_layers))
+    search = _Search(copied(model), scored, train, evaluate, options)
     with warnings.catch_warnings():  # what stays is told in the end; what cannot be done at all, now
         warnings.simplefilter("ignore")
         compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
@@ -191,6 +199,14 @@ def _significance(model: nn.Module, snapshot: WeightSnapshot | None) -> Scores:
     return lambda network: significance(network, snapshot)
 
 
+def _by_unit(scores: Scores, groups: Sequence[UnitGroup]) -> Scores:
+    def of_units(network: nn.Module) -> Mapping[str, Tensor]:
+        found = scores(network)
+        return scores_by_unit(network, groups, found, _masks(network, list(scored_layers(network, found))))
+
+    return of_units
+
+
 @dataclass(frozen=True)
 class _Options:
     """What two runs of one search have in common."""
@@ -198,6 +214,7 @@ class _Options:
     schedule: tuple[float, ...]
     one_by_one: bool
     across_layers: bool
+    by_unit: bool
     max_drop: float
     least: int
     seed: int

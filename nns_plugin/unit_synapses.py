@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +78,42 @@ def _columns(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tens
         parts = weight.reshape(module.groups, -1, *weight.shape[1:])
         return parts.transpose(1, 2).flatten(0, 1)
     return None
+
+
+def scores_by_unit(
+    model: nn.Module, groups: Sequence[UnitGroup], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Let each synapse count for what the weakest unit at its ends counts in total, so that whole units go together.
+
+    Args:
+        model: The model that the groups belong to.
+        groups: Its units.
+        scores: For each layer's name a score of every synapse, not negative, of its weight's shape.
+        masks: For each layer's name which synapses are there, bool; the others do not count.
+
+    Returns:
+        As ``scores``. Synapses of one unit differ by a millionth of their own scores; one that no unit writes or reads
+        keeps its own.
+    """
+    there = {f"{name}.weight": score.detach().double().cpu() * masks[name] for name, score in scores.items()}
+    found = {name: torch.full_like(there[f"{name}.weight"], torch.inf) for name in scores}
+    for group in groups:
+        total = sum((sums for sums, _ in summed_synapses(model, group, there)), torch.zeros(group.size).double())
+        for ports, is_out in ((group.producers, True), (group.consumers, False)):
+            for port in ports:
+                axis = _axis(model.get_submodule(port.name), is_out)
+                if port.name in found and axis is not None:
+                    limit = found[port.name].movedim(axis, -1)
+                    limit[..., port.index] = torch.minimum(limit[..., port.index], total[port.unit].to(limit))
+    return {
+        name: torch.where(limit.isinf(), there[f"{name}.weight"], limit + 1e-6 * there[f"{name}.weight"])
+        for name, limit in found.items()
+    }
+
+
+def _axis(module: nn.Module, is_out: bool) -> int | None:
+    """The axis of a layer's weight that counts its out- or in-positions; ``None`` if it counts part of them."""
+    if not isinstance(module, (nn.Linear, Convolution)):
+        return None
+    axis = int(is_out == isinstance(module, Transposed))
+    return axis if axis == 0 or isinstance(module, nn.Linear) or module.groups == 1 else None

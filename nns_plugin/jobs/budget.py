@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
+from nns_plugin.heads import cross_calibrated
 from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
 from nns_plugin.jobs.intervals import percentile
 from nns_plugin.subnet import Trial
@@ -27,6 +28,7 @@ def smallest_within(
     validation: Iterable[Any],
     max_drop: float,
     confidence: float = CONFIDENCE,
+    calibrated: bool = False,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Search the share of units to remove by bisection, and keep the smallest cut that stays within the budget.
@@ -44,6 +46,8 @@ def smallest_within(
         validation: Yields ``(inputs, labels)``, anew each time.
         max_drop: How far the mean balanced accuracy may lie under that of the dense model, as a share.
         confidence: Share of the resamples in which it must be so; 0.5 judges by the middle of them.
+        calibrated: Whether the output "other" of the cuts was calibrated on the validation data. It is calibrated on
+            one half then to be judged on the other.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -60,7 +64,8 @@ def smallest_within(
     best: tuple[Trial, Cut] | None = None
 
     def trial(share: float, cut: Cut) -> Trial:
-        small = predict(cut.model, validation)[0], cut.outputs
+        answers = predict(cut.model, validation)[0]
+        small = cross_calibrated(answers, cut.outputs, truth) if calibrated and cut.opens else answers, cut.outputs
         reached = evaluate(small[0], truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
         if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")

@@ -220,6 +220,7 @@ def extract(
             data,
             section.max_balanced_accuracy_drop,
             CONFIDENCE if section.confidence is None else section.confidence,
+            section.calibrate_head,
             progress,
         )
 
