@@ -45,7 +45,7 @@ from nns_plugin import Statistics, Subnet, calibrate
 from nns_plugin.adapters.dependency_graph import unit_groups
 from nns_plugin.adapters.onnxruntime import export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_operations
-from nns_plugin.heads import balancing_shift, shift_output
+from nns_plugin.heads import balancing_shift, cross_calibrated, shift_output
 from nns_plugin.jobs.budget import drop_bound
 from nns_plugin.jobs.evaluation import evaluate, predict
 from nns_plugin.jobs.extraction import extract_subnet
@@ -280,9 +280,9 @@ def resnet20(data_dir: Path) -> None:
         chosen = sorted(generator.choice(LABELS, size, replace=False).tolist())
         before = judged(logits, truth, range(LABELS), chosen)
         rows.append(measured("dense", chosen, model, before, before, model))
-        for name, epochs in (("no training", 0), (f"{TUNING_EPOCHS} epoch", TUNING_EPOCHS)):
-            tune = tuner(images, answers, validation, epochs) if epochs else None
-            subnet, small = smallest(model, calibration, validation, statistics, chosen, tune)
+        tune = tuner(images, answers, validation, TUNING_EPOCHS)
+        found = smallest(model, calibration, validation, statistics, chosen, tune)
+        for name, (subnet, small) in zip(("no training", f"{TUNING_EPOCHS} epoch"), found, strict=True):
             after = judged(*predict(small, test), subnet.outputs, chosen)
             rows.append(measured(name, chosen, small, before, after, model))
             files[f"ResNet-20, {size} labels, {name}"] = stored(subnet)
@@ -317,9 +317,9 @@ def smallest(
     validation: Loader,
     statistics: Statistics,
     chosen: list[int],
-    tune: Callable[[Subnet, nn.Module], None] | None,
-) -> tuple[Subnet, nn.Module]:
-    """The smallest subnet within the budget; with ``tune``, of ever smaller ones the last that training brings back."""
+    tune: Callable[[Subnet, nn.Module], None],
+) -> list[tuple[Subnet, nn.Module]]:
+    """The smallest subnet within the budget, and of ever smaller ones the last that training brings back."""
 
     def extracted(**selection: Any) -> Subnet:
         return extract_subnet(
@@ -337,9 +337,7 @@ def smallest(
         )
 
     subnet = extracted(max_balanced_accuracy_drop=MAX_DROP)
-    small = subnet.materialise(ResNet20)
-    if tune is None:
-        return subnet, small
+    found = [(subnet, subnet.materialise(ResNet20))]
     ratio = max(trial.ratio for trial in subnet.provenance.trials if trial.within)
     logits, truth = predict(model, validation)
     while True:
@@ -347,13 +345,14 @@ def smallest(
         candidate = extracted(ratio=ratio)
         tuned = candidate.materialise(ResNet20)
         tune(candidate, tuned)
-        found = predict(tuned, validation)[0], candidate.outputs
-        if (
-            drop_bound((logits, range(LABELS)), found, truth, chosen, [str(label) for label in range(LABELS)])
-            > MAX_DROP
-        ):
-            return subnet, small
-        subnet, small = candidate, tuned
+        answers = cross_calibrated(predict(tuned, validation)[0], candidate.outputs, truth)
+        bound = drop_bound((logits, range(LABELS)), (answers, candidate.outputs), truth, chosen, CLASSES)
+        print(
+            f"labels {chosen}, {ratio:.3f} of the units removed, trained: loses at most {100 * bound:.2f}", flush=True
+        )
+        if bound > MAX_DROP:
+            return [found[0], found[-1]]
+        found.append((candidate, tuned))
 
 
 def tuner(images: Tensor, answers: Tensor, validation: Loader, epochs: int) -> Callable[[Subnet, nn.Module], None]:
