@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, weight_of
 from nns_plugin.errors import PruningError
-from nns_plugin.forward import inputs_like, kinds_of, map_tensors
+from nns_plugin.forward import inputs_like, kinds_of, map_tensors, run_model
 from nns_plugin.input_selection import InputSelection, narrowed_to_used
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.unreached import without_unreached_units
@@ -41,7 +41,7 @@ class Compact:
     def __call__(self, inputs: Any) -> Any:
         """Run the model on inputs of the wide one."""
         with torch.no_grad():
-            return self.model(inputs if self.inputs is None else self.inputs(inputs))
+            return run_model(self.model, inputs if self.inputs is None else self.inputs(inputs))
 
 
 def compact(
@@ -55,7 +55,7 @@ def compact(
     """Make masks permanent, and remove units and inputs that no synapse reaches, in a copy.
 
     Units that nothing reads go, and so do units that no input reaches, whose constant values the biases of their
-    readers take up; each group keeps at least one. What is left computes what the model computes: both are run in
+    readers take up; each layer keeps at least one. What is left computes what the model computes: both are run in
     double precision to find out, and where it does not, units and inputs stay.
 
     Args:

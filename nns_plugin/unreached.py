@@ -32,7 +32,7 @@ def without_unreached_units(
 
     A unit whose outgoing weights are all 0 goes. A unit whose incoming weights are all 0 is constant: it goes into
     the biases of its readers, where they are linear layers or convolutions without zero padding. Both go on from layer
-    to layer; each group keeps at least one unit. What changes the outputs, such as fewer units under a norm over units,
+    to layer; each layer keeps at least one unit. What changes the outputs, such as fewer units under a norm over units,
     is left undone.
 
     Args:
@@ -89,8 +89,9 @@ def _needed(model: nn.Module, group: UnitGroup) -> Tensor | None:
     readers = [model.get_submodule(port.name) for port in group.consumers]
     if written and None not in written and all(_takes_constants(module) for module in readers):
         stays &= _any(written)
-    if not bool(stays.any()):
-        stays[0] = True
+    for port in (*group.producers, *group.consumers):  # no layer may become empty
+        if not bool(stays[port.unit].any()):
+            stays[port.unit[0]] = True
     return None if bool(stays.all()) else stays.nonzero().flatten()
 
 
@@ -112,7 +113,7 @@ def _cut(model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequen
     """A copy with the kept units of each named group, whose readers take up what removed ones always are."""
     surgery = surgeon(copied(model), inputs)
     groups = [group for group in surgery.groups(ignored_layers) if group.name in kept]
-    statistics = calibrate(model, [inputs], groups)
+    statistics = calibrate(model, [(inputs,)], groups)
     for group in groups:
         removed = complement(group.size, kept[group.name])
         for port in group.consumers:

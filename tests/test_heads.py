@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nns_plugin.errors import CalibrationError, PruningError
-from nns_plugin.heads import balancing_shift, close_head, fit_other, linear_head, open_head, resize_head
+from nns_plugin.heads import (
+    balancing_shift,
+    close_head,
+    cross_calibrated,
+    fit_other,
+    linear_head,
+    open_head,
+    resize_head,
+)
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,3 +143,20 @@ def test_a_resized_head_is_empty_and_keeps_what_may_be_trained() -> None:
     assert head.out_features == 5
     resize_head(head, 2, bias=False)
     assert head.bias is None
+
+
+def test_a_cross_calibrated_half_knows_nothing_of_itself() -> None:
+    """Each half gets the shift that is best on the other, whatever the labels of its own inputs are."""
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    logits = torch.randn(300, 3) + 2 * torch.nn.functional.one_hot(labels, 3)
+    outputs = (0, 1, None)
+    shifted = cross_calibrated(logits, outputs, labels)
+    assert torch.equal(shifted[:, :2], logits[:, :2])
+    shifts = (shifted - logits)[:, 2]
+    values = shifts.unique()
+    groups = [(shifts - value).abs() < 1e-5 for value in (values.min(), values.max())]
+    assert [int(group.sum()) for group in groups] == [150, 150]
+    for mine, other in (groups, groups[::-1]):
+        expected = balancing_shift(logits[other], outputs, labels[other])
+        assert torch.allclose(shifts[mine], torch.tensor(expected).float(), atol=1e-5)
