@@ -37,6 +37,7 @@ from nns_plugin.errors import ExportError
 from nns_plugin.forward import device_of
 
 __all__ = [
+    "FEATURES_KEY",
     "LABELS_KEY",
     "LatencyComparison",
     "LatencyReport",
@@ -54,6 +55,9 @@ __all__ = [
 LABELS_KEY = "nns.labels"
 """Key of the ONNX metadata under which the names of the outputs' labels stand, as a JSON list."""
 
+FEATURES_KEY = "nns.features"
+"""Key under which the indices of the inputs that a narrowed model works on stand, as a JSON list."""
+
 _SINGLE_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the 64 MiB between are for the graph itself
 
 
@@ -63,6 +67,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     label_names: Sequence[str] | None = None,
+    features: Sequence[int] | Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
@@ -79,6 +84,8 @@ def export(
             example takes whatever branch a forward has for it, so the model must accept a batch of 2.
         path: The file to write; an existing one is replaced.
         label_names: Names of the first output's labels, in order; stored as a JSON list under ``LABELS_KEY``.
+        features: Of a model that was narrowed to some inputs of a wider one: their indices there, in order; stored as a
+            JSON list under ``FEATURES_KEY``.
         metadata: Further entries of the file's metadata.
         opset: ONNX operator set version; the exporter's default if None.
         input_names: Names of the file's inputs instead of the forward's parameter names, which name ``Mapping`` inputs.
@@ -93,7 +100,7 @@ def export(
     """
     target = Path(path)
     arguments = Arguments.of(example_inputs)
-    properties = _properties(label_names, metadata)
+    properties = _properties(label_names, features, metadata)
     if input_names is not None and arguments.kwargs:
         raise ExportError("input_names cannot rename inputs that are passed by name; drop it or pass a tuple")
     if target.is_dir():
@@ -108,7 +115,9 @@ def export(
     return target
 
 
-def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] | None) -> dict[str, str]:
+def _properties(
+    label_names: Sequence[str] | None, features: Sequence[int] | Tensor | None, metadata: Mapping[str, str] | None
+) -> dict[str, str]:
     properties = dict(metadata or {})
     if not all(isinstance(text, str) for pair in properties.items() for text in pair):
         raise ExportError(f"metadata must map strings to strings, found {properties}; convert its values first")
@@ -118,6 +127,13 @@ def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] |
         if LABELS_KEY in properties:
             raise ExportError(f"metadata holds {LABELS_KEY!r}, the key of label_names; pass one of the two")
         properties[LABELS_KEY] = json.dumps(list(label_names))
+    if features is not None:
+        indices = features.tolist() if isinstance(features, Tensor) else list(features)
+        if not all(type(index) is int and index >= 0 for index in indices) or len(set(indices)) != len(indices):
+            raise ExportError(f"features must be different indices of inputs, found {indices[:5]}")
+        if FEATURES_KEY in properties:
+            raise ExportError(f"metadata holds {FEATURES_KEY!r}, the key of features; pass one of the two")
+        properties[FEATURES_KEY] = json.dumps(indices)
     return properties
 
 

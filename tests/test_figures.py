@@ -15,10 +15,12 @@ pytest.importorskip("pydantic", reason="the extra cli is not installed")
 from nns_plugin.errors import CriterionError, MissingExtraError
 from nns_plugin.jobs.figures import (
     activity_figure,
+    inputs_figure,
     integration_figure,
     jaccard,
     new_figure,
     overlap_figure,
+    paths_figure,
     size_figure,
 )
 
@@ -143,3 +145,33 @@ def test_a_job_draws_its_figures(tmp_path: Path) -> None:
     drawn = {file.stem for file in out.glob("*.png")}
     assert drawn == {"overlap", "integration", "size", *(f"activity-{name}" for name in report.units)}
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in out.glob("*.png"))
+
+
+def test_the_pixels_that_are_used_by_each_label() -> None:
+    first = torch.zeros(2, 3, 4, dtype=torch.bool)  # labels, units, pixels
+    first[0, 0, 1] = first[0, 2, 1] = first[1, 2, 1] = first[1, 1, 3] = True
+    figure = inputs_figure({"0": first, "2": torch.ones(2, 2, 3, dtype=torch.bool)}, ["ant", "bee"], (2, 2))
+    shown = [axis.images[0].get_array().tolist() for axis in figure.axes if axis.images and axis.get_title()]
+    assert shown == [[[0, 2], [0, 1]], [[0, 2], [0, 0]], [[0, 1], [0, 1]]]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["all labels: 2 pixels", "label ant: 1 pixels", "label bee: 2 pixels"]
+    with pytest.raises(CriterionError, match="2 outputs and 4 inputs; expected 2 and the 3 x 2 pixels"):
+        inputs_figure({"0": first}, ["ant", "bee"], (3, 2))
+
+
+def test_paths_of_one_label_are_black_and_the_others_grey() -> None:
+    first = torch.zeros(2, 2, 3, dtype=torch.bool)
+    second = torch.zeros(2, 2, 2, dtype=torch.bool)
+    first[0, 0, 0] = second[0, 0, 0] = True  # input 0, unit 0, label 0
+    first[1, 1, 2] = second[1, 1, 1] = first[1, 1, 0] = True  # inputs 0 and 2, unit 1, label 1
+    figure = paths_figure({"0": first, "2": second}, ["ant", "bee"])
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["label ant: 2 synapses", "label bee: 3 synapses"]
+    for axis, black, grey in zip(panels, (2, 3), (3, 2), strict=True):
+        drawn = [line for line in axis.lines if line.get_linestyle() == "-"]
+        assert sum(line.get_color() == "black" for line in drawn) == black
+        assert sum(line.get_color() == "0.85" for line in drawn) == grey
+    ends = [line.get_ydata().tolist() for line in panels[0].lines if line.get_color() == "black"][:2]
+    assert ends == [[1.0, 1.0], [1.0, 1.0]]
+    with pytest.raises(CriterionError, match="expected each to read the one before"):
+        paths_figure({"0": first, "2": torch.ones(2, 2, 5, dtype=torch.bool)}, ["ant", "bee"])

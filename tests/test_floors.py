@@ -56,6 +56,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.input_selection",
             "nns_plugin.integration",
             "nns_plugin.minimal",
+            "nns_plugin.paths",
             "nns_plugin.subnet",
             "nns_plugin.subnet_file",
             "nns_plugin.switching",

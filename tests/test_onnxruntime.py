@@ -113,6 +113,13 @@ def test_labels_and_metadata_make_the_round_trip(exported: tuple[nn.Module, Path
     assert adapter.LABELS_KEY == "nns.labels"
 
 
+def test_the_inputs_of_a_narrowed_model_are_told(tmp_path: Path) -> None:
+    path = adapter.export(nn.Linear(3, 2), TWO, tmp_path / "model.onnx", features=torch.tensor([5, 2, 7]))
+    found = adapter.create_session(path).get_modelmeta().custom_metadata_map
+    assert found == {"nns.features": "[5, 2, 7]"}
+    assert adapter.FEATURES_KEY == "nns.features"
+
+
 def test_the_file_stands_alone_and_tells_nothing_about_this_machine(exported: tuple[nn.Module, Path]) -> None:
     path = exported[1]
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
@@ -353,6 +360,10 @@ TWO = torch.randn(2, 3)
         (nn.Linear(3, 2), TWO, {"label_names": [0, 1]}, r"sequence of strings, found \[0, 1\]"),
         (nn.Linear(3, 2), TWO, {"metadata": {"epochs": 3}}, "strings to strings, found {'epochs': 3}"),
         (nn.Linear(3, 2), TWO, {"label_names": ["a", "b"], "metadata": {"nns.labels": "[]"}}, "pass one of the two"),
+        (nn.Linear(3, 2), TWO, {"features": [0, 1, 1]}, r"different indices of inputs, found \[0, 1, 1\]"),
+        (nn.Linear(3, 2), TWO, {"features": [0, -1]}, "different indices of inputs"),
+        (nn.Linear(3, 2), TWO, {"features": [0.5]}, "different indices of inputs"),
+        (nn.Linear(3, 2), TWO, {"features": [0], "metadata": {"nns.features": "[]"}}, "pass one of the two"),
     ],
 )
 def test_what_cannot_be_exported_as_asked_is_an_error(
