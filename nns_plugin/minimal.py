@@ -122,7 +122,8 @@ def minimal_network(
     Args:
         model: Trained; left as it is. Synapses that ``torch.nn.utils.prune`` masks already stay masked.
         snapshot: Its weights before training; not needed if ``scores`` are given.
-        train: Trains a model, in place, and leaves its masks as they are.
+        train: Trains a model, in place. It may exchange synapses (:func:`~nns_plugin.synapses.exchange_synapses`), but
+            bring no more back than it masks.
         evaluate: Accuracy of a model, higher is better; on other data than the network is judged by in the end.
         example_inputs: Inputs that the model can run on.
         scores: For each layer's name a score of every synapse, the lowest of which go; by default their
@@ -297,13 +298,16 @@ class _Search:
         for name, mask, part in zip(self._layers, masks, parts, strict=True):
             mask_synapses(candidate.get_submodule(name), part.reshape(mask.shape))
         self._call("train", self._train, candidate)
-        if not torch.equal(kept, _joined(_masks(candidate, self._layers))):
-            raise SearchError("train changed which synapses are masked; it must leave the masks as they are")
+        there = int(_joined(_masks(candidate, self._layers)).sum())
+        if there > int(kept.sum()):
+            raise SearchError(
+                f"train left {there} synapses of {int(kept.sum())}; it may exchange synapses, but not bring more back"
+            )
         value = self._judged(candidate)
         accepted = value >= self.progress.reference - self._options.max_drop
         if accepted:
             self.model = candidate
-        self._note(gone, Step(gone.numel(), int(kept.sum()), value, accepted))
+        self._note(gone, Step(gone.numel(), there, value, accepted))
 
     def _chosen(self) -> Tensor:
         """Positions of the synapses to remove next, among those of all layers one after the other."""

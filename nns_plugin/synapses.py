@@ -119,6 +119,101 @@ def prune_synapses(
     return {name: int(left[name].sum()) - int(synapse_mask(module).sum()) for name, module in modules.items()}
 
 
+def exchange_synapses(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    growth: Mapping[str, Tensor],
+    share: float,
+    snapshot: WeightSnapshot | None = None,
+) -> int:
+    """Mask the synapses that score lowest, and bring back as many masked ones, of all layers together.
+
+    Args:
+        model: With masked layers; changed in place.
+        scores: For each layer's name a score of every synapse; those of masked ones do not matter.
+        growth: For each layer's name how much every masked synapse promises, such as :func:`synapse_gradients`; one
+            that promises nothing (0 or less) stays masked.
+        share: Of the synapses that are there, in [0, 1]; fewer are exchanged where fewer masked ones promise something.
+        snapshot: What returning synapses start from; 0 by default.
+
+    Returns:
+        How many were exchanged.
+
+    Raises:
+        PruningError: If the share is out of range, or scores or growth do not fit the layers; nothing is changed then.
+
+    Source:
+        Evci et al., "Rigging the lottery: making all tickets winners", 2020, for growth by gradient.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(3, 1))
+        >>> _ = prune_synapses(layer, {"0": torch.tensor([[3.0, 2.0, 1.0]])}, amount=1)
+        >>> exchange_synapses(layer, {"0": torch.tensor([[3.0, 2.0, 1.0]])}, {"0": torch.ones(1, 3)}, 0.5)
+        1
+        >>> layer[0].weight_mask
+        tensor([[1., 0., 1.]])
+    """
+    layers = scored_layers(model, scores)
+    scored_layers(model, growth)
+    if not 0 <= share <= 1 or growth.keys() != scores.keys():
+        raise PruningError(
+            f"share is {share} and growth is of the layers {', '.join(growth)}; expected a share in [0, 1] and the "
+            f"layers {', '.join(scores)}"
+        )
+    there = torch.cat([synapse_mask(module).flatten().cpu() for module in layers.values()])
+    rank, promise = (
+        torch.cat([values[name].detach().double().cpu().flatten() for name in layers]) for values in (scores, growth)
+    )
+    candidates = (~there & (promise > 0)).nonzero().flatten()
+    left = there.nonzero().flatten()
+    count = min(round(share * left.numel()), candidates.numel())
+    gone = left[rank[left].argsort(stable=True)[:count]]
+    back = candidates[promise[candidates].argsort(descending=True, stable=True)[:count]]
+    there[gone], there[back] = False, True
+    returned = torch.zeros_like(there)
+    returned[back] = True
+    sizes = [score.numel() for score in scores.values()]
+    for (name, module), kept, new in zip(layers.items(), there.split(sizes), returned.split(sizes), strict=True):
+        weight = getattr(module, "weight_orig", None)
+        if isinstance(weight, Tensor):
+            _remask(module, weight, kept.reshape(weight.shape), new.reshape(weight.shape), snapshot, name)
+        elif not bool(kept.all()):
+            mask_synapses(module, kept.reshape(scores[name].shape))
+    return count
+
+
+@torch.no_grad()
+def _remask(
+    module: nn.Module, weight: Tensor, kept: Tensor, new: Tensor, snapshot: WeightSnapshot | None, name: str
+) -> None:
+    """Give a masked layer another mask, and its returning synapses the values that they start from."""
+    start = torch.zeros_like(weight) if snapshot is None else snapshot.weights[f"{name}.weight"].to(weight)
+    weight.copy_(torch.where(new.to(weight.device), start, weight))
+    mask = module.weight_mask
+    assert isinstance(mask, Tensor)
+    mask.copy_(kept)
+    module.weight = weight * mask
+
+
+def synapse_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Magnitude of a loss's gradient for every synapse, masked ones included; gradients of the model are not touched.
+
+    Args:
+        model: Linear and convolutional layers in it are looked at.
+        loss: A number that the model's latest forward led to.
+
+    Returns:
+        By name of the layer, of its weight's shape; 0 where the loss does not depend on a layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SYNAPSES)}
+    weights = [weight_of(module) for module in layers.values()]
+    found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(weight) if gradient is None else gradient.detach().abs()
+        for name, weight, gradient in zip(layers, weights, found, strict=True)
+    }
+
+
 def synapse_mask(module: nn.Module) -> Tensor:
     """Which synapses of a layer are there, bool of its weight's shape."""
     mask = getattr(module, "weight_mask", None)

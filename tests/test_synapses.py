@@ -12,7 +12,13 @@ from torch.nn.utils import prune
 
 from nns_plugin.errors import PruningError, SnapshotError
 from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.synapses import prune_synapses, significance, synapse_mask
+from nns_plugin.synapses import (
+    exchange_synapses,
+    prune_synapses,
+    significance,
+    synapse_gradients,
+    synapse_mask,
+)
 
 
 def net() -> nn.Sequential:
@@ -128,3 +134,61 @@ def test_scores_that_do_not_fit() -> None:
         with pytest.raises(PruningError, match=message):
             prune_synapses(model, {"0": torch.ones(3, 2, 2, 2), **scores}, amount=0.5)
         assert not any(hasattr(module, "weight_mask") for module in model.modules())
+
+
+@given(seed=st.integers(0, 200), share=st.floats(0, 1))
+def test_an_exchange_takes_the_lowest_and_brings_back_the_most_promising(seed: int, share: float) -> None:
+    model = net()
+    before = WeightSnapshot(net())
+    prune_synapses(model, random_scores(model, seed), amount=0.6, across_layers=True)
+    scores, growth = random_scores(model, seed + 1), random_scores(model, seed + 2)  # half of the growth is negative
+    there = np.concatenate([synapse_mask(model[place]).numpy().ravel() for place in (0, 3)])
+    rank, promise = (
+        np.concatenate([values[name].numpy().ravel() for name in ("0", "3")]) for values in (scores, growth)
+    )
+    candidates = [place for place in np.argsort(-promise) if not there[place] and promise[place] > 0]
+    count = min(round(share * there.sum()), len(candidates))
+    gone = [place for place in np.argsort(rank) if there[place]][:count]
+    back = candidates[:count]
+    assert exchange_synapses(model, scores, growth, share, before) == count
+    expected = there.copy()
+    expected[gone], expected[back] = False, True
+    found = np.concatenate([synapse_mask(model[place]).numpy().ravel() for place in (0, 3)])
+    assert np.array_equal(found, expected)
+    start = np.concatenate([before.weights[f"{place}.weight"].numpy().ravel() for place in (0, 3)])
+    weights = np.concatenate([model[place].weight.detach().numpy().ravel() for place in (0, 3)])
+    assert np.allclose(weights[back], start[back])
+    assert not weights[~expected].any()
+    x = torch.randn(2, 2, 3, 3)
+    out = model(x)  # the mask that the hook applies is the new one
+    assert np.allclose(np.concatenate([model[place].weight.detach().numpy().ravel() for place in (0, 3)]), weights)
+    assert out.requires_grad
+
+
+def test_an_exchange_that_does_not_fit_changes_nothing() -> None:
+    model = net()
+    prune_synapses(model, random_scores(model, 0), amount=0.5)
+    masks = [synapse_mask(model[place]).clone() for place in (0, 3)]
+    scores = random_scores(model, 1)
+    for wrong, message in (
+        ({"share": 1.5}, "share is 1.5"),
+        ({"growth": {"0": scores["0"]}}, "growth is of the layers 0"),
+        ({"growth": {**scores, "3": torch.zeros(2)}}, "but its weight is"),
+        ({"growth": {**scores, "0": scores["0"] * torch.nan}}, "not all finite"),
+    ):
+        with pytest.raises(PruningError, match=message):
+            exchange_synapses(**{"model": model, "scores": scores, "growth": scores, "share": 0.5, **wrong})
+    assert all(torch.equal(synapse_mask(model[place]), mask) for place, mask in zip((0, 3), masks, strict=True))
+
+
+def test_gradients_reach_masked_synapses_and_leave_none_behind() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    prune_synapses(model, {"0": torch.arange(6.0).reshape(2, 3)}, amount=4)
+    x = torch.randn(5, 3)
+    loss = (model(x) * torch.tensor([1.0, 2.0])).sum()
+    found = synapse_gradients(model, loss)
+    expected = np.abs(np.outer([1.0, 2.0], x.numpy().sum(0)))
+    assert np.allclose(found["0"].numpy(), expected, rtol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loss.backward()  # the graph is still there
