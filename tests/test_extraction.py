@@ -17,11 +17,21 @@ pytest.importorskip("pydantic", reason="the extra cli is not installed")
 from nns_plugin import Statistics, Subnet, calibrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
 from nns_plugin.cutting import Cut  # noqa: E402
-from nns_plugin.errors import CalibrationError, LabelError, NNSError, PruningError, RecipeError, SelectionError  # noqa: E402
+from nns_plugin.errors import (  # noqa: E402
+    CalibrationError,
+    CriterionError,
+    LabelError,
+    NNSError,
+    PruningError,
+    RecipeError,
+    SelectionError,
+    SnapshotError,
+)
 from nns_plugin.jobs.budget import smallest_within  # noqa: E402
 from nns_plugin.jobs.evaluation import evaluate, predict  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
+from nns_plugin.snapshot import WeightSnapshot  # noqa: E402
 
 LABELS = 4
 NAMES = ("ant", "bee", "cat", "dog")
@@ -351,3 +361,26 @@ def test_the_model_is_left_as_it_was(zoo: Any) -> None:
 def test_what_is_wrong_is_told(options: dict[str, Any], error: type[NNSError], message: str) -> None:
     with pytest.raises(error, match=message):
         extracted(**options)
+
+
+@pytest.mark.parametrize("head", ["open", "keep"])
+def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
+    """Scored on the dense model: what a shrunk head has lost counts, too."""
+    torch.manual_seed(0)
+    start = make()
+    before = WeightSnapshot(start)
+    subnet = extracted(
+        labels=[1, 3], criterion="wsf", options={"reduction": "sum"}, ratio=0.5, head=head, snapshot=before
+    )
+    old, new = (
+        {name: value.detach().double().numpy() for name, value in each.named_parameters()}
+        for each in (start, trained())
+    )
+    moved = {name: np.abs(new[name] - old[name]) for name in new}
+    for name, reader in (("0", "2"), ("2", "4")):
+        scores = moved[f"{name}.weight"].sum(1) + moved[f"{reader}.weight"].sum(0)
+        assert subnet.kept[name].tolist() == sorted(np.argsort(scores)[12:])
+    with pytest.raises(CriterionError, match=r"'wsf' needs the weights before training: pass a snapshot"):
+        extracted(labels=[1, 3], criterion="wsf")
+    with pytest.raises(SnapshotError, match="does not fit the model"):
+        extracted(labels=[1, 3], criterion="wsf", snapshot=WeightSnapshot(nn.Linear(2, 2)))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nns_plugin import Subnet
-from nns_plugin.errors import LabelError, NNSError
+from nns_plugin.errors import CriterionError, LabelError, NNSError
 
 pytestmark = pytest.mark.host("onnxruntime")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
@@ -622,3 +622,28 @@ def test_earlier_files_survive_a_failure(recipe: Any, tmp_path: Path) -> None:
         run_job(recipe(labels=["fox"]), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
     assert (tmp_path / "out" / "report.json").read_text() == "of an earlier run"
+
+
+def test_wsf_takes_the_weights_before_training_from_the_job_or_from_a_file(recipe: Any, tmp_path: Path) -> None:
+    from nns_plugin import Subnet
+    from nns_plugin.jobs.main_job import run_job
+    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.snapshot import WeightSnapshot
+
+    quick: dict[str, Any] = {"criterion": {"name": "wsf"}, "measure": {"samples": 20, "resamples": 0}}
+    run_job(recipe(**quick), tmp_path / "job")
+    kept = Subnet.load(tmp_path / "job" / "subnet.safetensors").kept
+    made = call_factory("model", "user_factories:model", {})
+    other = {name: torch.zeros_like(value) for name, value in made.state_dict().items()}
+    WeightSnapshot(other).save(tmp_path / "zeros.safetensors")
+    section = {"factory": "user_factories:model", "initial": tmp_path / "zeros.safetensors"}
+    run_job(recipe(**quick, model=section), tmp_path / "file")
+    from_file = Subnet.load(tmp_path / "file" / "subnet.safetensors").kept
+    assert {name: units.tolist() for name, units in kept.items()} != {
+        name: units.tolist() for name, units in from_file.items()
+    }
+    with pytest.raises(CriterionError, match=r"let the job train, or give model.initial"):
+        run_job(recipe(**quick, train={"epochs": 0}), tmp_path / "none")
+    missing = {"factory": "user_factories:model", "initial": tmp_path / "missing.safetensors"}
+    with pytest.raises(NNSError, match=r"there is no file .*missing"):
+        run_job(recipe(**quick, model=missing), tmp_path / "none")

@@ -26,12 +26,13 @@ from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.sensitivity import output_sensitivity
+from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 from nns_plugin.subnet import Provenance, Subnet, Trial, current_versions
 from nns_plugin.surgery import Method
 from nns_plugin.survivors import Survivors, survivors_of
 
-EVIDENCE = ("statistics", "model")
+EVIDENCE = ("statistics", "model", "snapshot")
 
 
 def extract_subnet(
@@ -55,6 +56,7 @@ def extract_subnet(
     validation: Iterable[Any] | None = None,
     label_names: Sequence[str] | None = None,
     statistics: Statistics | None = None,
+    snapshot: WeightSnapshot | None = None,
     progress: bool = False,
 ) -> Subnet:
     """Cut out of a classifier what some labels need.
@@ -85,6 +87,7 @@ def extract_subnet(
         label_names: Name of each label; their numbers by default.
         statistics: Of the model, labelled, and with ``gram=True`` where the criterion or compensation needs that;
             collected from the loader by default.
+        snapshot: The model's weights before training, for the criterion ``"wsf"``.
         progress: Whether to show progress bars.
 
     Returns:
@@ -137,6 +140,7 @@ def extract_subnet(
         cut_section,
         validation=validation,
         statistics=statistics,
+        snapshot=snapshot,
         progress=progress,
     )
     return Subnet.of(cut, names, provenance(model, cut_section, cut, trials))
@@ -151,6 +155,7 @@ def extract(
     *,
     validation: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
+    snapshot: WeightSnapshot | None = None,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Cut a copy of a model as a section says.
@@ -166,6 +171,11 @@ def extract(
     """
     chosen = chosen_labels(section, names)
     kind = criterion_class(section)
+    if "snapshot" in kind.requires and snapshot is None:
+        raise CriterionError(
+            f"criterion {section.effective_criterion.name!r} needs the weights before training: pass a snapshot; in a "
+            "recipe, let the job train, or give model.initial"
+        )
     how = section.effective_compensation
     with stage("data.calibration"):
         prepared = prepare(
@@ -182,6 +192,8 @@ def extract(
             progress=progress,
         )
         evidence = _evidence(section, prepared, loader, progress)
+    if snapshot is not None:  # of the model before its head was shrunk
+        evidence |= {"snapshot": snapshot, "model": dense}
     criterion = _criterion(section, evidence, chosen)
     scores = None if section.angle is not None else score_groups(criterion, prepared.groups)
 
@@ -231,6 +243,7 @@ def extract_from(
     section: CutSection,
     *,
     statistics: Statistics | None = None,
+    snapshot: WeightSnapshot | None = None,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """The same, with the data of a job."""
@@ -242,6 +255,7 @@ def extract_from(
         section,
         validation=data.decisive,
         statistics=statistics,
+        snapshot=snapshot,
         progress=progress,
     )
 

@@ -20,6 +20,7 @@ from nns_plugin.jobs.extraction import chosen_labels, extract_from, provenance, 
 from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
 from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.observe import calibrate
+from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 from nns_plugin.subnet import Subnet
 
@@ -32,7 +33,11 @@ RATIOS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def job_figures(
-    recipe: Recipe, data: Datasets, dense: nn.Module, progress: bool = False
+    recipe: Recipe,
+    data: Datasets,
+    dense: nn.Module,
+    snapshot: WeightSnapshot | None = None,
+    progress: bool = False,
 ) -> Iterator[tuple[str, Figure]]:
     """Figures of a job, one after the other, with their names.
 
@@ -43,6 +48,7 @@ def job_figures(
         recipe: How subnets are cut.
         data: The job's data.
         dense: The dense model; left as it was found.
+        snapshot: Its weights before training, for criteria that need them.
         progress: Whether to show progress bars.
     """
     names = data.label_names
@@ -63,7 +69,7 @@ def job_figures(
     shown = [label for label in shown if label in known and label in tested][:MOST_LABELS]
     if len(shown) > 1 and recipe.angle is None:
         singles = [
-            _subnet(recipe.model_copy(update=_alone(recipe, names[label])), data, dense, statistics)
+            _subnet(recipe.model_copy(update=_alone(recipe, names[label])), data, dense, statistics, snapshot)
             for label in tqdm(shown, desc="single labels", disable=not progress, leave=False)
         ]
         yield "overlap", overlap_figure({names[label]: each.kept for label, each in zip(shown, singles, strict=True)})
@@ -73,7 +79,7 @@ def job_figures(
     points = []
     for ratio in tqdm(RATIOS, desc="sizes", disable=not progress, leave=False):
         fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None, "confidence": None}
-        subnet = _subnet(recipe.model_copy(update=fixed), data, dense, statistics)
+        subnet = _subnet(recipe.model_copy(update=fixed), data, dense, statistics, snapshot)
         columns, seen = judged(logits, whole, subnet.labels, subnet.outputs)
         before = evaluate(columns, truth, seen, labels, names).mean_balanced_accuracy
         after = _judge(subnet, data, dense)
@@ -113,8 +119,10 @@ def _activities(statistics: Statistics, labels: Sequence[int]) -> dict[str, Tens
     return {name: torch.stack(scores) for name, scores in rows.items()}
 
 
-def _subnet(recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statistics) -> Subnet:
-    cut, _ = extract_from(dense, data, recipe, statistics=statistics)
+def _subnet(
+    recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statistics, snapshot: WeightSnapshot | None
+) -> Subnet:
+    cut, _ = extract_from(dense, data, recipe, statistics=statistics, snapshot=snapshot)
     return Subnet.of(cut, data.label_names, provenance(dense, recipe, cut))
 
 

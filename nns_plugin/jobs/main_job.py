@@ -35,6 +35,7 @@ from nns_plugin.jobs.report import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
 from nns_plugin.preserve import preserved, preserved_rng
+from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.subnet import Subnet, Trial
 
 FIGURES = ("activity-*.png", "overlap.png", "integration.png", "size.png")
@@ -75,25 +76,31 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
         )
         chosen_labels(recipe, data.label_names)
         _test_inputs(data, 1)
-        dense = _dense_model(recipe, data, progress)
-        cut, trials = cut_model(dense, data, recipe, progress)
+        dense, snapshot = _dense_model(recipe, data, progress)
+        cut, trials = cut_model(dense, data, recipe, snapshot, progress)
         report = _prove(recipe, data, dense, cut, trials, staging, progress)
         if figures:
-            _draw(recipe, data, dense, staging, progress)
+            _draw(recipe, data, dense, snapshot, staging, progress)
         return report
 
 
-def _draw(recipe: Recipe, data: Datasets, dense: nn.Module, staging: Path, progress: bool) -> None:
+def _draw(
+    recipe: Recipe, data: Datasets, dense: nn.Module, snapshot: WeightSnapshot | None, staging: Path, progress: bool
+) -> None:
     """Write the figures that can be drawn; what stops one does not cost the job its files."""
     try:
-        for name, figure in job_figures(recipe, data, dense, progress):
+        for name, figure in job_figures(recipe, data, dense, snapshot, progress):
             figure.savefig(staging / f"{name}.png", dpi=150)
     except NNSError as error:
         warnings.warn(f"some figures are left out: {error}", FigureWarning, stacklevel=2)
 
 
 def cut_model(
-    dense: nn.Module, data: Datasets, recipe: Recipe, progress: bool = False
+    dense: nn.Module,
+    data: Datasets,
+    recipe: Recipe,
+    snapshot: WeightSnapshot | None = None,
+    progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Prune a copy of a model as a recipe says, once or in turns, mask synapses, and fine-tune.
 
@@ -101,6 +108,7 @@ def cut_model(
         dense: The model; left as it was found.
         data: Its data.
         recipe: What to do.
+        snapshot: Its weights before training, for criteria that need them.
         progress: Whether to show progress bars.
 
     Returns:
@@ -127,7 +135,7 @@ def cut_model(
     if recipe.circle is not None:
         cut = circle_of_cuts(dense, data, recipe, recipe.circle, tune, progress)
     else:
-        cut, trials = extract_from(dense, data, recipe, progress=progress)
+        cut, trials = extract_from(dense, data, recipe, snapshot=snapshot, progress=progress)
     with masked_synapses(cut, recipe.synapses):
         if recipe.fine_tune.epochs and (recipe.circle is None or recipe.synapses is not None):
             tune(cut)
@@ -231,7 +239,8 @@ def _drop(
     return before - after, interval(lost)
 
 
-def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:
+def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> tuple[nn.Module, WeightSnapshot | None]:
+    """The trained model, and its weights before training if the criterion needs them."""
     section = recipe.model
     model = call_factory("model.factory", section.factory, section.arguments)
     if not isinstance(model, nn.Module):
@@ -240,11 +249,17 @@ def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> nn.Module:
         )
     if section.checkpoint is not None:
         _load_checkpoint(model, section.checkpoint)
+    snapshot = None
+    if "snapshot" in criterion_class(recipe).requires:
+        if section.initial is not None:
+            snapshot = WeightSnapshot.load(section.initial)
+        elif recipe.train.epochs:
+            snapshot = WeightSnapshot(model)
     if recipe.train.epochs:
         _train(model, data, recipe, "train", tuple(range(len(data.label_names))), progress)
     model.eval()
     _check_runs(model, data.example_inputs, len(data.label_names))
-    return model
+    return model, snapshot
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:

@@ -42,6 +42,7 @@ class ModelSection(Section):
     factory: Factory
     arguments: dict[str, Any] = {}
     checkpoint: Path | None = None
+    initial: Path | None = None
 
 
 class DataSection(Section):
@@ -247,6 +248,8 @@ class Recipe(CutSection):
             raise ValueError("circle fine-tunes after each removal: give fine_tune.epochs, at least 1")
         if self.circle is not None and self.max_balanced_accuracy_drop is not None:
             raise ValueError("circle has a max_drop of its own: give ratio, zeta or angle for what each turn removes")
+        if self.circle is not None and self.effective_criterion.name == "wsf":
+            raise ValueError("circle has no weights from before training for the smaller models of its turns: not wsf")
         return self
 
 
@@ -278,7 +281,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     """Read a recipe, or take the default one, and apply overrides.
 
     Args:
-        path: A YAML file; relative checkpoint paths in it are relative to its folder.
+        path: A YAML file; relative paths of weights in it are relative to its folder.
         overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio``,
             ``zeta``, ``angle`` or ``max_balanced_accuracy_drop`` replaces the others.
 
@@ -302,10 +305,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         raise RecipeError(f"{source}: {_describe(error)}") from None
     if all(getattr(recipe, name) is None for name in SELECTIONS):
         recipe = recipe.model_copy(update={"ratio": 0.5})
-    checkpoint = recipe.model.checkpoint
-    if path is not None and checkpoint is not None and not checkpoint.is_absolute():
-        model = recipe.model.model_copy(update={"checkpoint": path.parent / checkpoint})
-        recipe = recipe.model_copy(update={"model": model})
+    if path is not None:
+        files = {name: getattr(recipe.model, name) for name in ("checkpoint", "initial")}
+        found = {name: path.parent / file for name, file in files.items() if file is not None}
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=found)})
     return recipe
 
 
