@@ -4,7 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nns_plugin.errors import NNSError
 from nns_plugin.integration import integrate
+from nns_plugin.minimal import MinimalNetwork, minimal_network
 from nns_plugin.observe import calibrate
+from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 from nns_plugin.subnet import Subnet
 from nns_plugin.units import Port, UnitGroup
@@ -14,4 +16,16 @@ try:
 except PackageNotFoundError:  # the source tree, not installed
     __version__ = "0+unknown"
 
-__all__ = ["NNSError", "Port", "Statistics", "Subnet", "UnitGroup", "__version__", "calibrate", "integrate"]
+__all__ = [
+    "MinimalNetwork",
+    "NNSError",
+    "Port",
+    "Statistics",
+    "Subnet",
+    "UnitGroup",
+    "WeightSnapshot",
+    "__version__",
+    "calibrate",
+    "integrate",
+    "minimal_network",
+]
