@@ -126,9 +126,18 @@ def cross_calibrated(logits: Tensor, outputs: Sequence[int | None], labels: Tens
         ``[N, K + 1]``.
 
     Raises:
-        CalibrationError: If a half has no inputs of a kept label, or nothing else.
+        CalibrationError: If a kept label has less than two inputs, or there is nothing else.
     """
-    first = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) * 2 < len(labels)
+    first = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in labels.unique():  # half of each label
+        rows = (labels == label).nonzero().flatten()
+        if label in outputs and rows.numel() < 2:
+            raise CalibrationError(
+                f"label number {int(label)} has {rows.numel()} validation input; a calibrated head is judged on halves "
+                "of each label, which takes at least 2"
+            )
+        first[rows[torch.randperm(rows.numel(), generator=generator)[: (rows.numel() + 1) // 2]]] = True
     shifted = logits.clone()
     for half in (first, ~first):
         shifted[half, list(outputs).index(None)] += balancing_shift(logits[~half], outputs, labels[~half])

@@ -36,7 +36,8 @@ class Trial:
     Attributes:
         ratio: Share of units that was removed.
         parameters: Number of parameters that were left.
-        balanced_accuracy: Mean over the labels, on the validation data.
+        balanced_accuracy: Mean over the labels, on the validation data; of a head that is calibrated on that, on each
+            half as calibrated on the other.
         drop_bound: How far under the dense model's that is at most, with the confidence of the search.
         within: Whether that was within the budget.
     """

@@ -20,7 +20,7 @@ from nns_plugin.statistics_file import read_safetensors, write_safetensors
 from nns_plugin.subnet import Provenance, Subnet, Trial
 from nns_plugin.surgery import Compensation
 
-FORMAT = "nns-plugin subnet 1"
+FORMAT = "nns-plugin subnet 2"
 
 # Weights of one type lie in one tensor, end to end: the many small ones of norms would need more room for the entries
 # of a safetensors header than for themselves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 
+from nns_plugin import Subnet
 from nns_plugin.cli import main
 
 
@@ -18,6 +20,31 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     return int(caught.value.code or 0)
+
+
+@pytest.mark.host("onnxruntime")
+def test_a_search_within_a_budget_is_told_trial_by_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    settings = ("confidence=0.9", "calibrate_head=true", "measure.samples=20", "measure.resamples=0")
+    given = [part for setting in settings for part in ("--set", setting)]
+    output = tmp_path / "out"
+    assert run("run", "--labels", "3,5", "--max-drop", "0.05", *given, "--quiet", "--output", str(output)) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert "drop at 90 % at most, points" in printed
+    assert len(report["trials"]) > 3
+    for trial in report["trials"]:
+        assert trial["within"] == (trial["drop_bound"] <= 0.05)
+        row = rf"{100 * trial['ratio']:.1f} +│ +{trial['parameters']:,} +│ +{100 * trial['balanced_accuracy']:.1f} +│ +"
+        assert re.search(row + rf"{100 * trial['drop_bound']:.1f}", printed)
+    selection = Subnet.load(output / "subnet.safetensors").provenance.selection
+    assert selection == {
+        "max_balanced_accuracy_drop": 0.05,
+        "confidence": 0.9,
+        "round_to": selection.get("round_to", 1),
+    }
 
 
 @pytest.mark.host("onnxruntime")

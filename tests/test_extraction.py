@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
@@ -27,6 +29,7 @@ from nns_plugin.errors import (  # noqa: E402
     SelectionError,
     SnapshotError,
 )
+from nns_plugin.heads import cross_calibrated  # noqa: E402
 from nns_plugin.jobs.budget import smallest_within  # noqa: E402
 from nns_plugin.jobs.evaluation import evaluate, predict  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
@@ -137,7 +140,7 @@ def test_the_bound_of_a_trial_is_the_95th_percentile_of_the_drop() -> None:
 
 
 def test_more_confidence_keeps_more_and_half_of_it_judges_by_the_estimate() -> None:
-    validation = batches(200, 3)
+    validation = batches(480, 3)
 
     def searched_with(confidence: float) -> Any:
         return extracted(
@@ -161,15 +164,78 @@ def test_more_confidence_keeps_more_and_half_of_it_judges_by_the_estimate() -> N
 
 
 def test_too_few_validation_inputs_of_a_label_are_told() -> None:
-    inputs, labels = batches(1000, 3)[0]
-    rows = torch.cat([torch.arange(3), (labels == 3).nonzero()[:, 0]])  # one of each, and all of the last
-    with pytest.raises(LabelError, match="so few inputs of a label"):
-        extracted(
-            labels=list(range(4)),
-            head="keep",
-            max_balanced_accuracy_drop=0.5,
-            validation=[(inputs[rows], labels[rows])],
-        )
+    """75 inputs that are all answered right show a drop of at most 0.02 at 95 %: 1 - 0.95 ** (1 / 75) = 0.04."""
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches(1000, 3), strict=True))
+    bees = (labels == 1).nonzero().flatten()
+
+    def searched_on(count: int, drop: float = 0.02, confidence: float | None = None) -> None:
+        rows = torch.cat([bees[:count], (labels != 1).nonzero().flatten()])
+        data = [(inputs[rows], labels[rows])]
+        extracted(labels=["bee"], head="keep", max_balanced_accuracy_drop=drop, confidence=confidence, validation=data)
+
+    assert 0.05 ** (1 / 75) >= 1 - 2 * 0.02 > 0.05 ** (1 / 72)
+    searched_on(75)
+    with pytest.raises(
+        LabelError, match=r"'bee' has 74 validation inputs, but at least 75 of each label can show .* 0\.02"
+    ):
+        searched_on(74)
+    with pytest.raises(
+        LabelError, match=r"'bee' has 250 validation inputs, but no number of them can show a drop of at most 0"
+    ):
+        searched_on(250, drop=0.0)
+    searched_on(5, drop=0.0, confidence=0.5)
+
+
+def test_data_that_comes_in_another_order_each_time_is_refused() -> None:
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches(1000, 3), strict=True))
+    generator = torch.Generator().manual_seed(0)
+    shuffled = DataLoader(TensorDataset(inputs, labels), 100, shuffle=True, generator=generator)
+    with pytest.raises(CalibrationError, match="pass a loader that does not shuffle"):
+        extracted(labels=["bee"], max_balanced_accuracy_drop=0.05, validation=shuffled)
+
+
+def test_a_search_judges_a_calibrated_head_on_what_it_was_not_calibrated_on() -> None:
+    """Against an independent calibration on one half, judged on the other."""
+    validation = batches(300, 3)
+    options: dict[str, Any] = {"labels": [1, 3], "calibrate_head": True, "validation": validation}
+    subnet = extracted(**options, max_balanced_accuracy_drop=0.3, confidence=0.5)
+    optimism = []
+    for trial in subnet.provenance.trials:
+        again = extracted(**options, ratio=trial.ratio)
+        logits, truth = predict(again.materialise(trained), validation)
+        crossed = cross_calibrated(logits, again.outputs, truth)
+        found = evaluate(crossed, truth, again.outputs, again.labels, NAMES).mean_balanced_accuracy
+        assert trial.balanced_accuracy == pytest.approx(found, abs=1e-9)
+        optimism.append(accuracy(again, validation) - trial.balanced_accuracy)
+    assert max(optimism) > 0.005
+
+
+def test_a_model_that_ends_in_a_softmax_is_searched_as_its_logits_are() -> None:
+    class Softmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = copy.deepcopy(trained())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x).softmax(1)
+
+    validation, loader = batches(300, 3), batches(800, 2)
+    found = [
+        extract_subnet(
+            model,
+            loader[0][0][:2],
+            loader,
+            labels=[1, 3],
+            max_balanced_accuracy_drop=0.2,
+            confidence=0.5,
+            calibrate_head=True,
+            validation=validation,
+        ).provenance.trials
+        for model in (trained(), Softmax().eval())
+    ]
+    assert [trial.ratio for trial in found[0]] == [trial.ratio for trial in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert other.balanced_accuracy == pytest.approx(one.balanced_accuracy, abs=0.01)
 
 
 def test_a_budget_with_a_closed_head_compares_what_both_can_answer() -> None:
@@ -251,7 +317,7 @@ def test_a_larger_budget_allows_a_smaller_subnet() -> None:
                 labels=[1], max_balanced_accuracy_drop=drop, validation=validation, criterion="distinctiveness"
             ).weights.values()
         )
-        for drop in (0.0, 0.05, 0.2)
+        for drop in (0.01, 0.05, 0.2)
     ]
     assert sizes[0] > sizes[1] >= sizes[2]
 

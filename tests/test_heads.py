@@ -145,6 +145,17 @@ def test_a_resized_head_is_empty_and_keeps_what_may_be_trained() -> None:
     assert head.bias is None
 
 
+def test_halves_have_half_of_each_label_even_of_sorted_data() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 100 + [2] * 3)
+    logits = torch.randn(203, 3, generator=torch.Generator().manual_seed(0))
+    shifted = cross_calibrated(logits, (0, 2, None), labels)  # label 2: two in one half, one in the other
+    shifts = (shifted - logits)[:, 2]
+    assert [int((shifts[labels == label] - shifts.min() < 1e-5).sum()) for label in (0, 1)] == [50, 50]
+    assert int((shifts[labels == 2] - shifts.min() < 1e-5).sum()) in (1, 2)
+    with pytest.raises(CalibrationError, match="label number 2 has 1 validation input; .* at least 2"):
+        cross_calibrated(logits[:201], (0, 2, None), labels[:201])
+
+
 def test_a_cross_calibrated_half_knows_nothing_of_itself() -> None:
     """Each half gets the shift that is best on the other, whatever the labels of its own inputs are."""
     torch.manual_seed(0)

@@ -86,6 +86,18 @@ def test_what_does_not_go_together_is_told(change: dict[str, Any], message: str)
         load_recipe(None, change)
 
 
+def test_a_selection_on_top_of_a_budget_drops_its_confidence(tmp_path: Path) -> None:
+    content = default_recipe()
+    del content["ratio"]
+    file = written(tmp_path, {**content, "max_balanced_accuracy_drop": 0.02, "confidence": 0.9})
+    assert load_recipe(file).selection["confidence"] == 0.9
+    assert load_recipe(file, {"max_balanced_accuracy_drop": 0.1}).selection["confidence"] == 0.9
+    assert "confidence" not in load_recipe(file, {"ratio": 0.25}).selection
+    assert load_recipe(None, {"max_balanced_accuracy_drop": 0.1}).selection["confidence"] == 0.95
+    with pytest.raises(RecipeError, match="confidence"):
+        load_recipe(file, {"confidence": 0.9999})
+
+
 def test_the_example_names_every_field() -> None:
     example = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     assert set(Recipe.model_fields) - set(example) == {

@@ -255,7 +255,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SubnetError, match="there is no file"):
         Subnet.load(tmp_path / "none.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(SubnetError, match="its format is None, expected 'nns-plugin subnet 1'"):
+    with pytest.raises(SubnetError, match="its format is None, expected 'nns-plugin subnet 2'"):
         Subnet.load(tmp_path / "w.safetensors")
     with pytest.raises(SubnetError, match="choose a folder that exists"):
         subnet_with({}).save(tmp_path / "none" / "s.safetensors")

@@ -54,7 +54,7 @@ def run(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Search the smallest subnet that loses at most this balanced accuracy, in place of a ratio."),
+        typer.Option(help="Search the smallest subnet that loses at most this balanced accuracy, at 95 % confidence."),
     ] = None,
     criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
     compensation: Annotated[

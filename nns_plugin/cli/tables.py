@@ -10,7 +10,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.jobs.environment import Host
-    from nns_plugin.jobs.report import Report
+    from nns_plugin.jobs.recipe import CONFIDENCE
+from nns_plugin.jobs.report import Report
 
 
 def comparison(report: Report) -> Table:
@@ -90,8 +91,9 @@ def per_label(report: Report) -> Table:
 
 def trials(report: Report) -> Table:
     """What a search within a budget tried, in order."""
-    table = Table(title="search for the smallest subnet within the budget, on validation data")
-    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", "drop at most, points", ""):
+    table = Table(title="search for the smallest subnet within the budget, on the data that decides")
+    bound = f"drop at {100 * (report.recipe['confidence'] or CONFIDENCE):g} % at most, points"
+    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", bound, ""):
         table.add_column(column, justify="right")
     for trial in report.trials:
         table.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,12 @@ from tqdm.auto import tqdm
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.heads import cross_calibrated
-from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
+from nns_plugin.jobs.evaluation import drops, evaluate, judged, log_probabilities, predict
 from nns_plugin.jobs.intervals import percentile
+from nns_plugin.jobs.recipe import CONFIDENCE
 from nns_plugin.subnet import Trial
 
 BISECTIONS = 8
-CONFIDENCE = 0.95
 RESAMPLES = 1000
 
 
@@ -45,7 +46,8 @@ def smallest_within(
         names: Name of each label.
         validation: Yields ``(inputs, labels)``, anew each time.
         max_drop: How far the mean balanced accuracy may lie under that of the dense model, as a share.
-        confidence: Share of the resamples in which it must be so; 0.5 judges by the middle of them.
+        confidence: Share of the resamples in which it must be so; 0.5 judges by the middle of them. Of several trials,
+            each holds with this confidence.
         calibrated: Whether the output "other" of the cuts was calibrated on the validation data. It is calibrated on
             one half then to be judged on the other.
         progress: Whether to show a progress bar.
@@ -64,12 +66,13 @@ def smallest_within(
     best: tuple[Trial, Cut] | None = None
 
     def trial(share: float, cut: Cut) -> Trial:
-        answers = predict(cut.model, validation)[0]
+        answers = log_probabilities(predict(cut.model, validation, like=truth)[0])
         small = cross_calibrated(answers, cut.outputs, truth) if calibrated and cut.opens else answers, cut.outputs
         reached = evaluate(small[0], truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
         if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
         large = judged(logits, whole, cut.labels, cut.outputs)
+        _check_inputs(truth, cut.labels, names, max_drop, confidence)
         bound = drop_bound(large, small, truth, cut.labels, names, confidence)
         size = sum(parameter.numel() for parameter in cut.model.parameters())
         return Trial(share, size, reached, bound, bound <= max_drop)
@@ -94,6 +97,28 @@ def smallest_within(
     if best is None:
         raise SelectionError("nothing was tried")
     return best[1], tuple(known.values())
+
+
+def _check_inputs(
+    truth: Tensor, labels: Sequence[int], names: Sequence[str], max_drop: float, confidence: float
+) -> None:
+    """Refuse data that cannot show what is asked for: where no input is lost, resamples of few inputs lose none.
+
+    Of n inputs that are all answered right, up to ``-ln(1 - confidence) / n`` may be answered wrong elsewhere (the
+    "rule of three" at 95 %), which costs half of that in balanced accuracy. At 0.5 the estimate alone is asked for.
+    """
+    if confidence <= 0.5:
+        return
+    least = -math.log(1 - confidence) / (2 * max_drop) if max_drop else math.inf
+    for label in labels:
+        count = int((truth == label).sum())
+        if 0 < count < least:
+            needed = f"at least {math.ceil(least)} of each label" if max_drop else "no number of them"
+            raise LabelError(
+                f"label {names[label]!r} has {count} validation inputs, but {needed} can show a drop of at most "
+                f"{max_drop:g} with a confidence of {confidence:g}: give more inputs or a larger drop, or judge by "
+                "the estimate with a confidence of 0.5"
+            )
 
 
 def drop_bound(

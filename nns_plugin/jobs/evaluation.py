@@ -68,14 +68,23 @@ class Evaluation:
     intervals: dict[str, Interval] = field(default_factory=dict)
 
 
-def predict(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module, loader: Iterable[Any], progress: bool = False, like: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits and labels of a whole loader; the model is left as it was found.
+
+    Args:
+        model: Gives logits.
+        loader: Yields ``(inputs, labels)``.
+        progress: Whether to show a progress bar.
+        like: Labels that the loader gave before: they must come again, or models cannot be compared.
 
     Returns:
         ``[N, outputs]`` float32 logits and ``[N]`` int64 labels, on the CPU.
 
     Raises:
-        CalibrationError: If the loader yields no labelled inputs, or the model gives no finite ``[N, outputs]``.
+        CalibrationError: If the loader yields no labelled inputs or other ones than before, or the model gives no
+            finite ``[N, outputs]``.
     """
     logits, labels = [], []
     device = device_of(model)
@@ -95,7 +104,13 @@ def predict(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> 
     joined = torch.cat(logits)
     if not bool(torch.isfinite(joined).all()):
         raise CalibrationError("the model gives outputs that are not finite on the test data")
-    return joined, torch.cat(labels)
+    truth = torch.cat(labels)
+    if like is not None and not torch.equal(truth, like):
+        raise CalibrationError(
+            "the inputs come in another order, or are others, each time that they are gone through: models cannot be "
+            "compared on them; pass a loader that does not shuffle"
+        )
+    return joined, truth
 
 
 def evaluate(
@@ -213,9 +228,9 @@ class _Answered:
 
     def mean_balanced_accuracy(self, chosen: Sequence[int], weights: Array) -> Array:
         """``[b]`` for ``[b, N]`` weights of all inputs."""
-        rows = self.rows
-        each = [rates(weights[:, rows], self.truth[rows] == label, self.said[rows] == label) for label in chosen]
-        return np.asarray(np.mean([found["balanced_accuracy"] for found in each], axis=0))
+        rows, labels = self.rows, np.asarray(chosen)
+        found = rates(weights[:, rows], self.truth[rows, None] == labels, self.said[rows, None] == labels)
+        return np.asarray(found["balanced_accuracy"].mean(1))
 
     def resampled(self, chosen: Sequence[int], resamples: int, seed: int) -> dict[str, Array]:
         """Metrics over resamples of all inputs: each label's by ``"label.name"``, and those of the whole set."""
@@ -290,9 +305,12 @@ def judged(
     """
     if tuple(answers) != tuple(chosen):
         return logits, outputs
-    # Logarithms of probabilities are logits, whether there are fewer of them or not.
-    known = _probabilities(logits.double()).clamp_min(torch.finfo(torch.float64).tiny).log()
-    return known[:, [list(outputs).index(label) for label in chosen]], tuple(chosen)
+    return log_probabilities(logits)[:, [list(outputs).index(label) for label in chosen]], tuple(chosen)
+
+
+def log_probabilities(outputs: Tensor) -> Tensor:
+    """Logits, float64, of outputs that are logits or the probabilities of a softmax: of fewer of them, too."""
+    return _probabilities(outputs.double()).clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 def _probabilities(outputs: Tensor) -> Tensor:

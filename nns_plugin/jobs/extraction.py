@@ -19,9 +19,9 @@ from nns_plugin.cutting import Cut, Head, carry_out, prepare
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
-from nns_plugin.jobs.budget import CONFIDENCE, smallest_within
+from nns_plugin.jobs.budget import smallest_within
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.recipe import CutSection, check_cut
+from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
@@ -69,17 +69,17 @@ def extract_subnet(
         ratio: Share of units to remove, in [0, 1); 0.5 if nothing else decides.
         zeta: Keep units that score at least this.
         max_balanced_accuracy_drop: Search the smallest subnet whose mean balanced accuracy over the labels is at most
-            this far (0.02: two points) under the dense model's, to judge by the validation data.
+            this far (0.02: two points) under the dense model's as it answers, to judge by the validation data.
             ``provenance.trials`` of the result says what was tried.
-        confidence: How sure of that to be, 0.95 by default: the share of the bootstrap resamples of the validation data
-            in which it must hold. More data, and confidence down to 0.5, allow smaller subnets.
+        confidence: How sure of that to be in each trial, 0.95 by default: the share of the bootstrap resamples of the
+            validation data in which it must hold. More data, and confidence down to 0.5, allow smaller subnets.
         criterion: Name of the criterion; by default ``"semantic"`` with labels, else ``"distinctiveness"``.
         options: Its options.
         compensation: How kept units take over; by default ``"refit"`` with ``"distinctiveness"``, else ``"none"``.
         head: ``"open"`` (the default with labels) has an output for everything else, ``"closed"`` has none, ``"keep"``
             leaves the head as it is.
         calibrate_head: Whether to move the output for everything else so that balanced accuracy is best on the
-            validation data.
+            validation data, which the dense model's outputs are not: part of a budget may be paid with that.
         across_groups: Whether to rank the units of all groups together.
         round_to: Keep a multiple of this many units in each group.
         ignored_layers: Names of layers whose outputs must stay whole.
@@ -231,7 +231,7 @@ def extract(
             names,
             data,
             section.max_balanced_accuracy_drop,
-            CONFIDENCE if section.confidence is None else section.confidence,
+            section.effective_confidence or CONFIDENCE,
             section.calibrate_head,
             progress,
         )

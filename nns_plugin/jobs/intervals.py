@@ -68,15 +68,15 @@ def rates(weights: Array, is_label: Array, is_answered: Array) -> dict[str, Arra
 
     Args:
         weights: ``[b, N]``.
-        is_label: ``[N]`` bool, inputs of the label.
-        is_answered: ``[N]`` bool, inputs answered with it.
+        is_label: ``[N]`` bool, inputs of the label; or ``[N, L]``, of several.
+        is_answered: Of the same shape, inputs answered with it.
 
     Returns:
-        By name ``[b]``; NaN where one is not defined.
+        By name ``[b]``, or ``[b, L]``; NaN where one is not defined.
     """
-    cells = np.stack([is_label & is_answered, is_label, is_answered], 1).astype(np.float64)
-    hits, positives, answers = (weights @ cells).T
-    negatives = weights.sum(1) - positives
+    cells = (is_label & is_answered, is_label, is_answered)
+    hits, positives, answers = (weights @ each.astype(np.float64) for each in cells)
+    negatives = weights.sum(1).reshape(-1, *[1] * (is_label.ndim - 1)) - positives
     with np.errstate(invalid="ignore", divide="ignore"):
         recall, rate = hits / positives, (answers - hits) / negatives
         return {

@@ -155,7 +155,9 @@ def _prove(
     everything: tuple[int | None, ...] = tuple(range(len(data.label_names)))
     settings = recipe.measure
     batch = _test_inputs(data, settings.batch)
-    reports, answers = {}, {}
+    reports: dict[str, ModelReport] = {}
+    answers: dict[str, tuple[Tensor, Sequence[int | None]]] = {}
+    truth: Tensor | None = None
     subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, cut, trials, _training(recipe)))
     pair = (("baseline", dense, everything), ("subnet", cut.model, cut.outputs))
     names = {"baseline": data.label_names, "subnet": subnet.output_names}
@@ -163,7 +165,7 @@ def _prove(
         path = staging / f"{name}.onnx"
         export(model, data.example_inputs, path, label_names=names[name], opset=recipe.export.opset)
         with stage("data.test"):
-            logits, truth = predict(model, data.test, progress)
+            logits, truth = predict(model, data.test, progress, truth)
         answers[name] = judged(logits, outputs, cut.labels, cut.outputs)
         evaluation = evaluate(
             answers[name][0], truth, answers[name][1], cut.labels, data.label_names, settings.resamples, recipe.seed
@@ -191,6 +193,7 @@ def _prove(
         seed=recipe.seed,
         progress=progress,
     )
+    assert truth is not None
     drop, drop_limits = _drop(reports, answers, truth, cut.labels, data.label_names, recipe)
     report = Report(
         recipe=recipe.model_dump(mode="json"),

@@ -26,6 +26,7 @@ from nns_plugin.errors import NNSError, RecipeError
 from nns_plugin.selection import Complement
 from nns_plugin.surgery import Compensation, Method, Recalibrate
 
+CONFIDENCE = 0.95
 SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop")
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
@@ -145,7 +146,7 @@ class CutSection(Section):
     ratio: float | None = Field(default=None, ge=0, lt=1)
     zeta: float | None = Field(default=None, ge=0, le=1)
     max_balanced_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
-    confidence: float | None = Field(default=None, ge=0.5, lt=1)
+    confidence: float | None = Field(default=None, ge=0.5, le=0.999)
     across_groups: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
@@ -220,12 +221,20 @@ class CutSection(Section):
         )
 
     @property
+    def effective_confidence(self) -> float | None:
+        """How sure to be that a drop is within the budget; ``None`` where there is no budget."""
+        if self.max_balanced_accuracy_drop is None:
+            return None
+        return CONFIDENCE if self.confidence is None else self.confidence
+
+    @property
     def selection(self) -> dict[str, Any]:
         """What decides how much goes."""
         given = {name: getattr(self, name) for name in SELECTIONS if getattr(self, name) is not None}
         if self.angle is not None:
             given["angle"] = self.angle.model_dump()
-        more = {name: getattr(self, name) for name in ("confidence", "across_groups", "round_to")}
+        more = {name: getattr(self, name) for name in ("across_groups", "round_to")}
+        more["confidence"] = self.effective_confidence
         return (given or {"ratio": 0.5}) | {name: more[name] for name in more if more[name] not in (None, False, 1)}
 
 
@@ -295,8 +304,8 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     given = {name.partition(".")[0] for name in overrides or {}}
     for name, value in (overrides or {}).items():
         top = name.partition(".")[0]
-        for other in SELECTIONS if top in SELECTIONS else ():
-            if other != top and other not in given:
+        for other in (*SELECTIONS, "confidence") if top in SELECTIONS else ():
+            if other not in given and other != top and (other, top) != ("confidence", "max_balanced_accuracy_drop"):
                 content.pop(other, None)
         _set(content, name.split("."), value, source)
     try:
