@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,8 +129,11 @@ def _properties(
             raise ExportError(f"metadata holds {LABELS_KEY!r}, the key of label_names; pass one of the two")
         properties[LABELS_KEY] = json.dumps(list(label_names))
     if features is not None:
-        indices = features.tolist() if isinstance(features, Tensor) else list(features)
-        if not all(type(index) is int and index >= 0 for index in indices) or len(set(indices)) != len(indices):
+        try:
+            indices = [operator.index(index) for index in torch.as_tensor(features).reshape(-1).tolist()]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ExportError(f"features must be different indices of inputs, found {features!r}") from error
+        if min(indices, default=0) < 0 or len(set(indices)) != len(indices):
             raise ExportError(f"features must be different indices of inputs, found {indices[:5]}")
         if FEATURES_KEY in properties:
             raise ExportError(f"metadata holds {FEATURES_KEY!r}, the key of features; pass one of the two")

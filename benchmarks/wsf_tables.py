@@ -175,7 +175,7 @@ def prune_digits(score: str, exchanges: bool, seed: int, data_dir: Path) -> dict
     train(model, images, labels, DENSE_EPOCHS)
     found = {0: (accuracy(model, *test), 784, 20)}
     for left in STAGES:
-        stage(model, images, labels, scores, left, snapshot if score == "WSF" else None, exchanges, score == "random")
+        stage(model, images, labels, scores, left, snapshot, exchanges, score == "random")
         first, second = (synapse_mask(layer) for layer in linear(model).values())
         hidden = int((first.any(1) & second.any(0)).sum())
         found[left] = (accuracy(model, *test), int(first.any(0).sum()), hidden)

@@ -13,10 +13,13 @@ from torch.nn.utils import prune
 from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, weight_of
 from nns_plugin.errors import PruningError
-from nns_plugin.forward import inputs_like, kinds_of, map_tensors, run_model
+from nns_plugin.forward import map_tensors, run_model
 from nns_plugin.input_selection import InputSelection, narrowed_to_used
+from nns_plugin.preserve import preserved_rng
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.unreached import without_unreached_units
+
+ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,8 @@ def compact(
 
     Args:
         model: Its weights may be masked by ``torch.nn.utils.prune``; left as it is.
-        example_inputs: Inputs that it can run on.
+        example_inputs: Inputs that it can run on; integers and truth values among them are not varied, so those of the
+            examples must be as telling as any.
         narrow_inputs: Whether to narrow the layers that read the model's input, if it is one tensor.
         ignored_layers: Names of layers whose outputs must stay whole.
         surgeon: Removes units; torch-pruning by default.
@@ -80,24 +84,48 @@ def compact(
         (torch.Size([1, 2]), tensor([0, 2]), 4)
     """
     wide = permanent(copied(model)).eval()
-    types = {name: value.dtype for name, value in (*wide.named_parameters(), *wide.named_buffers())}
+    types = {name: value.dtype for name, value in _named(wide)}
     device = next((value.device for value in wide.parameters()), torch.device("cpu"))
     wide = wide.to("cpu", torch.float64)
-    inputs = map_tensors(
-        inputs_like(kinds_of(example_inputs)), lambda value: value.double() if value.is_floating_point() else value
-    )
-    try:
-        small, kept = without_unreached_units(wide, inputs, surgeon or find_surgeon(), ignored_layers)
-    except RuntimeError as error:
-        raise PruningError(
-            f"the model cannot be compacted, which takes double precision on the CPU: {error}"
-        ) from error
-    narrowed = narrowed_to_used(small, inputs) if narrow_inputs else None
+    with preserved_rng():
+        inputs, others = _examples(example_inputs)
+        try:
+            small, kept = without_unreached_units(wide, inputs, others, surgeon or find_surgeon(), ignored_layers)
+            narrowed = narrowed_to_used(small, others) if narrow_inputs else None
+        except Exception as error:  # whatever the user's forward raises in double precision
+            raise PruningError(f"the model cannot be compacted, in double precision on the CPU: {error}") from error
     small, selection = narrowed or (small, None)
     with torch.no_grad():
-        for name, value in (*small.named_parameters(), *small.named_buffers()):
+        for name, value in _named(small):
             value.data = value.data.to(types[name])
     return Compact(small.to(device).eval(), kept, selection)
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _examples(inputs: Any) -> tuple[Any, Any]:
+    """Two batches of at least ``ROWS`` inputs: the examples, and normal numbers after them.
+
+    Whole numbers and truth values stay those of the examples.
+    """
+    tensors: list[Tensor] = []
+    map_tensors(inputs, lambda value: tensors.append(value) or value)  # type: ignore[func-returns-value]
+    rows = min((value.shape[0] for value in tensors if value.dim()), default=1)
+    times = -(-ROWS // max(rows, 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def more(value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        if not value.dim():
+            return value
+        if not value.is_floating_point():
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        drawn = torch.randn(value.shape[0] * times, *value.shape[1:], generator=generator, dtype=torch.float64)
+        return torch.cat([value.double(), drawn[value.shape[0] :]])
+
+    return map_tensors(inputs, more), map_tensors(inputs, more)
 
 
 def permanent(model: nn.Module) -> nn.Module:

@@ -47,11 +47,17 @@ class SearchError(NNSError, RuntimeError):
 
     Attributes:
         accepted: The last network that it accepted; ``None`` if it had none yet.
+        steps: What it had tried.
     """
 
-    def __init__(self, message: str, accepted: Any = None) -> None:
+    def __init__(self, message: str, accepted: Any = None, steps: tuple[Any, ...] = ()) -> None:
         super().__init__(message)
         self.accepted = accepted
+        self.steps = steps
+
+
+class CheckpointError(NNSError, ValueError):
+    """A checkpoint of a search is damaged, or belongs to another search."""
 
 
 class SubnetError(NNSError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         >>> difference(before, fingerprint(layer))
         "'weight' has other values"
     """
-    return {
-        name: _describe(value) if isinstance(value, Tensor) else repr(value)
-        for name, value in model.state_dict().items()
-    }
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """The same of weights by name."""
+    return {name: _describe(value) if isinstance(value, Tensor) else repr(value) for name, value in state.items()}
 
 
 def difference(expected: Mapping[str, str], found: Mapping[str, str], limit: int = 3) -> str:

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from nns_plugin.circle import copied
 from nns_plugin.compaction import Compact, compact
-from nns_plugin.errors import NNSError, PruningError, SearchError
-from nns_plugin.fingerprint import digest, fingerprint
+from nns_plugin.errors import CheckpointError, NNSError, PruningError, SearchError
+from nns_plugin.fingerprint import digest, fingerprint, fingerprint_of
 from nns_plugin.preserve import preserved_rng
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
@@ -147,7 +147,8 @@ def minimal_network(
         The network, and every step.
 
     Raises:
-        PruningError: If an option is out of range, or the checkpoint belongs to another search.
+        PruningError: If an option is out of range.
+        CheckpointError: If the checkpoint is damaged or belongs to another search; it is left as it is.
         SnapshotError: If the snapshot is of another architecture.
         SearchError: If ``train``, ``evaluate`` or ``scores`` fails; its ``accepted`` is the last accepted network.
 
@@ -162,31 +163,38 @@ def minimal_network(
     with warnings.catch_warnings():  # what stays is told in the end; what cannot be done at all, now
         warnings.simplefilter("ignore")
         compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
-    parent = digest(fingerprint(model))
+    given = "scores" if snapshot is None or scores is not None else digest(fingerprint_of(snapshot.weights))
+    parent = {"parent": digest(fingerprint(model)), "snapshot": given, "layers": list(search.layers)}
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        search.resume(path, parent)
-    else:
-        search.begin()
-    total = search.left
-    with tqdm(total=total, desc="removing synapses", disable=not progress, leave=False) as bar:
-        while not search.ended and (max_steps is None or len(search.progress.steps) < max_steps):
-            try:
-                search.step()
-            except NNSError as error:
-                where = "" if path is None else f", and {str(path)!r} holds it: call again to go on from there"
-                raise SearchError(
-                    f"the search stopped in step {len(search.progress.steps)}: {error}; the last accepted network, "
-                    f"with {search.left} synapses, is the error's 'accepted'{where}",
-                    search.model,
-                ) from error
+    try:
+        if path is not None and path.exists():
+            search.resume(path, parent)
+        else:
+            search.begin()
             if path is not None:
                 search.save(path, parent)
-            bar.update(total - search.left - bar.n)
-            bar.set_postfix(left=search.left, value=f"{search.progress.steps[-1].value:.4f}")
+        total = search.left
+        with tqdm(total=total, desc="removing synapses", disable=not progress, leave=False) as bar:
+            while not search.ended and (max_steps is None or len(search.progress.steps) < max_steps):
+                search.step()
+                if path is not None:
+                    search.save(path, parent)
+                bar.update(total - search.left - bar.n)
+                bar.set_postfix(left=search.left, value=f"{search.progress.steps[-1].value:.4f}")
+        small = compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
+    except CheckpointError:
+        raise
+    except NNSError as error:
+        where = f", and {str(path)!r} holds it: call again to go on" if path is not None and path.exists() else ""
+        raise SearchError(
+            f"the search stopped in step {len(search.progress.steps)}: {error}; the last accepted network, with "
+            f"{search.left} synapses, is the error's 'accepted', and 'steps' is its log{where}",
+            search.model,
+            tuple(search.progress.steps),
+        ) from error
     return MinimalNetwork(
         masked=search.model,
-        compact=compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon),
+        compact=small,
         reference=search.progress.reference,
         steps=tuple(search.progress.steps),
         finished=search.progress.finished,
@@ -264,8 +272,10 @@ class _Search:
     ) -> None:
         self.model, self._scores, self._train, self._evaluate, self._options = model, scores, train, evaluate, options
         self.progress = _Progress(math.nan)
-        self._layers = tuple(self._scored())
-        for name in self._layers:
+        self._training = {name: module.training for name, module in model.named_modules()}
+        self.layers: tuple[str, ...] = ()
+        self.layers = tuple(self._scored())
+        for name in self.layers:
             layer = model.get_submodule(name)
             mask_synapses(layer, synapse_mask(layer))
 
@@ -295,10 +305,12 @@ class _Search:
         kept[gone] = False
         masks = list(self._masks().values())
         parts = kept.split([mask.numel() for mask in masks])
-        for name, mask, part in zip(self._layers, masks, parts, strict=True):
+        for name, mask, part in zip(self.layers, masks, parts, strict=True):
             mask_synapses(candidate.get_submodule(name), part.reshape(mask.shape))
+        for name, module in candidate.named_modules():
+            module.training = self._training[name]
         self._call("train", self._train, candidate)
-        there = int(_joined(_masks(candidate, self._layers)).sum())
+        there = int(_joined(_masks(candidate, self.layers)).sum())
         if there > int(kept.sum()):
             raise SearchError(
                 f"train left {there} synapses of {int(kept.sum())}; it may exchange synapses, but not bring more back"
@@ -314,7 +326,7 @@ class _Search:
         scores = self._scored()
         if not self._options.across_layers:
             scores = {name: _rank(score, self._masks()[name]) for name, score in scores.items()}
-        joined = torch.cat([scores[name].detach().double().cpu().flatten() for name in self._layers])
+        joined = torch.cat([scores[name].detach().double().cpu().flatten() for name in self.layers])
         there = self._mask().nonzero().flatten()
         order = there[joined[there].argsort(stable=True)]
         if not self._single:
@@ -345,14 +357,16 @@ class _Search:
         progress.finished = not self.left or (self._single and not self._options.one_by_one)
 
     def _scored(self) -> Mapping[str, Tensor]:
-        found = self._call("scores", self._scores, self.model)
+        found = self._call("scores", self._scores, copied(self.model))
         if not isinstance(found, Mapping) or not found:
             raise PruningError(f"scores returned a {type(found).__name__}; expected scores for the names of layers")
         scored_layers(self.model, found)
+        if self.layers and tuple(found) != self.layers:
+            raise PruningError(f"scores are of {', '.join(found)}, and were of {', '.join(self.layers)} before")
         return found
 
     def _judged(self, model: nn.Module) -> float:
-        value = self._call("evaluate", self._evaluate, model)
+        value = self._call("evaluate", self._evaluate, copied(model))
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
@@ -375,34 +389,36 @@ class _Search:
                 raise SearchError(f"{name} raised {type(error).__name__}: {error}") from error
 
     def _masks(self) -> dict[str, Tensor]:
-        return _masks(self.model, self._layers)
+        return _masks(self.model, self.layers)
 
     def _mask(self) -> Tensor:
         """Which synapses are left, of all layers one after the other."""
         return _joined(self._masks())
 
-    def save(self, path: Path, parent: str) -> None:
+    def save(self, path: Path, parent: Mapping[str, Any]) -> None:
         """Write the last accepted network and the progress; the file appears whole or not at all."""
-        header = {"parent": parent, "options": asdict(self._options), "progress": asdict(self.progress)}
+        header = {**parent, "options": asdict(self._options), "progress": asdict(self.progress)}
         write_safetensors(self.model.state_dict(), {"format": FORMAT, "nns": json.dumps(header)}, path)
 
-    def resume(self, path: Path, parent: str) -> None:
+    def resume(self, path: Path, parent: Mapping[str, Any]) -> None:
         """Go on from a file of :meth:`save`.
 
         Raises:
-            PruningError: If it is damaged, or of another search.
+            CheckpointError: If it is damaged, or of another search.
         """
-        wanted = {"parent": parent, "options": json.loads(json.dumps(asdict(self._options)))}
-        header, state = read_safetensors(path, FORMAT, SearchError, _decoded)
+        wanted = json.loads(json.dumps({**parent, "options": asdict(self._options)}))
+        header, state = read_safetensors(path, FORMAT, CheckpointError, _decoded)
         for name, value in wanted.items():
-            if header[name] != value:
-                raise PruningError(
-                    f"{str(path)!r} belongs to another search: its {name} is {header[name]}, expected {value}; go on "
-                    "with the same model and options, or choose another file"
+            if header.get(name) != value:
+                raise CheckpointError(
+                    f"{str(path)!r} belongs to another search: its {name} is {header.get(name)}, expected {value}; go "
+                    "on with the same model, snapshot, scores and options, or choose another file"
                 )
         found = {name: (value.shape, value.dtype) for name, value in state.items()}
         if found != {name: (value.shape, value.dtype) for name, value in self.model.state_dict().items()}:
-            raise PruningError(f"{str(path)!r} belongs to another model, or to scores of other layers")
+            raise CheckpointError(f"{str(path)!r} belongs to another model: its weights have other shapes")
+        if not header["progress"].rung <= len(self._options.schedule):
+            raise CheckpointError(f"{str(path)!r} is damaged: it is past the end of its schedule")
         self.model.load_state_dict(state)
         self.progress = header["progress"]
 
@@ -411,7 +427,15 @@ def _decoded(metadata: Mapping[str, str], state: dict[str, Tensor]) -> tuple[dic
     header = json.loads(metadata["nns"])
     progress = _Progress(**header["progress"])
     progress.steps = [Step(**step) for step in header["progress"]["steps"]]
-    return {"parent": header["parent"], "options": header["options"], "progress": progress}, state
+    numbers = [progress.rung, *progress.tried, *(part for step in progress.steps for part in (step.removed, step.left))]
+    values = [progress.reference, *(step.value for step in progress.steps)]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("its counts are no counts")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ValueError("its values are not finite")
+    if any(bool(((mask != 0) & (mask != 1)).any()) for name, mask in state.items() if name.endswith("_mask")):
+        raise ValueError("its masks are not of zeros and ones")
+    return {**header, "progress": progress}, state
 
 
 def _masks(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -75,8 +75,13 @@ class WeightSnapshot:
             SnapshotError: If a weight is missing from the snapshot or has another shape there.
         """
         wrong = []
+        first: dict[int, str] = {}
         for name, value in now.items():
-            known = self.weights.get(name)
+            twin, known = first.setdefault(id(value), name), self.weights.get(name)
+            other = self.weights.get(twin)
+            if known is not None and other is not None and not torch.equal(known, other):
+                wrong.append(f"{twin!r} and {name!r} are two parameters in it and one in the model")
+                continue
             if known is None:
                 wrong.append(f"{name!r} is not in it")
             elif known.shape != value.shape:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from nns_plugin.consumers import Convolution, weight_of
@@ -61,7 +62,19 @@ def significance(model: nn.Module, snapshot: WeightSnapshot) -> dict[str, Tensor
         Bulin and Smidl, "Optimization of Neural Network": WSF(k) = |w_k(t_f) - w_k(0)|.
     """
     movement = snapshot.movement(model)
-    return {name: movement[f"{name}.weight"] for name, module in model.named_modules() if isinstance(module, SYNAPSES)}
+    return {name: movement[f"{name}.weight"] for name in synapse_layers(model) if f"{name}.weight" in movement}
+
+
+def synapse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers with synapses, by name.
+
+    The output layers of attention are left out: they never run as layers, so that masks would not be renewed.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SYNAPSES) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
 
 
 def prune_synapses(
@@ -97,6 +110,8 @@ def prune_synapses(
         >>> layer[0].weight_mask
         tensor([[0., 1.]])
     """
+    if not scores or (threshold is not None and threshold != threshold):
+        raise PruningError(f"there are scores of {len(scores)} layers, and the threshold is {threshold}; expected some")
     if (amount is None) == (threshold is None):
         raise PruningError(f"amount is {amount} and threshold {threshold}; give one of them")
     modules = scored_layers(model, scores)
@@ -172,6 +187,8 @@ def exchange_synapses(
     there[gone], there[back] = False, True
     returned = torch.zeros_like(there)
     returned[back] = True
+    if snapshot is not None:
+        snapshot.check({f"{name}.weight": scores[name] for name in layers})
     sizes = [score.numel() for score in scores.values()]
     for (name, module), kept, new in zip(layers.items(), there.split(sizes), returned.split(sizes), strict=True):
         weight = getattr(module, "weight_orig", None)
@@ -205,7 +222,7 @@ def synapse_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     Returns:
         By name of the layer, of its weight's shape; 0 where the loss does not depend on a layer.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SYNAPSES)}
+    layers = synapse_layers(model)
     weights = [weight_of(module) for module in layers.values()]
     found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return {

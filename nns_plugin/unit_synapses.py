@@ -101,7 +101,7 @@ def scores_by_unit(
         total = sum((sums for sums, _ in summed_synapses(model, group, there)), torch.zeros(group.size).double())
         for ports, is_out in ((group.producers, True), (group.consumers, False)):
             for port in ports:
-                axis = _axis(model.get_submodule(port.name), is_out)
+                axis = synapse_axis(model.get_submodule(port.name), is_out)
                 if port.name in found and axis is not None:
                     limit = found[port.name].movedim(axis, -1)
                     limit[..., port.index] = torch.minimum(limit[..., port.index], total[port.unit].to(limit))
@@ -111,7 +111,7 @@ def scores_by_unit(
     }
 
 
-def _axis(module: nn.Module, is_out: bool) -> int | None:
+def synapse_axis(module: nn.Module, is_out: bool) -> int | None:
     """The axis of a layer's weight that counts its out- or in-positions; ``None`` if it counts part of them."""
     if not isinstance(module, (nn.Linear, Convolution)):
         return None

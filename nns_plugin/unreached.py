@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,32 +12,35 @@ from torch import Tensor, nn
 from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
 from nns_plugin.consumers import Convolution, Transposed, add_to_bias, has_bias, padded_positions, weight_of
-from nns_plugin.observe import calibrate
-from nns_plugin.statistics import Record
+from nns_plugin.errors import NNSError
+from nns_plugin.forward import device_of, to_device
+from nns_plugin.preserve import preserved
 from nns_plugin.surgery import Surgeon
-from nns_plugin.unit_synapses import incoming_synapses, outgoing_synapses
-from nns_plugin.units import UnitGroup, complement
+from nns_plugin.taps import tap
+from nns_plugin.unit_synapses import incoming_synapses, outgoing_synapses, synapse_axis
+from nns_plugin.units import Port, UnitGroup
 
 Kept = dict[str, Tensor]
 
 
 class UnremovedWarning(UserWarning):
-    """Units or inputs that no synapse reaches had to stay."""
+    """Units that no synapse reaches had to stay."""
 
 
 def without_unreached_units(
-    model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequence[str] = ()
+    model: nn.Module, inputs: Any, others: Any, surgeon: Surgeon, ignored_layers: Sequence[str] = ()
 ) -> tuple[nn.Module, Kept]:
     """Remove units that nothing reads, or that no input reaches, from a copy of a model.
 
-    A unit whose outgoing weights are all 0 goes. A unit whose incoming weights are all 0 is constant: it goes into
-    the biases of its readers, where they are linear layers or convolutions without zero padding. Both go on from layer
-    to layer; each layer keeps at least one unit. What changes the outputs, such as fewer units under a norm over units,
-    is left undone.
+    First, synapses that do nothing become 0: those that write a unit which nothing reads, and those that read a unit
+    which nothing writes and which is therefore constant; the biases of its readers take that up, where they are linear
+    layers or convolutions without zero padding. This goes on from layer to layer. Then units that nothing reads are
+    removed; each layer keeps at least one. What changes the outputs on other inputs is left undone.
 
     Args:
         model: In double precision, without masks; left as it is.
-        inputs: Inputs that it can run on, which all its units tell apart.
+        inputs: Inputs that it can run on, in which units that are not constant differ.
+        others: Other inputs.
         surgeon: Removes units.
         ignored_layers: Names of layers whose outputs must stay whole.
 
@@ -47,57 +50,129 @@ def without_unreached_units(
     Warns:
         UnremovedWarning: If units that are not reached have to stay.
     """
+    groups = surgeon(copied(model), inputs).groups(ignored_layers)
+    model, stuck = _disconnected(model, groups, inputs, others)
+    plan = {group.name: stays for group in groups if (stays := _needed(model, group)) is not None}
+    each = [{name: stays} for name, stays in plan.items()]
     kept: Kept = {}
-    stuck: set[str] = set()
-    while plan := _plan(model, _groups(model, inputs, surgeon, ignored_layers), stuck):
-        each = [{name: stays} for name, stays in plan.items()]
-        for attempt in each if len(each) == 1 else [plan, *each]:
-            smaller = _cut(model, inputs, surgeon, ignored_layers, attempt)
-            if same_outputs(model, smaller, inputs):
-                model = smaller
-                kept |= {name: kept[name][stays] if name in kept else stays for name, stays in attempt.items()}
-                break
-            if len(attempt) == 1:
-                stuck.update(attempt)
+    for attempt in [plan, *each] if len(each) > 1 else each:
+        if attempt.keys() & kept.keys():
+            continue
+        smaller = _cut(model, inputs, surgeon, ignored_layers, {**kept, **attempt})
+        if smaller is not None and _same(model, smaller, (inputs, others)):
+            kept |= attempt
+    stuck |= plan.keys() - kept.keys()
     if stuck:
         warnings.warn(
-            f"units of {', '.join(sorted(stuck))} that no synapse reaches stay: the outputs are others without them, "
-            "as under a norm over units",
+            f"units of {', '.join(sorted(stuck))} that no synapse reaches stay: without them, the outputs are others "
+            "or the model does not run, as where a norm or a parameter goes over all units",
             UnremovedWarning,
             stacklevel=3,
         )
-    return model, kept
+    smaller = _cut(model, inputs, surgeon, ignored_layers, kept) if kept else None
+    return (model if smaller is None else smaller), kept
 
 
-def _groups(model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequence[str]) -> tuple[UnitGroup, ...]:
-    return surgeon(copied(model), inputs).groups(ignored_layers)
+def _disconnected(
+    model: nn.Module, groups: Sequence[UnitGroup], inputs: Any, others: Any
+) -> tuple[nn.Module, set[str]]:
+    """A copy in which synapses that do nothing are 0, and the groups where that would change the outputs."""
+    model, stuck = copied(model), set[str]()
+    changed = True
+    while changed:
+        changed = False
+        for group in groups:
+            if group.name in stuck or not _idle(model, group, inputs):
+                continue
+            candidate = copied(model)
+            for part in _idle(candidate, group, inputs):
+                part()
+            if _same(model, candidate, (inputs, others)):
+                model, changed = candidate, True
+            else:
+                stuck.add(group.name)
+    return model, stuck
 
 
-def _plan(model: nn.Module, groups: Sequence[UnitGroup], stuck: set[str]) -> Kept:
-    """Units that stay, of each group that can lose some."""
-    found = {group.name: _needed(model, group) for group in groups if group.name not in stuck}
-    return {name: stays for name, stays in found.items() if stays is not None}
+def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Any]:
+    """What makes the group's synapses that do nothing 0, each a function to call; empty if there are none."""
+    written, read = _wired(model, group)
+    found: list[Any] = []
+    if read is not None:
+        for port in group.producers:
+            module, axis = _layer(model, port, is_out=True)
+            places = port.index[~read[port.unit]]
+            if module is not None and bool(_slices(module, axis, places).count_nonzero()):
+                found.append(lambda module=module, axis=axis, places=places: _zero(module, axis, places))
+    if written is not None and not bool(written.all()):
+        for port in group.consumers:
+            module, axis = _layer(model, port, is_out=False)
+            if module is None:
+                continue
+            constants = _constants(model, port, inputs)
+            known = constants.isfinite() & ((constants == 0) | _takes_constants(module))
+            places = port.index[~written[port.unit] & known[port.index]]
+            if bool(_slices(module, axis, places).count_nonzero()):
+                values = constants[places]
+                found.append(lambda module=module, axis=axis, p=places, v=values: _fold(module, axis, p, v))
+    return found
 
 
 def _needed(model: nn.Module, group: UnitGroup) -> Tensor | None:
     """Units of a group that have to stay, ``[k]`` int64; ``None`` if that is all of them."""
-    there = {name: value != 0 for name, value in model.named_parameters(remove_duplicate=False)}
-    written, read = incoming_synapses(model, group, there), outgoing_synapses(model, group, there)
-    if not read or None in read:
+    _, stays = _wired(model, group)
+    if stays is None:
         return None
-    stays = _any(read)
-    readers = [model.get_submodule(port.name) for port in group.consumers]
-    if written and None not in written and all(_takes_constants(module) for module in readers):
-        stays &= _any(written)
     for port in (*group.producers, *group.consumers):  # no layer may become empty
         if not bool(stays[port.unit].any()):
             stays[port.unit[0]] = True
     return None if bool(stays.all()) else stays.nonzero().flatten()
 
 
-def _any(layers: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
-    """Which units have a synapse in any of the layers, ``[U]`` bool."""
-    return torch.stack([layer[0] for layer in layers if layer is not None]).sum(0) > 0
+def _wired(model: nn.Module, group: UnitGroup) -> tuple[Tensor | None, Tensor | None]:
+    """Which units some synapse writes, and which some synapse reads, ``[U]`` bool; ``None`` where that is not known."""
+    there = {name: value != 0 for name, value in model.named_parameters(remove_duplicate=False)}
+    sides = incoming_synapses(model, group, there), outgoing_synapses(model, group, there)
+    written, read = (
+        None if not side or None in side else torch.stack([layer[0] for layer in side if layer is not None]).sum(0) > 0
+        for side in sides
+    )
+    return written, read
+
+
+def _layer(model: nn.Module, port: Port, is_out: bool) -> tuple[nn.Module | None, int]:
+    """The module of a port and the axis of its weight that the port counts; ``None`` if its weight has no such axis."""
+    module = model.get_submodule(port.name)
+    axis = synapse_axis(module, is_out)
+    return (None, 0) if axis is None else (module, axis)
+
+
+def _slices(module: nn.Module, axis: int, places: Tensor) -> Tensor:
+    return weight_of(module).detach().movedim(axis, 0)[places]
+
+
+@torch.no_grad()
+def _zero(module: nn.Module, axis: int, places: Tensor) -> None:
+    weight_of(module).movedim(axis, 0)[places] = 0
+
+
+@torch.no_grad()
+def _fold(module: nn.Module, axis: int, places: Tensor, constants: Tensor) -> None:
+    """Put what constant inputs contribute into the bias, and their synapses to 0."""
+    if bool(constants.any()):
+        slices = _slices(module, axis, places).double()
+        add_to_bias(module, constants @ slices.flatten(2).sum(2) if slices.dim() > 2 else constants @ slices)
+    _zero(module, axis, places)
+
+
+def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
+    """What each in-position of a reader is in all inputs and positions, ``[in-positions]``; NaN where that differs."""
+    module = model.get_submodule(port.name)
+    with preserved(model), torch.no_grad():
+        values = tap(model.eval(), port.name, to_device(inputs, device_of(model)))
+    values = values.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1).double()
+    low, high = values.amin(1), values.amax(1)
+    return torch.where(high - low <= 1e-12 * (1 + high.abs()), (low + high) / 2, torch.nan)
 
 
 def _takes_constants(module: nn.Module) -> bool:
@@ -109,24 +184,21 @@ def _takes_constants(module: nn.Module) -> bool:
     return has_bias(module) and padded_positions(module, [8] * len(module.kernel_size)) == 0
 
 
-def _cut(model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequence[str], kept: Kept) -> nn.Module:
-    """A copy with the kept units of each named group, whose readers take up what removed ones always are."""
+def _cut(
+    model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequence[str], kept: Kept
+) -> nn.Module | None:
+    """A copy with only the kept units of each named group; ``None`` if the host cannot remove the others."""
     surgery = surgeon(copied(model), inputs)
-    groups = [group for group in surgery.groups(ignored_layers) if group.name in kept]
-    statistics = calibrate(model, [(inputs,)], groups)
-    for group in groups:
-        removed = complement(group.size, kept[group.name])
-        for port in group.consumers:
-            module, positions = surgery.model.get_submodule(port.name), port.positions(removed)
-            if _takes_constants(module):
-                weight = weight_of(module).detach().double().cpu()[:, positions]
-                means = _means(statistics.records["in", port.name])[positions]
-                add_to_bias(module, weight.reshape(*weight.shape[:2], -1).sum(2) @ means)
-    surgery.keep(groups, kept)
+    try:
+        surgery.keep([group for group in surgery.groups(ignored_layers) if group.name in kept], kept)
+    except NNSError:
+        return None
     return surgery.model
 
 
-def _means(record: Record) -> Tensor:
-    """Mean activation of each position of an observed axis, ``[positions]``."""
-    samples = record.samples.sum() * record.layout.positions_per_channel
-    return (record.total.sum(0) / samples)[record.layout.channel]
+def _same(left: nn.Module, right: nn.Module, several: Iterable[Any]) -> bool:
+    """Whether two models give the same outputs; not if one of them does not run any more."""
+    try:
+        return all(same_outputs(left, right, inputs) for inputs in several)
+    except Exception:  # whatever the user's forward raises once its tensors are smaller
+        return False

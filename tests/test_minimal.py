@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -21,7 +22,7 @@ pytest.importorskip("torch_pruning")
 
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
 from nns_plugin.circle import copied  # noqa: E402
-from nns_plugin.errors import NNSError, PruningError, SearchError, SnapshotError  # noqa: E402
+from nns_plugin.errors import CheckpointError, NNSError, PruningError, SearchError, SnapshotError  # noqa: E402
 from nns_plugin.minimal import MinimalNetwork, minimal_network  # noqa: E402
 from nns_plugin.snapshot import WeightSnapshot  # noqa: E402
 from nns_plugin.synapses import significance, synapse_mask  # noqa: E402
@@ -60,9 +61,11 @@ def at_random(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.rand_like(score) for name, score in by_magnitude(model).items()}
 
 
-def searched(model: nn.Module, evaluate: Callable[[nn.Module], float], **options: Any) -> MinimalNetwork:
+def searched(
+    model: nn.Module, evaluate: Callable[[nn.Module], float], snapshot: WeightSnapshot | None = None, **options: Any
+) -> MinimalNetwork:
     defaults = {"example_inputs": INPUTS, "scores": by_magnitude}
-    return minimal_network(model, None, idle, evaluate, **{**defaults, **options})
+    return minimal_network(model, snapshot, idle, evaluate, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("scores", [by_magnitude, at_random])
@@ -207,7 +210,7 @@ def test_a_search_that_was_interrupted_ends_as_if_it_had_not_been(fails_at: int,
 
     with pytest.raises(KeyboardInterrupt):
         minimal_network(model, before, killed, evaluate, **OPTIONS, checkpoint=file)
-    assert file.exists() == (fails_at > 0)
+    assert file.exists()
     again = minimal_network(model, before, train, evaluate, **OPTIONS, checkpoint=file)
     assert same(whole, again)
 
@@ -215,6 +218,53 @@ def test_a_search_that_was_interrupted_ends_as_if_it_had_not_been(fails_at: int,
         raise AssertionError("a search that has ended trains nothing")
 
     assert same(whole, minimal_network(model, before, untouchable, evaluate, **OPTIONS, checkpoint=file))
+
+
+def test_what_is_an_error_later_is_one_of_the_search(tmp_path: Path) -> None:
+    calls = 0
+
+    def forgetful(model: nn.Module) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        found = by_magnitude(model)
+        return found if calls < 4 else {"0": found["0"]}
+
+    with pytest.raises(SearchError, match=r"scores are of 0, and were of 0, 2 before") as caught:
+        searched(net(), lambda model: 1.0, scores=forgetful, schedule=(0.2,))
+    assert [step.left for step in caught.value.steps] == [24, 19]
+    assert int(mask_of(caught.value.accepted).sum()) == 19
+    with pytest.raises(SearchError, match="evaluate returned nan") as caught:
+        searched(net(), lambda model: float("nan"), checkpoint=tmp_path / "none")
+    assert int(mask_of(caught.value.accepted).sum()) == 30
+    assert "call again" not in str(caught.value)
+
+
+def test_modes_that_evaluate_leaves_behind_do_not_matter(tmp_path: Path) -> None:
+    """With batch norm and dropout, an evaluation in evaluation mode, and a training that sets no mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 2))
+    x, y = torch.randn(64, 4), torch.arange(64) % 2
+    seen: list[bool] = []
+
+    def train(model: nn.Module) -> None:
+        seen.append(model.training)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    def evaluate(model: nn.Module) -> float:
+        model.eval()
+        with torch.no_grad():
+            return -float(nn.functional.cross_entropy(model(x), y))
+
+    options: dict[str, Any] = {"example_inputs": x[:2], "scores": by_magnitude, "schedule": (0.2,), "max_drop": 1.0}
+    whole = minimal_network(model, None, train, evaluate, **options, max_steps=5)
+    assert seen == [True] * 5
+    for steps in (2, 5):
+        again = minimal_network(model, None, train, evaluate, **options, max_steps=steps, checkpoint=tmp_path / "file")
+    assert same(whole, again)
 
 
 @pytest.mark.parametrize("culprit", ["train", "nan", "text", "evaluate", "masks"])
@@ -259,26 +309,43 @@ def test_what_fails_leaves_the_last_accepted_network(culprit: str, tmp_path: Pat
     assert int(sum(value.sum() for name, value in load_file(file).items() if name.endswith("_mask"))) == left
 
 
+def forge(file: Path, change: dict[str, Any]) -> None:
+    """Change the progress that a checkpoint tells of."""
+    with safe_open(file, "pt") as content:
+        metadata, tensors = dict(content.metadata()), {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    header = json.loads(metadata["nns"])
+    header["progress"] |= change
+    save_file(tensors, file, metadata={**metadata, "nns": json.dumps(header)})
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "search.safetensors"
     options: dict[str, Any] = {"schedule": (0.5,), "max_steps": 1, "checkpoint": file}
     searched(net(), lambda model: 1.0, **options)
     content = file.read_bytes()
-    with pytest.raises(PruningError, match=r"belongs to another search: its options"):
+    with pytest.raises(CheckpointError, match=r"belongs to another search: its options"):
         searched(net(), lambda model: 1.0, **options, seed=3)
-    with pytest.raises(PruningError, match=r"belongs to another search: its parent"):
+    with pytest.raises(CheckpointError, match=r"belongs to another search: its parent"):
         searched(net(1), lambda model: 1.0, **options)
+    snapshots = [WeightSnapshot(net(seed)) for seed in (1, 2)]
+    with pytest.raises(CheckpointError, match=r"belongs to another search: its snapshot is scores"):
+        searched(net(), lambda model: 1.0, **{**options, "scores": None}, snapshot=snapshots[0])
     assert file.read_bytes() == content
     file.write_bytes(content[:200])
-    with pytest.raises(SearchError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         searched(net(), lambda model: 1.0, **options)
     save_file({"weight": torch.zeros(1)}, file)
-    with pytest.raises(SearchError, match="its format is None, expected 'nns-plugin minimal network 1'"):
+    with pytest.raises(CheckpointError, match="its format is None, expected 'nns-plugin minimal network 1'"):
         searched(net(), lambda model: 1.0, **options)
     metadata = {"format": "nns-plugin minimal network 1", "nns": json.dumps({"parent": "x"})}
     save_file({"weight": torch.zeros(1)}, file, metadata=metadata)
-    with pytest.raises(SearchError, match="damaged"):
+    with pytest.raises(CheckpointError, match="damaged"):
         searched(net(), lambda model: 1.0, **options)
+    for change in ({"rung": 99}, {"rung": -1}, {"rung": "x"}, {"tried": "abc"}, {"reference": float("nan")}):
+        file.write_bytes(content)
+        forge(file, change)
+        with pytest.raises(CheckpointError, match="damaged"):
+            searched(net(), lambda model: 1.0, **options)
     with pytest.raises(NNSError, match="choose a folder that exists"):
         searched(net(), lambda model: 1.0, **{**options, "checkpoint": tmp_path / "no" / "file"})
 

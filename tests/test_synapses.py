@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from nns_plugin.errors import PruningError, SnapshotError
+from nns_plugin.errors import NNSError, PruningError, SnapshotError
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.synapses import (
     exchange_synapses,
@@ -172,11 +172,12 @@ def test_an_exchange_that_does_not_fit_changes_nothing() -> None:
     scores = random_scores(model, 1)
     for wrong, message in (
         ({"share": 1.5}, "share is 1.5"),
+        ({"snapshot": WeightSnapshot(nn.Linear(2, 2))}, "does not fit the model"),
         ({"growth": {"0": scores["0"]}}, "growth is of the layers 0"),
         ({"growth": {**scores, "3": torch.zeros(2)}}, "but its weight is"),
         ({"growth": {**scores, "0": scores["0"] * torch.nan}}, "not all finite"),
     ):
-        with pytest.raises(PruningError, match=message):
+        with pytest.raises(NNSError, match=message):
             exchange_synapses(**{"model": model, "scores": scores, "growth": scores, "share": 0.5, **wrong})
     assert all(torch.equal(synapse_mask(model[place]), mask) for place, mask in zip((0, 3), masks, strict=True))
 
@@ -192,3 +193,22 @@ def test_gradients_reach_masked_synapses_and_leave_none_behind() -> None:
     assert np.allclose(found["0"].numpy(), expected, rtol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
     loss.backward()  # the graph is still there
+
+
+def test_attention_keeps_its_output_layer_out_of_it() -> None:
+    """Its pre-forward hook never runs, so that a mask would not be renewed in training."""
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2, batch_first=True), "h": nn.Linear(4, 2)})
+    assert set(significance(model, WeightSnapshot(model))) == {"h"}
+    with pytest.raises(PruningError, match="threshold is nan"):
+        prune_synapses(model, {"h": torch.ones(2, 4)}, threshold=float("nan"))
+    with pytest.raises(PruningError, match="scores of 0 layers"):
+        prune_synapses(model, {}, amount=0.5)
+
+
+def test_weights_that_were_tied_since_are_told() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = WeightSnapshot(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(SnapshotError, match=r"'0.weight' and '1.weight' are two parameters in it and one in the model"):
+        significance(model, before)
+    assert not any(bool(moved.any()) for moved in significance(model, WeightSnapshot(model)).values())
