@@ -193,18 +193,19 @@ def stage(
     blind: bool,
 ) -> None:
     """Come to a number of synapses in steps, exchange some between epochs, and train on."""
-    steps, rounds, final = {1259: (2, 40, 20)}.get(left, (2, 5, 2) if left > 1259 else (4, 40, 10))
+    steps, rounds, final = {1259: (2, 40, 20)}.get(left, (2, 5, 2) if left > 1259 else (4, 20, 2))
+    epochs = 2 if left >= 1259 else 1  # of training after each removal and each exchange
     before = sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
     for step in range(1, steps + 1):
         now = sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
         target = round(before * (left / before) ** (step / steps))
         prune_synapses(model, scores(model), amount=now - target, across_layers=True)
-        train(model, images, labels, 2)
+        train(model, images, labels, epochs)
     for turn in range(rounds):
         if exchanges:
             share = EXCHANGED * (1 + math.cos(math.pi * turn / rounds)) / 2
             exchange(model, images, labels, scores, share, MOST_INPUTS.get(left), snapshot, blind)
-        train(model, images, labels, 2)
+        train(model, images, labels, epochs)
     train(model, images, labels, final)
 
 

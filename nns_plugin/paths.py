@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.compaction import permanent
-from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.consumers import Transposed, weight_of
 from nns_plugin.errors import PruningError
+from nns_plugin.forward import device_of, inputs_like, kinds_of
+from nns_plugin.preserve import preserved
 from nns_plugin.surgery import Surgeon, find_surgeon
+from nns_plugin.synapses import synapse_layers
+from nns_plugin.taps import tap
 from nns_plugin.units import UnitGroup
 
 
@@ -32,7 +36,9 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | N
         synapse is on a path to output l. Layers that no path to an output passes are left out.
 
     Raises:
-        PruningError: If not exactly one layer writes the outputs, or a layer reads in groups of channels.
+        PruningError: If not exactly one layer writes the outputs, a layer reads in groups of channels, or reads what
+            other layers give and no unit group tells of (behind attention or a recurrent layer): such paths cannot be
+            followed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
@@ -49,11 +55,7 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | N
             f"the outputs are written by {len(surgery.heads)} layers ({', '.join(surgery.heads) or 'none'}); expected "
             "one"
         )
-    there = {
-        name: _matrix(name, module)
-        for name, module in sparse.named_modules()
-        if isinstance(module, (nn.Linear, Convolution))
-    }
+    there = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
     head = surgery.heads[0]
     if head not in there:
         raise PruningError(f"the outputs are written by {head!r}, a {type(sparse.get_submodule(head)).__name__}")
@@ -63,6 +65,8 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | N
     ends = _spread(ends, there, groups, backward=True)
     begins = {name: torch.zeros(1, matrix.shape[1], dtype=torch.bool) for name, matrix in there.items()}
     for name, read in _inputs(groups, begins).items():
+        if bool(read.any()):
+            _check_source(sparse, name, read, inputs_like(kinds_of(example_inputs), device_of(sparse)))
         begins[name][0, read] = True
     begins = _spread(begins, there, groups, backward=False)
     found = {name: ends[name][:, :, None] & matrix & begins[name][:, None, :] for name, matrix in there.items()}
@@ -87,6 +91,28 @@ def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str,
             if port.name in found:
                 found[port.name][port.index] = False
     return found
+
+
+def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> None:
+    """Refuse in-positions that no group writes, and that depend on layers all the same."""
+    weights = [
+        parameter
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1 and parameter.is_floating_point()
+    ]
+    with preserved(model), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        values = tap(model.eval(), name, inputs)
+        axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+        total = values.movedim(axis, 0)[read.to(values.device)].square().sum()
+        found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else ()
+    if any(gradient is not None and bool(gradient.any()) for gradient in found):
+        raise PruningError(
+            f"{name!r} reads what other layers give, and no unit group tells how (as behind attention or a recurrent "
+            "layer): its paths cannot be followed"
+        )
 
 
 def _spread(

@@ -334,3 +334,37 @@ def test_a_forward_that_draws_leaves_the_random_state_alone() -> None:
     small = compact(model, torch.zeros(2, 4), narrow_inputs=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert small.model.body[0].out_features == 1
+
+
+def test_a_model_in_training_mode_is_made_compact_as_it_evaluates() -> None:
+    torch.manual_seed(1)
+    model = convolutional(0)
+    with torch.no_grad():
+        model[1].running_mean.uniform_(-1, 1)
+        model[3].weight[:, 4] = 0
+    small = compact(model.train(), torch.randn(2, 2, 6, 6))
+    assert not any(module.training for module in small.model.modules())
+    assert model.training
+    x = torch.randn(3, 2, 6, 6)
+    assert torch.allclose(small(x), model.eval()(x), atol=1e-5)
+
+
+def test_inputs_that_are_read_in_groups_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    with torch.no_grad():
+        model[0].weight[:2, 1] = 0  # channel 1 is not used
+    small = compact(model, torch.randn(2, 4, 2, 2))
+    assert small.inputs is None
+    x = torch.randn(3, 4, 2, 2)
+    assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    torch.manual_seed(0)
+    model = perceptron([4, 5, 2])
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    model[0].weight.requires_grad_(False)
+    small = compact(model, torch.randn(2, 4)).model
+    assert [parameter.requires_grad for parameter in small.parameters()] == [False, True, True, True]

@@ -67,6 +67,47 @@ def test_a_residual_stream(zoo: Any) -> None:
     assert all(not bool(paths[0].any()) and bool(paths[1:].any()) for paths in cut.values())
 
 
+class Sequence(nn.Module):
+    """Something that has no unit groups stands between two layers."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 4), middle, nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        out = self.middle(x, x, x) if isinstance(self.middle, nn.MultiheadAttention) else self.middle(x)
+        return self.head(out[0].mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_what_no_group_tells_of_is_no_input(kind: str) -> None:
+    middle = nn.MultiheadAttention(4, 2, batch_first=True) if kind == "attention" else nn.LSTM(4, 4, batch_first=True)
+    with pytest.raises(PruningError, match="'head' reads what other layers give, and no unit group tells how"):
+        synapse_paths(Sequence(middle), torch.zeros(2, 3, 4))
+
+
+def test_inputs_may_be_scaled_or_stand_beside_units() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.f, self.head = nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(7, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x)
+            return self.head(torch.cat([torch.relu(self.f(x)), x], 1))
+
+    model = Beside()
+    with torch.no_grad():
+        model.f.weight[1:] = 0
+        model.head.weight[0, 4:] = 0
+    found = synapse_paths(model, torch.zeros(2, 3))
+    assert found["head"][0, 0].tolist() == [True] + [False] * 6
+    assert found["head"][1, 1].tolist() == [True] + [False] * 3 + [True] * 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_what_cannot_be_walked_is_told() -> None:
     grouped = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(PruningError, match="'0' reads its channels in 2 groups"):
