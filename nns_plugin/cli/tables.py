@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from nns_plugin.jobs.recipe import CONFIDENCE
+
 if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.jobs.environment import Host
-    from nns_plugin.jobs.recipe import CONFIDENCE
-from nns_plugin.jobs.report import Report
+    from nns_plugin.jobs.report import Report
 
 
 def comparison(report: Report) -> Table:
