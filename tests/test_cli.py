@@ -27,13 +27,13 @@ def test_a_search_within_a_budget_is_told_trial_by_trial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    settings = ("confidence=0.9", "calibrate_head=true", "measure.samples=20", "measure.resamples=0")
+    settings = ("calibrate_head=true", "measure.samples=20", "measure.resamples=0")
     given = [part for setting in settings for part in ("--set", setting)]
     output = tmp_path / "out"
     assert run("run", "--labels", "3,5", "--max-drop", "0.05", *given, "--quiet", "--output", str(output)) == 0
     printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert "drop at 90 % at most, points" in printed
+    assert "drop at 95 % at most, points" in printed
     assert len(report["trials"]) > 3
     for trial in report["trials"]:
         assert trial["within"] == (trial["drop_bound"] <= 0.05)
@@ -42,7 +42,7 @@ def test_a_search_within_a_budget_is_told_trial_by_trial(
     selection = Subnet.load(output / "subnet.safetensors").provenance.selection
     assert selection == {
         "max_balanced_accuracy_drop": 0.05,
-        "confidence": 0.9,
+        "confidence": 0.95,
         "round_to": selection.get("round_to", 1),
     }
 
