@@ -8,7 +8,8 @@ MNIST: a net 784-20-10 with its 15 880 synapses is trained on the 60 000 trainin
 stage the lowest synapses go, and between epochs of training some of those that are left are exchanged for masked ones
 with a large gradient; at 1 259 synapses, no more than 465 inputs may stay in use. WSF, magnitude and random get the
 same schedule (random exchanges for random ones); "no exchange" is WSF on the same schedule without exchanges. Judged on
-the 10 000 test images, which decide nothing.
+the 10 000 test images, which decide nothing. Training is plain SGD: Adam moves the synapses of pixels that are hardly
+ever there as far as any, so that the border of the image looks significant.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SHOWN = (7940, 3970, 2382, 1588, 1259, 38)
 PAPER = {1259: "97 on 465 inputs", 38: "50 on 20 inputs"}
 GOALS = {1259: 94.0, 38: 50.0}
 MOST_INPUTS = {1259: 465}
-BATCH, RATE, DENSE_EPOCHS = 128, 2e-3, 10
+BATCH, RATE, DENSE_EPOCHS = 128, 0.1, 10
 EXCHANGED = 0.3
 GRADIENT_IMAGES = 4096
 
@@ -193,7 +194,7 @@ def stage(
     blind: bool,
 ) -> None:
     """Come to a number of synapses in steps, exchange some between epochs, and train on."""
-    steps, rounds, final = {1259: (2, 40, 20)}.get(left, (2, 5, 2) if left > 1259 else (4, 20, 2))
+    steps, rounds, final = {1259: (1, 10, 5)}.get(left, (2, 0, 0) if left > 1259 else (4, 5, 2))
     epochs = 2 if left >= 1259 else 1  # of training after each removal and each exchange
     before = sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
     for step in range(1, steps + 1):
@@ -206,7 +207,8 @@ def stage(
             share = EXCHANGED * (1 + math.cos(math.pi * turn / rounds)) / 2
             exchange(model, images, labels, scores, share, MOST_INPUTS.get(left), snapshot, blind)
         train(model, images, labels, epochs)
-    train(model, images, labels, final)
+    if final:
+        train(model, images, labels, final)
 
 
 def exchange(
@@ -237,9 +239,11 @@ def exchange(
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), RATE, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, 0.9, nesterov=True, fused=True)
     steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
+    )
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(BATCH):
             loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
