@@ -49,6 +49,15 @@ class FollowedSnapshot:
         self._seen = len(graph.pruning_history())
         return self._snapshot
 
+    def latest(self) -> WeightSnapshot:
+        """The snapshot of the model that was scored last, as wide as that is now; before any scoring, as it was given.
+
+        Raises:
+            SnapshotError: See :meth:`current`.
+        """
+        graph = None if self._graph is None else self._graph()
+        return self._snapshot if graph is None else self.current(graph)
+
     def saw(self, host_group: tp.dependency.Group) -> None:
         """Remember how the positions of a full group hang together; the pruning history speaks of its root alone."""
         graph = host_group._DG

@@ -291,6 +291,15 @@ class WSFImportance(CriterionImportance):
         self._reduction = reduction
         self._snapshot = FollowedSnapshot(snapshot)
 
+    @property
+    def snapshot(self) -> WeightSnapshot:
+        """The snapshot as wide as the model is now, such as for :func:`nns_plugin.synapses.significance`.
+
+        Raises:
+            SnapshotError: If units went in a way that the pruning history does not tell.
+        """
+        return self._snapshot.latest()
+
     def _current(self, group: tp.dependency.Group) -> Criterion:
         snapshot = self._snapshot.current(group._DG)
         self._snapshot.saw(group)
