@@ -85,6 +85,10 @@ def linear(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def synapses_left(model: nn.Module) -> int:
+    return sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
+
+
 def scores_of(name: str, snapshot: WeightSnapshot) -> Scores:
     chosen: dict[str, Scores] = {"magnitude": by_magnitude, "random": at_random}
     return chosen.get(name, by_significance(snapshot))
@@ -196,9 +200,9 @@ def stage(
     """Come to a number of synapses in steps, exchange some between epochs, and train on."""
     steps, rounds, final = {1259: (1, 10, 5)}.get(left, (2, 0, 0) if left > 1259 else (4, 5, 2))
     epochs = 2 if left >= 1259 else 1  # of training after each removal and each exchange
-    before = sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
+    before = synapses_left(model)
     for step in range(1, steps + 1):
-        now = sum(int(synapse_mask(layer).sum()) for layer in linear(model).values())
+        now = synapses_left(model)
         target = round(before * (left / before) ** (step / steps))
         prune_synapses(model, scores(model), amount=now - target, across_layers=True)
         train(model, images, labels, epochs)
@@ -233,7 +237,7 @@ def exchange(
         out[total.topk(most_inputs).indices] = False
         ranked[first] = torch.where(out, -1.0, ranked[first].double())
         growth[first] = torch.where(out, 0.0, growth[first])
-        left = sum(int(synapse_mask(each).sum()) for each in linear(model).values())
+        left = synapses_left(model)
         share = max(share, int((mask & out).sum()) / left)
     exchange_synapses(model, ranked, growth, share, snapshot)
 

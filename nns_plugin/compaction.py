@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, weight_of
 from nns_plugin.errors import PruningError
-from nns_plugin.forward import map_tensors, run_model
+from nns_plugin.forward import device_of, map_tensors, run_model, tensors_of
 from nns_plugin.input_selection import InputSelection, narrowed_to_used
 from nns_plugin.preserve import preserved_rng
 from nns_plugin.surgery import Surgeon, find_surgeon
@@ -85,7 +85,7 @@ def compact(
     """
     wide = permanent(copied(model)).eval()
     types = {name: value.dtype for name, value in _named(wide)}
-    device = next((value.device for value in wide.parameters()), torch.device("cpu"))
+    device = device_of(wide)
     wide = wide.to("cpu", torch.float64)
     with preserved_rng():
         inputs, others = _examples(example_inputs)
@@ -110,9 +110,7 @@ def _examples(inputs: Any) -> tuple[Any, Any]:
 
     Whole numbers and truth values stay those of the examples.
     """
-    tensors: list[Tensor] = []
-    map_tensors(inputs, lambda value: tensors.append(value) or value)  # type: ignore[func-returns-value]
-    rows = min((value.shape[0] for value in tensors if value.dim()), default=1)
+    rows = min((value.shape[0] for value in tensors_of(inputs) if value.dim()), default=1)
     times = -(-ROWS // max(rows, 1))
     generator = torch.Generator().manual_seed(0)
 

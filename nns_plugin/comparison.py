@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nns_plugin.circle import copied
-from nns_plugin.forward import map_tensors, run_model, to_device
+from nns_plugin.forward import map_tensors, run_model, tensors_of, to_device
 from nns_plugin.preserve import preserved_rng
 
 
@@ -28,11 +28,9 @@ def same_outputs(left: nn.Module, right: nn.Module, inputs: Any, right_inputs: A
             to_device(values, torch.device("cpu")),
             lambda value: value.double() if value.is_floating_point() else value,
         )
-        parts: list[Tensor] = []
         with preserved_rng(), torch.no_grad():
             torch.manual_seed(0)  # a forward that draws draws the same
-            map_tensors(run_model(double, values), lambda value, parts=parts: parts.append(value) or value)  # type: ignore[misc]
-        found.append(parts)
+            found.append(tensors_of(run_model(double, values)))
     return len(found[0]) == len(found[1]) and all(
         a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-8)
         for a, b in zip(*found, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ Transposed = nn.modules.conv._ConvTransposeNd
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a layer that has exactly one."""
     return cast(Tensor, module.weight)
+
+
+def is_plain_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """Whether each output channel reads all input channels, at positions around its own: not transposed, no groups."""
+    return isinstance(module, Convolution) and not isinstance(module, Transposed) and module.groups == 1
 
 
 def channel_groups(module: nn.Module) -> int:

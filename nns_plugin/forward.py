@@ -90,6 +90,18 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return function(inputs) if isinstance(inputs, Tensor) else inputs
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in inputs or outputs of a model, in order."""
+    found: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    map_tensors(values, note)
+    return found
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lives; the CPU for a model without parameters."""
     parameter = next(model.parameters(), None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
-from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.consumers import is_plain_convolution, weight_of
 from nns_plugin.forward import run_model
 from nns_plugin.preserve import preserved
 
@@ -82,7 +82,7 @@ def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, in
             if args and args[0].shape == values.shape and torch.equal(args[0], values):
                 found.setdefault(module, (flat and inputs.dim() > 2, axis))
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) or _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) or is_plain_convolution(module)]
     handles = [module.register_forward_pre_hook(look) for module in layers]
     try:
         with preserved(model), torch.no_grad():
@@ -91,10 +91,6 @@ def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, in
         for handle in handles:
             handle.remove()
     return [(module, flat, axis) for module, (flat, axis) in found.items()]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, Convolution) and not isinstance(module, Transposed) and module.groups == 1
 
 
 def _width(module: nn.Module) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
-from nns_plugin.consumers import Convolution, Transposed, add_to_bias, has_bias, padded_positions, weight_of
+from nns_plugin.consumers import add_to_bias, has_bias, is_plain_convolution, padded_positions, weight_of
 from nns_plugin.errors import NNSError
 from nns_plugin.forward import device_of, to_device
 from nns_plugin.preserve import preserved
@@ -55,12 +56,13 @@ def without_unreached_units(
     plan = {group.name: stays for group in groups if (stays := _needed(model, group)) is not None}
     each = [{name: stays} for name, stays in plan.items()]
     kept: Kept = {}
+    small = model
     for attempt in [plan, *each] if len(each) > 1 else each:
         if attempt.keys() & kept.keys():
             continue
         smaller = _cut(model, inputs, surgeon, ignored_layers, {**kept, **attempt})
         if smaller is not None and _same(model, smaller, (inputs, others)):
-            kept |= attempt
+            kept, small = {**kept, **attempt}, smaller
     stuck |= plan.keys() - kept.keys()
     if stuck:
         warnings.warn(
@@ -69,8 +71,7 @@ def without_unreached_units(
             UnremovedWarning,
             stacklevel=3,
         )
-    smaller = _cut(model, inputs, surgeon, ignored_layers, kept) if kept else None
-    return (model if smaller is None else smaller), kept
+    return small, kept
 
 
 def _disconnected(
@@ -82,11 +83,12 @@ def _disconnected(
     while changed:
         changed = False
         for group in groups:
-            if group.name in stuck or not _idle(model, group, inputs):
+            idle = [] if group.name in stuck else _idle(model, group, inputs)
+            if not idle:
                 continue
             candidate = copied(model)
-            for part in _idle(candidate, group, inputs):
-                part()
+            for cut_off in idle:
+                cut_off(candidate)
             if _same(model, candidate, (inputs, others)):
                 model, changed = candidate, True
             else:
@@ -94,16 +96,16 @@ def _disconnected(
     return model, stuck
 
 
-def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Any]:
-    """What makes the group's synapses that do nothing 0, each a function to call; empty if there are none."""
+def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.Module], None]]:
+    """What makes the group's synapses that do nothing 0 in a copy of the model; empty if there are none."""
     written, read = _wired(model, group)
-    found: list[Any] = []
+    found: list[Callable[[nn.Module], None]] = []
     if read is not None:
         for port in group.producers:
             module, axis = _layer(model, port, is_out=True)
             places = port.index[~read[port.unit]]
             if module is not None and bool(_slices(module, axis, places).count_nonzero()):
-                found.append(lambda module=module, axis=axis, places=places: _zero(module, axis, places))
+                found.append(partial(_zero, name=port.name, axis=axis, places=places))
     if written is not None and not bool(written.all()):
         for port in group.consumers:
             module, axis = _layer(model, port, is_out=False)
@@ -113,8 +115,7 @@ def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Any]:
             known = constants.isfinite() & ((constants == 0) | _takes_constants(module))
             places = port.index[~written[port.unit] & known[port.index]]
             if bool(_slices(module, axis, places).count_nonzero()):
-                values = constants[places]
-                found.append(lambda module=module, axis=axis, p=places, v=values: _fold(module, axis, p, v))
+                found.append(partial(_fold, name=port.name, axis=axis, places=places, constants=constants[places]))
     return found
 
 
@@ -152,17 +153,18 @@ def _slices(module: nn.Module, axis: int, places: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _zero(module: nn.Module, axis: int, places: Tensor) -> None:
-    weight_of(module).movedim(axis, 0)[places] = 0
+def _zero(model: nn.Module, name: str, axis: int, places: Tensor) -> None:
+    weight_of(model.get_submodule(name)).movedim(axis, 0)[places] = 0
 
 
 @torch.no_grad()
-def _fold(module: nn.Module, axis: int, places: Tensor, constants: Tensor) -> None:
+def _fold(model: nn.Module, name: str, axis: int, places: Tensor, constants: Tensor) -> None:
     """Put what constant inputs contribute into the bias, and their synapses to 0."""
+    module = model.get_submodule(name)
     if bool(constants.any()):
         slices = _slices(module, axis, places).double()
         add_to_bias(module, constants @ slices.flatten(2).sum(2) if slices.dim() > 2 else constants @ slices)
-    _zero(module, axis, places)
+    _zero(model, name, axis, places)
 
 
 def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
@@ -179,9 +181,11 @@ def _takes_constants(module: nn.Module) -> bool:
     """Whether a constant input of a layer adds the same to each of its outputs, which its bias can take up."""
     if isinstance(module, nn.Linear):
         return has_bias(module)
-    if not isinstance(module, Convolution) or isinstance(module, Transposed) or module.groups != 1:
-        return False
-    return has_bias(module) and padded_positions(module, [8] * len(module.kernel_size)) == 0
+    return (
+        is_plain_convolution(module)
+        and has_bias(module)
+        and padded_positions(module, [8] * len(module.kernel_size)) == 0
+    )
 
 
 def _cut(

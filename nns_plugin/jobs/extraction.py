@@ -21,7 +21,7 @@ from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.jobs.budget import smallest_within
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, check_cut
+from nns_plugin.jobs.recipe import CutSection, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
@@ -220,7 +220,8 @@ def extract(
     def by_ratio(ratio: float) -> dict[str, Tensor]:
         return keep_by_ratio(scores, ratio, round_to=section.round_to, across_groups=section.across_groups)
 
-    if section.max_balanced_accuracy_drop is None:
+    max_drop, confidence = section.max_balanced_accuracy_drop, section.effective_confidence
+    if max_drop is None or confidence is None:
         return finished(by_ratio(0.5 if section.ratio is None else section.ratio)), ()
     data = loader if validation is None else validation
     with stage("data.validation"):
@@ -230,8 +231,8 @@ def extract(
             finished,
             names,
             data,
-            section.max_balanced_accuracy_drop,
-            section.effective_confidence or CONFIDENCE,
+            max_drop,
+            confidence,
             section.calibrate_head,
             progress,
         )
