@@ -40,14 +40,10 @@ if "zoo" not in sys.modules:
     sys.modules["zoo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["zoo"])
 zoo = sys.modules["zoo"]
+fresh = zoo.fresh_arguments
 
 PRUNERS = ("BasePruner", "MagnitudePruner", "MetaPruner", "GroupNormPruner", "BNScalePruner", "GrowingRegPruner")
 TOPOLOGIES = ("mlp", "conv_norm", "grouped", "depthwise", "residual", "concat", "twice", "transposed", "shared")
-
-
-def fresh() -> dict[str, Any]:
-    """torch-pruning's default arguments are dictionaries that all pruners share."""
-    return {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
 
 
 def setting(case: str, count: int = 24) -> tuple[nn.Module, Any, list[Any], tuple[UnitGroup, ...]]:

@@ -194,10 +194,7 @@ def test_the_snapshot_follows_iterative_pruning_with_training_in_between(zoo: An
         pruning_ratio=0.6,
         iterative_steps=3,
         ignored_layers=[model.head],
-        in_channel_groups={},
-        out_channel_groups={},
-        num_heads={},
-        channel_groups={},
+        **zoo.fresh_arguments(),
     )
     for _ in range(3):
         pruner.step()

@@ -24,6 +24,11 @@ torch.set_num_threads(1)
 Ports = dict[str, list[list[int]]]
 
 
+def fresh_arguments() -> dict[str, dict[object, object]]:
+    """Of a torch-pruning pruner: its default arguments are dictionaries that all pruners share."""
+    return {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
+
+
 @dataclass(frozen=True)
 class Expected:
     """A unit group by hand: what writes and what reads each unit."""
