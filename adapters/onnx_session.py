@@ -67,7 +67,7 @@ class Arguments(NamedTuple):
             arguments = cls((), dict(inputs))
         else:
             arguments = cls((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {})
-        tensors = [*arguments.args, *arguments.kwargs.values()]
+        tensors = arguments.tensors
         found = [f"{t.dtype}{list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
         if not all(isinstance(t, Tensor) and t.ndim > 0 for t in tensors) or len({len(t) for t in tensors}) != 1:
             raise ExportError(
@@ -78,9 +78,14 @@ class Arguments(NamedTuple):
         return arguments
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
     def batch(self) -> int:
         """Number of inputs."""
-        return len(next(iter((*self.args, *self.kwargs.values()))))
+        return len(self.tensors[0])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Arguments:
         """The same arguments with every tensor changed."""

@@ -36,10 +36,12 @@ from nns_plugin.adapters.onnx_session import (
 )
 from nns_plugin.errors import ExportError
 from nns_plugin.forward import device_of
+from nns_plugin.input_selection import InputSelection
 
 __all__ = [
     "FEATURES_KEY",
     "LABELS_KEY",
+    "SELECTION_KEY",
     "LatencyComparison",
     "LatencyReport",
     "ParityReport",
@@ -59,6 +61,9 @@ LABELS_KEY = "nns.labels"
 FEATURES_KEY = "nns.features"
 """Key under which the indices of the inputs that a narrowed model works on stand, as a JSON list."""
 
+SELECTION_KEY = "nns.features.of"
+"""Key under which stands what those indices count, as a JSON object with ``axis``, ``flat`` and ``total``."""
+
 _SINGLE_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the 64 MiB between are for the graph itself
 
 
@@ -68,7 +73,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     label_names: Sequence[str] | None = None,
-    features: Sequence[int] | Tensor | None = None,
+    features: InputSelection | Sequence[int] | Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
@@ -85,8 +90,9 @@ def export(
             example takes whatever branch a forward has for it, so the model must accept a batch of 2.
         path: The file to write; an existing one is replaced.
         label_names: Names of the first output's labels, in order; stored as a JSON list under ``LABELS_KEY``.
-        features: Of a model that was narrowed to some inputs of a wider one: their indices there, in order; stored as a
-            JSON list under ``FEATURES_KEY``.
+        features: Of a model that was narrowed to some inputs of a wider one: which those are, in order; their indices
+            are stored as a JSON list under ``FEATURES_KEY``. A selection also says what they index (axis, whether the
+            axes behind the batch count as one, how many there were), stored as a JSON object under ``SELECTION_KEY``.
         metadata: Further entries of the file's metadata.
         opset: ONNX operator set version; the exporter's default if None.
         input_names: Names of the file's inputs instead of the forward's parameter names, which name ``Mapping`` inputs.
@@ -101,7 +107,9 @@ def export(
     """
     target = Path(path)
     arguments = Arguments.of(example_inputs)
-    properties = _properties(label_names, features, metadata)
+    properties = _properties(label_names, metadata) | _told_features(features, arguments)
+    if features is not None and metadata and metadata.keys() & {FEATURES_KEY, SELECTION_KEY}:
+        raise ExportError(f"metadata holds {FEATURES_KEY!r}, the key of features; pass one of the two")
     if input_names is not None and arguments.kwargs:
         raise ExportError("input_names cannot rename inputs that are passed by name; drop it or pass a tuple")
     if target.is_dir():
@@ -116,9 +124,7 @@ def export(
     return target
 
 
-def _properties(
-    label_names: Sequence[str] | None, features: Sequence[int] | Tensor | None, metadata: Mapping[str, str] | None
-) -> dict[str, str]:
+def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] | None) -> dict[str, str]:
     properties = dict(metadata or {})
     if not all(isinstance(text, str) for pair in properties.items() for text in pair):
         raise ExportError(f"metadata must map strings to strings, found {properties}; convert its values first")
@@ -128,17 +134,33 @@ def _properties(
         if LABELS_KEY in properties:
             raise ExportError(f"metadata holds {LABELS_KEY!r}, the key of label_names; pass one of the two")
         properties[LABELS_KEY] = json.dumps(list(label_names))
-    if features is not None:
-        try:
-            indices = [operator.index(index) for index in torch.as_tensor(features).reshape(-1).tolist()]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ExportError(f"features must be different indices of inputs, found {features!r}") from error
-        if min(indices, default=0) < 0 or len(set(indices)) != len(indices):
-            raise ExportError(f"features must be different indices of inputs, found {indices[:5]}")
-        if FEATURES_KEY in properties:
-            raise ExportError(f"metadata holds {FEATURES_KEY!r}, the key of features; pass one of the two")
-        properties[FEATURES_KEY] = json.dumps(indices)
     return properties
+
+
+def _told_features(features: InputSelection | Sequence[int] | Tensor | None, arguments: Arguments) -> dict[str, str]:
+    """What the metadata says of the inputs that a narrowed model works on."""
+    if features is None:
+        return {}
+    selection = features if isinstance(features, InputSelection) else None
+    try:
+        given = features.indices if isinstance(features, InputSelection) else torch.as_tensor(features)
+        indices = [operator.index(index) for index in given.reshape(-1).tolist()]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ExportError(f"features must be different indices of inputs, found {features!r}") from error
+    if min(indices, default=0) < 0 or len(set(indices)) != len(indices):
+        raise ExportError(f"features must be different indices of inputs, found {indices[:5]}")
+    shapes = [list(value.shape) for value in arguments.tensors]
+    axes = slice(1, None) if selection is None else slice(selection.axis, (selection.axis + 1) or None)
+    if len(shapes) != 1 or len(indices) not in shapes[0][axes]:
+        raise ExportError(
+            f"there are {len(indices)} features, but the model's inputs are {shapes}; expected the one input that the "
+            "narrowed model works on, as wide as the features are many"
+        )
+    found = {FEATURES_KEY: json.dumps(indices)}
+    if selection is not None:
+        told = {"axis": selection.axis, "flat": selection.flat, "total": selection.total}
+        found[SELECTION_KEY] = json.dumps(told)
+    return found
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def compact(
 
     Warns:
         UnremovedWarning: If units that no synapse reaches have to stay.
+        UnnarrowedWarning: If inputs that a layer does not use have to stay.
 
     Example:
         >>> _ = torch.manual_seed(0)

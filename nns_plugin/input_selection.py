@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,10 @@ from nns_plugin.comparison import same_outputs
 from nns_plugin.consumers import is_plain_convolution, weight_of
 from nns_plugin.forward import run_model
 from nns_plugin.preserve import preserved
+
+
+class UnnarrowedWarning(UserWarning):
+    """Inputs that no synapse reads had to stay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +55,20 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
 
     Returns:
         ``None`` if all inputs are used, or something else than those layers reads them.
+
+    Warns:
+        UnnarrowedWarning: If a layer reads inputs of which it uses only some, and all of them have to stay.
     """
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
         return None
     small = copied(model)
     readers = _readers(small, inputs)
-    if len({(flat, axis, _width(module)) for module, flat, axis in readers}) != 1:
+    each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]
+    if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(readers, each, strict=True)}) != 1:
+        _tell(each, "layers read them in different forms")
         return None
     _, flat, axis = readers[0]
-    used = torch.stack([(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]).any(0)
+    used = torch.stack(each).any(0)
     if bool(used.all()):
         return None
     if not bool(used.any()):
@@ -68,8 +79,22 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
     try:
         same = same_outputs(model, small, inputs, selection(inputs))
     except (RuntimeError, ValueError, IndexError):  # a forward that wants its inputs' shape as it was
+        same = False
+    if not same:
+        _tell(each, "something else reads them too, or wants them in their shape")
         return None
-    return (small, selection) if same else None
+    return small, selection
+
+
+def _tell(each: Sequence[Tensor], reason: str) -> None:
+    """Say that inputs which some reader does not use stay."""
+    unused = sum(int(not columns.all()) for columns in each)
+    if unused:
+        warnings.warn(
+            f"inputs that no synapse of {unused} of the {len(each)} layers that read them uses stay: {reason}",
+            UnnarrowedWarning,
+            stacklevel=4,
+        )
 
 
 def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, int]]:
@@ -91,10 +116,6 @@ def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, in
         for handle in handles:
             handle.remove()
     return [(module, flat, axis) for module, (flat, axis) in found.items()]
-
-
-def _width(module: nn.Module) -> int:
-    return weight_of(module).shape[1]
 
 
 def _narrow(module: nn.Module, indices: Tensor) -> None:

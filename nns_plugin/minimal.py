@@ -155,6 +155,8 @@ def minimal_network(
     Source:
         Bulin and Smidl, "Optimization of Neural Network".
     """
+    if not isinstance(schedule, Sequence):
+        raise PruningError(f"schedule is {schedule!r}; expected falling shares in (0, 1), such as (0.5, 0.1)")
     options = _Options(tuple(schedule), one_by_one, across_layers, by_unit, max_drop, least, seed)
     scored = scores or _significance(model, snapshot)
     if by_unit:
@@ -236,6 +238,8 @@ class _Options:
             raise PruningError("the schedule is empty and one_by_one is off: nothing would be tried")
         if not 0 <= self.max_drop < math.inf or self.least < 0:
             raise PruningError(f"max_drop is {self.max_drop} and least {self.least}; expected at least 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise PruningError(f"seed is {self.seed!r}; expected a whole number of at least 0")
 
 
 @dataclass
@@ -368,11 +372,11 @@ class _Search:
     def _judged(self, model: nn.Module) -> float:
         value = self._call("evaluate", self._evaluate, copied(model))
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError) as error:
             raise SearchError(f"evaluate returned {value!r}; expected a number, higher is better") from error
         if not math.isfinite(number):
-            raise SearchError(f"evaluate returned {number}; expected a finite number, higher is better")
+            raise SearchError(f"evaluate returned {value!r}; expected a finite number, higher is better")
         return number
 
     def _call(self, name: str, function: Callable[[nn.Module], Any], model: nn.Module) -> Any:

@@ -38,6 +38,11 @@ class WeightSnapshot:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise SnapshotError(
+                f"found a {type(model).__name__}; expected a model, or its weights by name; WeightSnapshot.load(file) "
+                "reads a file"
+            )
         found = named_weights(model) if isinstance(model, nn.Module) else dict(model)
         self.weights: dict[str, Tensor] = {
             name.removesuffix(MASKED): value.detach().cpu().clone()

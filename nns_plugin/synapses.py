@@ -57,12 +57,21 @@ def significance(model: nn.Module, snapshot: WeightSnapshot) -> dict[str, Tensor
 
     Raises:
         SnapshotError: If the snapshot is of another architecture.
+        PruningError: If a layer's weight is no parameter, but computed from others.
 
     Source:
         Bulin and Smidl, "Optimization of Neural Network": WSF(k) = |w_k(t_f) - w_k(0)|.
     """
     movement = snapshot.movement(model)
-    return {name: movement[f"{name}.weight"] for name in synapse_layers(model) if f"{name}.weight" in movement}
+    layers = synapse_layers(model)
+    computed = [name for name in layers if f"{name}.weight" not in movement]
+    if computed:
+        raise PruningError(
+            f"the weights of {', '.join(computed)} are computed from other parameters, as by weight_norm, so that "
+            "their synapses cannot be masked; make them plain parameters first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)"
+        )
+    return {name: movement[f"{name}.weight"] for name in layers}
 
 
 def synapse_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -280,6 +289,8 @@ def _layer(model: nn.Module, name: str, score: Tensor) -> nn.Module:
     except AttributeError as error:
         raise PruningError(f"there is no module {name!r} in the model; name its layers") from error
     weight = getattr(module, "weight", None)
+    if not isinstance(score, Tensor):
+        raise PruningError(f"the scores of {name!r} are a {type(score).__name__}; expected a tensor")
     if not isinstance(weight, Tensor) or weight.shape != score.shape:
         found = list(weight.shape) if isinstance(weight, Tensor) else "missing"
         raise PruningError(f"the scores of {name!r} are {list(score.shape)}, but its weight is {found}")

@@ -6,6 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ pytest.importorskip("torch_pruning")
 from nns_plugin.circle import copied  # noqa: E402
 from nns_plugin.compaction import compact, count_synapses, permanent  # noqa: E402
 from nns_plugin.forward import run_model  # noqa: E402
+from nns_plugin.input_selection import UnnarrowedWarning  # noqa: E402
 from nns_plugin.unreached import UnremovedWarning  # noqa: E402
 
 
@@ -185,7 +187,9 @@ def test_inputs_are_narrowed_only_where_all_that_reads_them_can_be(kind: str, le
     with torch.no_grad():
         model.left.weight[:, 1:] = 0
         model.right.weight[:, [1, 3]] = 0
-    small = compact(model, torch.randn(2, 4))
+    told = nullcontext() if left else pytest.warns(UnnarrowedWarning, match="1 of the 1 layers .* else reads them too")
+    with told:
+        small = compact(model, torch.randn(2, 4))
     assert (None if small.inputs is None else small.inputs.indices.tolist()) == left
     x = torch.randn(3, 4)
     assert torch.allclose(small(x), model(x), atol=1e-6)
@@ -203,7 +207,8 @@ def test_flattened_images_lose_pixels_and_shaped_ones_do_not() -> None:
     assert small.inputs is not None
     assert small.inputs.indices.tolist() == list(range(1, 8))
     assert torch.allclose(small.model(x.flatten(1)[:, 1:8]), flat(x), atol=1e-6)
-    assert compact(shaped, x.flatten(1)).inputs is None
+    with pytest.warns(UnnarrowedWarning, match="wants them in their shape"):
+        assert compact(shaped, x.flatten(1)).inputs is None
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -368,3 +373,20 @@ def test_frozen_weights_stay_frozen() -> None:
     model[0].weight.requires_grad_(False)
     small = compact(model, torch.randn(2, 4)).model
     assert [parameter.requires_grad for parameter in small.parameters()] == [False, True, True, True]
+
+
+def test_layers_that_read_inputs_in_different_forms_keep_them() -> None:
+    class Forms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.all = nn.Linear(3, 2), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows(x).sum(1) + self.all(x.flatten(1))
+
+    torch.manual_seed(0)
+    model = Forms().eval()
+    with torch.no_grad():
+        model.all.weight[:, 0] = 0
+    with pytest.warns(UnnarrowedWarning, match="1 of the 2 layers .* in different forms"):
+        assert compact(model, torch.randn(2, 2, 3)).inputs is None

@@ -287,13 +287,13 @@ def test_what_fails_leaves_the_last_accepted_network(culprit: str, tmp_path: Pat
         if culprit in ("nan", "text", "evaluate") and counted():
             if culprit == "evaluate":
                 raise ZeroDivisionError("no more")
-            return "bad" if culprit == "text" else float("nan")
+            return "0.9" if culprit == "text" else float("nan")
         return 1.0
 
     messages = {
         "train": "train raised ZeroDivisionError: no more",
         "nan": "evaluate returned nan; expected a finite number",
-        "text": "evaluate returned 'bad'",
+        "text": "evaluate returned '0.9'; expected a finite number",
         "evaluate": "evaluate raised ZeroDivisionError",
         "masks": "train left .* synapses of .*not bring more back",
     }
@@ -360,6 +360,9 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
         ({"max_drop": -1.0}, "max_drop is -1.0"),
         ({"max_drop": float("nan")}, "max_drop is nan"),
         ({"least": -1}, "least -1"),
+        ({"schedule": 0.5}, "schedule is 0.5; expected falling shares"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"scores": lambda model: {"0": np.zeros((5, 4))}}, "the scores of '0' are a ndarray; expected a tensor"),
         ({"scores": lambda model: {"9": torch.zeros(1)}}, "no module '9'"),
         ({"scores": lambda model: {"0": torch.zeros(1)}}, "but its weight is"),
         ({"scores": lambda model: {"0": torch.full((5, 4), torch.nan)}}, "not all finite"),
@@ -396,6 +399,34 @@ def test_the_compact_model_answers_as_the_masked_one() -> None:
     assert found.features.tolist() == [1]
     assert found.model[0].weight.shape == (1, 1)
     assert found.synapses == 2  # unit 1 is not read, and unit 3 is a constant
+
+
+def test_units_of_layers_that_are_to_stay_whole_stay() -> None:
+    found = searched(net(), needing([1, 20]), ignored_layers=["0"])
+    assert found.model[0].weight.shape == (5, 1)
+    assert found.synapses == 2
+
+
+def test_convolutions_go_by_unit_along_their_own_axes() -> None:
+    """As many in- as out-positions, so that an axis taken for the other would not be told by a shape."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    groups = unit_groups(model, torch.zeros(1, 2, 3, 3))
+    scores = {
+        "0": torch.tensor([[1.0, 2.0], [10.0, 20.0]]),  # [out, in]
+        "2": torch.tensor([[3.0, 300.0], [4.0, 400.0]]),  # [in, out]
+        "4": torch.tensor([[5.0, 50.0], [6.0, 60.0]]),  # [out, in]
+    }
+    masks = {name: torch.ones_like(score, dtype=torch.bool)[..., None, None] for name, score in scores.items()}
+    found = scores_by_unit(model, groups, {name: score[..., None, None] for name, score in scores.items()}, masks)
+    first = [1 + 2 + 3 + 300, 10 + 20 + 4 + 400]
+    second = [3 + 4 + 5 + 6, 300 + 400 + 50 + 60]
+    expected = {
+        "0": [[unit] * 2 for unit in first],
+        "2": [[min(a, b) for b in second] for a in first],
+        "4": [second] * 2,
+    }
+    for name, values in expected.items():
+        assert torch.allclose(found[name][..., 0, 0], torch.tensor(values).double(), atol=1e-2)
 
 
 def test_scores_by_unit_by_hand() -> None:

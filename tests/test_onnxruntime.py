@@ -28,6 +28,7 @@ from nns_plugin.adapters import onnx_parity as parity  # noqa: E402
 from nns_plugin.adapters import onnx_session as session_module  # noqa: E402
 from nns_plugin.adapters import onnxruntime as adapter  # noqa: E402
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError  # noqa: E402
+from nns_plugin.input_selection import InputSelection  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -117,7 +118,12 @@ def test_the_inputs_of_a_narrowed_model_are_told(tmp_path: Path) -> None:
     path = adapter.export(nn.Linear(3, 2), TWO, tmp_path / "model.onnx", features=torch.tensor([5, 2, 7]))
     found = adapter.create_session(path).get_modelmeta().custom_metadata_map
     assert found == {"nns.features": "[5, 2, 7]"}
-    assert adapter.FEATURES_KEY == "nns.features"
+    selection = InputSelection(torch.tensor([2, 5, 7]), total=9, axis=-1, flat=False)
+    path = adapter.export(nn.Linear(3, 2), TWO, tmp_path / "model.onnx", features=selection)
+    found = adapter.create_session(path).get_modelmeta().custom_metadata_map
+    told = {"nns.features": "[2, 5, 7]", "nns.features.of": '{"axis": -1, "flat": false, "total": 9}'}
+    assert found == told
+    assert tuple(told) == (adapter.FEATURES_KEY, adapter.SELECTION_KEY)
 
 
 def test_the_file_stands_alone_and_tells_nothing_about_this_machine(exported: tuple[nn.Module, Path]) -> None:
@@ -337,6 +343,7 @@ class Fixed(nn.Module):
 
 
 TWO = torch.randn(2, 3)
+CHANNELS = InputSelection(torch.arange(3), total=5, axis=1, flat=False)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +370,10 @@ TWO = torch.randn(2, 3)
         (nn.Linear(3, 2), TWO, {"features": [0, 1, 1]}, r"different indices of inputs, found \[0, 1, 1\]"),
         (nn.Linear(3, 2), TWO, {"features": [0, -1]}, "different indices of inputs"),
         (nn.Linear(3, 2), TWO, {"features": [0.5]}, "different indices of inputs"),
-        (nn.Linear(3, 2), TWO, {"features": [0], "metadata": {"nns.features": "[]"}}, "pass one of the two"),
+        (nn.Linear(3, 2), TWO, {"features": [0, 1]}, r"there are 2 features, but the model's inputs are \[\[2, 3\]\]"),
+        (nn.Bilinear(3, 3, 2), (TWO, TWO), {"features": [0, 1, 2]}, r"3 features, .* are \[\[2, 3\], \[2, 3\]\]"),
+        (nn.Conv2d(2, 2, 1), torch.ones(2, 2, 3, 3), {"features": CHANNELS}, r"3 features, .* \[\[2, 2, 3, 3\]\]"),
+        (nn.Linear(3, 2), TWO, {"features": [0, 1, 2], "metadata": {"nns.features": "[]"}}, "pass one of the two"),
     ],
 )
 def test_what_cannot_be_exported_as_asked_is_an_error(

@@ -67,6 +67,17 @@ def test_a_residual_stream(zoo: Any) -> None:
     assert all(not bool(paths[0].any()) and bool(paths[1:].any()) for paths in cut.values())
 
 
+def test_convolutions_are_walked_along_their_own_axes() -> None:
+    """Input 0 leads to output 1 through units 1 and 0, and nothing else leads anywhere."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with torch.no_grad():
+        for place, there in ((0, (1, 0)), (2, (1, 0)), (4, (1, 0))):  # [out, in], [in, out], [out, in]
+            model[place].weight.zero_()[there] = 1
+    found = synapse_paths(model, torch.zeros(1, 2, 3, 3))
+    walked = {name: paths.nonzero().tolist() for name, paths in found.items()}
+    assert walked == {"0": [[1, 1, 0]], "2": [[1, 0, 1]], "4": [[1, 1, 0]]}  # output, out-position, in-position
+
+
 class Sequence(nn.Module):
     """Something that has no unit groups stands between two layers."""
 

@@ -212,3 +212,10 @@ def test_weights_that_were_tied_since_are_told() -> None:
     with pytest.raises(SnapshotError, match=r"'0.weight' and '1.weight' are two parameters in it and one in the model"):
         significance(model, before)
     assert not any(bool(moved.any()) for moved in significance(model, WeightSnapshot(model)).values())
+
+
+def test_a_weight_that_is_computed_is_told() -> None:
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        model = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 2)))
+        with pytest.raises(PruningError, match="the weights of 1 are computed from other parameters"):
+            significance(model, WeightSnapshot(model))

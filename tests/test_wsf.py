@@ -90,6 +90,25 @@ def test_flattened_and_grouped_readers(zoo: Any) -> None:
     assert torch.allclose(found, steps.sum(0), rtol=1e-5)  # equal offsets of all groups are one unit
 
 
+@pytest.mark.parametrize("reduction", list(REDUCTIONS))
+def test_each_unit_counts_the_layers_that_touch_it(reduction: Any) -> None:
+    """A concatenation: two layers write different units of one group, and one of them is read by a second reader."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 1), "r": nn.Linear(3, 2), "s": nn.Linear(2, 2)})
+    before = WeightSnapshot({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    every, two = torch.arange(3), torch.arange(2)
+    group = UnitGroup(
+        "a", 3, (Port("a", two, two), Port("b", two[:1], every[2:])), (Port("r", every, every), Port("s", two, two))
+    )
+    weights = {name: np.abs(layer.weight.detach().double().numpy()) for name, layer in model.items()}
+    rows = np.zeros((4, 3))
+    rows[0, :2], rows[1, 2] = weights["a"].sum(1), weights["b"].sum(1)[0]
+    rows[2], rows[3, :2] = weights["r"].sum(0), weights["s"].sum(0)
+    found = WSF(model, before, reduction)(group)
+    assert found is not None
+    assert np.allclose(found.numpy(), REDUCTIONS[reduction](rows), rtol=1e-6)
+
+
 def pair() -> tuple[nn.Sequential, UnitGroup]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -170,6 +189,8 @@ def test_what_does_not_fit_is_told() -> None:
         WSF(model, WeightSnapshot(nn.Linear(3, 5)))(group)
     with pytest.raises(SnapshotError, match="no weights to remember"):
         WeightSnapshot(nn.ReLU())
+    with pytest.raises(SnapshotError, match=r"found a str; expected a model, .* WeightSnapshot.load\(file\) reads"):
+        WeightSnapshot("before.safetensors")  # type: ignore[arg-type]
     with pytest.raises(CriterionError, match="reduction is 'median'; it must be one of mean, sum, max, first"):
         WSF(model, WeightSnapshot(model), "median")  # type: ignore[arg-type]
 
