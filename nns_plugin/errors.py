@@ -68,6 +68,14 @@ class SnapshotError(NNSError, ValueError):
     """A weight snapshot is damaged or does not fit the model."""
 
 
+class SwitchError(NNSError, ValueError):
+    """Factors of a switcher, or their file, are damaged or do not fit the model."""
+
+
+class TrainingError(NNSError, RuntimeError):
+    """A training cannot go on."""
+
+
 class ExportError(NNSError, RuntimeError):
     """A model could not be exported to, or loaded from, ONNX."""
 

@@ -62,7 +62,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
         return None
     small = copied(model)
-    readers = _readers(small, inputs)
+    readers = input_readers(small, inputs)
     each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]
     if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(readers, each, strict=True)}) != 1:
         _tell(each, "layers read them in different forms")
@@ -97,7 +97,7 @@ def _tell(each: Sequence[Tensor], reason: str) -> None:
         )
 
 
-def _readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, int]]:
+def input_readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, int]]:
     """Layers that work on the model's inputs as they are, or flattened, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 
