@@ -27,12 +27,14 @@ from nns_plugin.criteria.contract import Criterion, score
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
+from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF, Reduction
 from nns_plugin.errors import CriterionError, GroupError
 from nns_plugin.forward import device_of
 from nns_plugin.observe import calibrate
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
+from nns_plugin.scales import Scales
 from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
@@ -42,6 +44,7 @@ __all__ = [
     "DistinctivenessImportance",
     "MeanWeightImportance",
     "SemanticImportance",
+    "SwitcherImportance",
     "WSFImportance",
     "compensated_step",
     "count_operations",
@@ -308,6 +311,21 @@ class WSFImportance(CriterionImportance):
         return self._criterion
 
 
+class SwitcherImportance(CriterionImportance):
+    """Units with the lowest factors go first, as a torch-pruning importance.
+
+    Args:
+        scales: What :class:`nns_plugin.switcher_network.SwitcherNetwork` gives for the model. They do not follow
+            removals: for iterative pruning, ask the switcher again, or a group with other units is an error.
+
+    Source:
+        See :class:`nns_plugin.criteria.Switcher`.
+    """
+
+    def __init__(self, scales: Scales) -> None:
+        super().__init__(Switcher(scales))
+
+
 def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
     """Tell equal scores apart, within a group and between groups, keeping the order of different ones.
 
@@ -356,6 +374,7 @@ IMPORTANCES: dict[str, type[CriterionImportance]] = {
     "DistinctivenessImportance": DistinctivenessImportance,
     "MeanWeightImportance": MeanWeightImportance,
     "SemanticImportance": SemanticImportance,
+    "SwitcherImportance": SwitcherImportance,
     "WSFImportance": WSFImportance,
 }
 

@@ -100,7 +100,7 @@ def test_doctor_tells_versions_and_criteria(
     assert run("doctor") == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
-    assert "criteria: distinctiveness, mean_weight, semantic, wsf" in printed
+    assert "criteria: distinctiveness, mean_weight, semantic, switcher, wsf" in printed
 
 
 @pytest.mark.host("onnxruntime")

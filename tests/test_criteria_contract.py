@@ -24,9 +24,13 @@ from nns_plugin.criteria import BUILT_IN, Criterion, UnscoredGroupWarning, avail
 from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
+from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF
 from nns_plugin.errors import CriterionError
+from nns_plugin.preserve import preserved_rng
+from nns_plugin.scales import Scales
 from nns_plugin.snapshot import WeightSnapshot
+from nns_plugin.switches import Switch
 
 if "zoo" not in sys.modules:
     spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -41,6 +45,16 @@ def moved_from(model: nn.Module) -> WeightSnapshot:
     return WeightSnapshot(
         {name: torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()}
     )
+
+
+def factors_of(model: nn.Module) -> Scales:
+    """Some factors for every group of a case, whatever reads its units."""
+    with preserved_rng():
+        name = next(name for name, case in zoo.CASES.items() if type(case.make()) is type(model))
+    generator = torch.Generator().manual_seed(6)
+    groups = zoo.groups_of(name)
+    switches = [Switch(group.name, group.size, group.consumers, group.producers) for group in groups]
+    return Scales(switches, {switch.name: torch.rand(switch.size, generator=generator) for switch in switches})
 
 
 # For each criterion, ways to build it from a model and its statistics.
@@ -61,6 +75,7 @@ SETTINGS: dict[str, dict[str, Callable[[nn.Module, Statistics], Criterion]]] = {
         reduction: lambda model, statistics, reduction=reduction: WSF(model, moved_from(model), reduction)  # type: ignore[misc]
         for reduction in ("mean", "sum", "max", "first")
     },
+    "switcher": {"factors": lambda model, statistics: Switcher(factors_of(model))},
     "mean_weight": {
         "magnitudes": lambda model, statistics: MeanWeight(model),
         "values": lambda model, statistics: MeanWeight(model, weights="values"),

@@ -21,8 +21,11 @@ from nns_plugin.jobs.figures import (
     new_figure,
     overlap_figure,
     paths_figure,
+    scaling_figure,
     size_figure,
+    states_figure,
 )
+from nns_plugin.scales import Counts
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +178,34 @@ def test_paths_of_one_label_are_black_and_the_others_grey() -> None:
     assert ends == [[1.0, 1.0], [1.0, 1.0]]
     with pytest.raises(CriterionError, match="expected each to read the one before"):
         paths_figure({"0": first, "2": torch.ones(2, 2, 5, dtype=torch.bool)}, ["ant", "bee"])
+
+
+def test_the_scaling_pattern_is_black_green_and_yellow_and_readable_in_grey() -> None:
+    figure = scaling_figure(torch.tensor([0.0, 0.3, 1.0, 2.0, 0.999, 0.0]), (2, 3), "inputs of 0")
+    image = np.asarray(figure.axes[0].images[0].get_array())
+    states = [[0, 1, 2], [2, 1, 0]]
+    colours = [(0.0, 0.0, 0.0), (0.2, 0.55, 0.3), (1.0, 0.9, 0.35)]
+    assert np.allclose(image, [[colours[state] for state in row] for row in states])
+    grey = [np.dot(colour, (0.299, 0.587, 0.114)) for colour in colours]
+    assert grey[1] - grey[0] > 0.3
+    assert grey[2] - grey[1] > 0.3
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["pruned (0): 2", "weakened (below 1): 2", "strengthened (from 1 on): 2"]
+    with pytest.raises(CriterionError, match=r"there are \[6\] factors; expected one for each of 2 x 2"):
+        scaling_figure(torch.ones(6), (2, 2))
+
+
+def test_states_over_the_epochs() -> None:
+    epochs = [
+        {"0": Counts(1, 2, 3), "inputs of 0": Counts(4, 0, 0)},
+        {"0": Counts(2, 1, 3), "inputs of 0": Counts(3, 1, 0)},
+    ]
+    figure = states_figure(epochs)
+    shown = [[line.get_ydata() for line in axis.lines] for axis in figure.axes]
+    assert np.array_equal(shown, [[[1, 2], [2, 1], [3, 3]], [[4, 3], [0, 1], [0, 0]]])
+    assert [axis.get_title() for axis in figure.axes] == ["0", "inputs of 0"]
+    assert all(texts(axis) == ("epoch", "factors") for axis in figure.axes)
+    assert len({(line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines}) == 3
+    assert figure.legends[0].get_texts()[0].get_text() == "pruned (0)"
+    with pytest.raises(CriterionError, match="nothing to draw"):
+        states_figure([])

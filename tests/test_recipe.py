@@ -125,7 +125,7 @@ def test_the_example_names_every_field() -> None:
             {"criterion": "magic"},
             "criterion.name",
             "'magic'",
-            "expected one of distinctiveness, mean_weight, semantic, wsf",
+            "expected one of distinctiveness, mean_weight, semantic, switcher, wsf",
         ),
         ({"model.factory": "nowhere"}, "model.factory", "'nowhere'", "pattern"),
         ({"measure.samples": 3}, "measure.samples", "3", "greater than or equal to 20"),

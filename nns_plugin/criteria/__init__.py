@@ -14,6 +14,7 @@ from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score,
 from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
+from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF
 from nns_plugin.errors import CriterionError
 
@@ -23,6 +24,7 @@ BUILT_IN: dict[str, type[Any]] = {
     "distinctiveness": Distinctiveness,
     "mean_weight": MeanWeight,
     "semantic": Semantic,
+    "switcher": Switcher,
     "wsf": WSF,
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "Distinctiveness",
     "MeanWeight",
     "Semantic",
+    "Switcher",
     "UnscoredGroupWarning",
     "available",
     "broken",

@@ -176,6 +176,11 @@ def extract(
             f"criterion {section.effective_criterion.name!r} needs the weights before training: pass a snapshot; in a "
             "recipe, let the job train, or give model.initial"
         )
+    if "scales" in kind.requires:
+        raise CriterionError(
+            f"criterion {section.effective_criterion.name!r} needs factors, which come from training the model "
+            "together with its switcher (train_switched); cut it with switch_off or SwitcherImportance then"
+        )
     how = section.effective_compensation
     with stage("data.calibration"):
         prepared = prepare(

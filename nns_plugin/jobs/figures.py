@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError, MissingExtraError
+from nns_plugin.scales import Counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 SCALE = "Greys"
 STYLES = tuple(zip(("o", "s", "^", "D", "v", "P", "X", "<", ">", "*"), ("-", "--", "-.", ":") * 3, strict=False))
 MOST_NUMBERS = 12
+# Of factors; in grey, from dark to light.
+STATES = {"pruned": (0.0, 0.0, 0.0), "weakened": (0.2, 0.55, 0.3), "strengthened": (1.0, 0.9, 0.35)}
+RANGES = {"pruned": "0", "weakened": "below 1", "strengthened": "from 1 on"}
 
 
 def plain(text: str) -> str:
@@ -253,6 +257,67 @@ def paths_figure(paths: Mapping[str, Tensor], label_names: Sequence[str]) -> Fig
         axis.set_title(f"label {plain(label_names[label])}: {count} synapses", fontsize=8)
     names = ", ".join(f"{int(nodes.sum())}" for nodes in used)
     figure.suptitle(f"paths from inputs (left) to outputs (right); nodes in each layer: {names}", fontsize=9)
+    return figure
+
+
+def scaling_figure(factors: Tensor, shape: tuple[int, int], title: str = "") -> Figure:
+    """Which pixels a switcher prunes (black), weakens (green) and strengthens (yellow).
+
+    Args:
+        factors: ``[H * W]``, one a pixel.
+        shape: Height and width of the image.
+        title: Above it.
+
+    Source:
+        Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", figure 4, left.
+    """
+    if factors.shape != (shape[0] * shape[1],):
+        raise CriterionError(
+            f"there are {list(factors.shape)} factors; expected one for each of {shape[0]} x {shape[1]}"
+        )
+    states = np.digitize(factors.detach().double().cpu().numpy(), [1e-300, 1.0])
+    colours = np.array([STATES[name] for name in STATES])
+    figure, axes = new_figure(5.4, 3.8)
+    axis = axes[0, 0]
+    axis.imshow(colours[states].reshape(*shape, 3), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(plain(title), fontsize=10)
+    for state, (name, colour) in enumerate(STATES.items()):
+        label = f"{name} ({RANGES[name]}): {int((states == state).sum())}"
+        axis.plot([], [], "s", color=colour, markeredgecolor="black", markersize=10, label=label)
+    figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def states_figure(epochs: Sequence[Mapping[str, Counts]]) -> Figure:
+    """How many factors prune, weaken and strengthen after each epoch: one panel a switch.
+
+    Args:
+        epochs: The ``counts`` of each :class:`nns_plugin.switching.Epoch`.
+
+    Source:
+        Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", figure 4, right.
+    """
+    _some(epochs)
+    names = list(epochs[0])
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure, axes = new_figure(1.6 + 3.0 * columns, 0.8 + 2.4 * rows, rows, columns)
+    for place, axis in enumerate(axes.ravel()):
+        if place >= len(names):
+            axis.set_axis_off()
+            continue
+        for (state, _), (marker, dash) in zip(STATES.items(), STYLES, strict=False):
+            counts = [getattr(epoch[names[place]], state) for epoch in epochs]
+            label = f"{state} ({RANGES[state]})" if place == 0 else None
+            axis.plot(range(1, len(counts) + 1), counts, color="black", marker=marker, linestyle=dash, label=label)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("factors")
+        axis.set_title(plain(names[place]), fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

@@ -1,0 +1,143 @@
+"""Switches: units, input features and flattened positions that get one factor each, and the weights that it scales."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.circle import copied
+from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.errors import PruningError
+from nns_plugin.input_selection import input_readers
+from nns_plugin.surgery import Surgeon, find_surgeon
+from nns_plugin.synapses import synapse_layers
+from nns_plugin.units import Port, UnitGroup
+
+
+class UnswitchedWarning(UserWarning):
+    """Units that cannot be scaled where they are read get no factor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Switch:
+    """Things that get a factor each.
+
+    Attributes:
+        name: That of the unit group; or ``"inputs of "`` and the name of the layer whose input positions they are.
+        size: How many there are.
+        readers: In-positions of linear and convolutional layers at which the factors act.
+        writers: Out-positions that write them; none for inputs of a layer.
+    """
+
+    name: str
+    size: int
+    readers: tuple[Port, ...]
+    writers: tuple[Port, ...] = ()
+
+
+def inputs_of(name: str) -> str:
+    """Name of the switch for the single input positions of a linear layer."""
+    return f"inputs of {name}"
+
+
+def find_switches(
+    model: nn.Module,
+    example_inputs: Any,
+    layers: Iterable[str] | None = None,
+    *,
+    surgeon: Surgeon | None = None,
+) -> tuple[Switch, ...]:
+    """What in a model can get factors.
+
+    The units of every group that linear and convolutional layers read; the input features of linear layers that read
+    the model's input; and, where a linear layer reads flattened maps, the single positions beside the units.
+
+    Args:
+        model: Left as it is.
+        example_inputs: Inputs that it can run on.
+        layers: Names of layers; only what these read is scaled. All linear and convolutional layers by default.
+        surgeon: Traces the model; torch-pruning by default.
+
+    Raises:
+        PruningError: If a named layer is none whose inputs can be scaled, or nothing can be scaled.
+
+    Warns:
+        UnswitchedWarning: If units are left out because something else than those layers reads them.
+    """
+    there = synapse_layers(model)
+    scalable = {name for name, module in there.items() if _is_own_parameter(model, name, module)}
+    chosen = scalable if layers is None else set(layers)
+    if chosen - scalable:
+        raise PruningError(
+            f"the inputs of {', '.join(sorted(chosen - scalable))} cannot be scaled; name linear or convolutional "
+            "layers whose weight is a parameter of their own, neither tied nor masked"
+        )
+    groups = (surgeon or find_surgeon())(copied(model), example_inputs).groups()
+    switches = [Switch(group.name, group.size, group.consumers, group.producers) for group in groups if group.consumers]
+    left_out = [switch for switch in switches if not all(port.name in scalable for port in switch.readers)]
+    if left_out:
+        warnings.warn(
+            f"the units of {', '.join(switch.name for switch in left_out)} get no factor: what reads them is no linear "
+            "or convolutional layer with a weight of its own",
+            UnswitchedWarning,
+            stacklevel=2,
+        )
+    found = [switch for switch in switches if switch not in left_out and all(p.name in chosen for p in switch.readers)]
+    single = _features(model, example_inputs) + _flattened(model, groups)
+    found += [_positions(model, name) for name in dict.fromkeys(single) if name in chosen]
+    if not found:
+        raise PruningError("there is nothing to scale; no unit, input feature or flattened position is read by a layer")
+    return tuple(found)
+
+
+def _is_own_parameter(model: nn.Module, name: str, module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    same = [other for other, value in model.named_parameters(remove_duplicate=False) if value is weight]
+    return weight is not None and same == [f"{name}.weight" if name else "weight"]
+
+
+def _features(model: nn.Module, inputs: Any) -> list[str]:
+    """Linear layers that read the model's input, or flatten it."""
+    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
+        return []
+    readers = {module for module, _, _ in input_readers(model, inputs) if isinstance(module, nn.Linear)}
+    return [name for name, module in model.named_modules() if module in readers]
+
+
+def _flattened(model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
+    """Linear layers that read several positions of a unit."""
+    ports = [port for group in groups for port in group.consumers]
+    return [
+        port.name
+        for port in ports
+        if isinstance(model.get_submodule(port.name), nn.Linear) and port.index.numel() > port.unit.unique().numel()
+    ]
+
+
+def _positions(model: nn.Module, name: str) -> Switch:
+    places = torch.arange(weight_of(model.get_submodule(name)).shape[1])
+    return Switch(inputs_of(name), places.numel(), (Port(name, places, places),))
+
+
+def scaled_columns(module: nn.Module, weight: Tensor, factors: Tensor) -> Tensor:
+    """A layer's weight with the columns of each in-position multiplied by a factor.
+
+    Args:
+        module: The layer.
+        weight: Its weight, or other values of that shape.
+        factors: ``[in-positions]``.
+    """
+    if isinstance(module, nn.Linear):
+        return weight * factors
+    if isinstance(module, Transposed):
+        return weight * factors.reshape(-1, *[1] * (weight.dim() - 1))
+    assert isinstance(module, Convolution)
+    parts = weight.unflatten(0, (module.groups, -1))  # [G, O / G, I / G, K...]
+    shape = (module.groups, 1, -1, *[1] * (weight.dim() - 2))
+    scaled: Tensor = (parts * factors.reshape(shape)).flatten(0, 1)
+    return scaled

@@ -1,0 +1,394 @@
+"""Train a network and its switcher in turns, with the same loss."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import PruningError, TrainingError
+from nns_plugin.forward import device_of, tensors_of, to_device
+from nns_plugin.scales import Counts, Scales
+from nns_plugin.switcher_network import SwitcherNetwork
+from nns_plugin.training_state import TrainingState
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch led to.
+
+    Attributes:
+        number: From 1 on.
+        loss: Mean over the training data, during training.
+        validation: Mean over the validation data; ``None`` without such.
+        counts: How many factors of each switch prune, weaken and strengthen.
+        removed: Share of the weights of linear and convolutional layers that the factors at 0 remove.
+    """
+
+    number: int
+    loss: float
+    validation: float | None
+    counts: Mapping[str, Counts]
+    removed: float
+
+    @property
+    def judged(self) -> float:
+        """The loss that decides when to stop."""
+        return self.loss if self.validation is None else self.validation
+
+
+@dataclass(frozen=True, eq=False)
+class Switched:
+    """What training led to.
+
+    Attributes:
+        switcher: Trained.
+        scales: Its factors for the model as it is now.
+        epochs: What each epoch led to.
+    """
+
+    switcher: SwitcherNetwork
+    scales: Scales
+    epochs: tuple[Epoch, ...]
+
+
+def train_switched(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Loss,
+    switcher: SwitcherNetwork,
+    *,
+    optimizer: torch.optim.Optimizer,
+    switcher_optimizer: torch.optim.Optimizer | None = None,
+    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler] = (),
+    epochs: int,
+    alternate: bool = True,
+    task_steps: int = 10,
+    switcher_steps: int = 1,
+    second_term: float = 1.0,
+    validation: Iterable[Any] | None = None,
+    patience: int | None = None,
+    amp: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callable[[Epoch], object]] = (),
+    progress: bool = False,
+) -> Switched:
+    """Train a network under the factors of its switcher, and the switcher, in turns and with the same loss.
+
+    A turn is ``switcher_steps`` steps of the switcher on a batch, with the network's weights frozen, and then
+    ``task_steps`` steps of the network on that batch and the ones after it, with the switcher's parameters frozen.
+    Within a turn the factors stand still. The gradient that reaches the weights through the switcher (the second term
+    of eq. 6) is linear in the gradient of the factors: that one is summed over the turn's steps, and goes back through
+    the switcher once, in the last of them. One step each is Algorithm 1 of the source, with each iteration's own term.
+
+    The factors act on the columns with which units are read, through ``torch.func.functional_call``: nothing is hooked
+    into the model.
+
+    Args:
+        model: Trained in place: its weights and buffers change, and nothing else. In the separate mode nothing does.
+        loader: Yields ``(inputs, targets)`` anew in each epoch.
+        loss: A number out of the model's outputs and the targets.
+        switcher: Built for this model; trained in place.
+        optimizer: Of the model's parameters.
+        switcher_optimizer: Of the switcher's parameters; Adam with a rate of 1e-3 by default.
+        schedulers: Stepped after each epoch.
+        epochs: Most epochs.
+        alternate: Whether to train both. Otherwise the model stays as it is, evaluates, and the switcher alone learns,
+            a step for each batch.
+        task_steps: Of the network in a turn.
+        switcher_steps: Of the switcher in a turn.
+        second_term: Most length of the gradient that reaches the weights through the switcher, relative to their own
+            gradient in that step: unlimited it makes training diverge, since factors jump with small weights.
+            ``math.inf`` is eq. 6 as it stands, 0 leaves the term out.
+        validation: Yields ``(inputs, targets)``; its mean loss, in evaluation mode, decides when to stop instead of the
+            training loss, and both networks end as they were when it was lowest.
+        patience: Stop after so many epochs in which the loss has not fallen; never by default.
+        amp: ``torch.float16`` or ``torch.bfloat16`` for mixed precision of the model; the switcher stays as it is.
+        checkpoint: File that is written after every epoch; if it is there, training goes on from it, on the CPU to the
+            same result bit for bit. The loader must draw from torch's random numbers, or a ``generator`` of its own.
+        callbacks: Called after each epoch; training stops after one that gives ``True``.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        PruningError: If an option is out of range.
+        TrainingError: If the loss is not finite, or the loader yields nothing.
+        CheckpointError: If the checkpoint is damaged or belongs to another training; it is left as it is.
+
+    Source:
+        Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", Algorithm 1 and eq. 6.
+    """
+    for name, count in (("epochs", epochs), ("task_steps", task_steps), ("patience", patience)):
+        if count is not None and count < 1:
+            raise PruningError(f"{name} is {count}; expected at least 1")
+    if switcher_steps < 0 or not second_term >= 0:
+        raise PruningError(
+            f"switcher_steps is {switcher_steps} and second_term {second_term}; expected at least 0 of both"
+        )
+    if amp not in (None, torch.float16, torch.bfloat16):
+        raise PruningError(f"amp is {amp}; expected torch.float16, torch.bfloat16 or None")
+    learned = [parameter for parameter in switcher.parameters() if parameter.requires_grad]
+    if switcher_optimizer is None and learned:
+        switcher_optimizer = torch.optim.Adam(learned, 1e-3)
+    switcher_steps = switcher_steps if learned else 0
+    turns = _Turns(model, switcher, loss, optimizer, switcher_optimizer, amp, task_steps, switcher_steps, second_term)
+    optimizers = [optimizer, *([] if switcher_optimizer is None else [switcher_optimizer])]
+    state = TrainingState({"model": model, "switcher": switcher}, [*optimizers, *schedulers, turns.scaler], loader)
+    path = None if checkpoint is None else Path(checkpoint)
+    done: list[Epoch] = []
+    best: dict[str, Tensor] | None = None
+    with _as_found(model, switcher, alternate):
+        if path is not None and path.exists():
+            told, best = state.load(path)
+            done = _epochs(told)
+        bar = tqdm(total=epochs, initial=len(done), desc="switched training", disable=not progress, leave=False)
+        with bar:
+            while len(done) < epochs and not _over(done, patience):
+                value = turns.epoch(loader, alternate, bar)
+                scales = turns.scales()
+                judged = None if validation is None else turns.judge(validation, scales)
+                removed = switcher.removed(scales)
+                done.append(Epoch(len(done) + 1, value, judged, scales.counts(), removed))
+                for scheduler in schedulers:
+                    scheduler.step()
+                if judged is not None and judged <= min(epoch.judged for epoch in done):
+                    best = state.weights()
+                stops = [callback(done[-1]) is True for callback in callbacks]
+                if path is not None:
+                    state.save(path, [asdict(epoch) for epoch in done], best)
+                bar.update()
+                bar.set_postfix(loss=f"{value:.4f}", removed=f"{removed:.1%}")
+                if any(stops):
+                    break
+        if best is not None:
+            state.restore(best)
+    return Switched(switcher, turns.scales(), tuple(done))
+
+
+class _Turns:
+    """Steps of the network and of its switcher."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        switcher: SwitcherNetwork,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        switcher_optimizer: torch.optim.Optimizer | None,
+        amp: torch.dtype | None,
+        task_steps: int,
+        switcher_steps: int,
+        second_term: float,
+    ) -> None:
+        self.second_term = second_term
+        self.model, self.switcher, self.loss = model, switcher, loss
+        self.optimizer, self.switcher_optimizer = optimizer, switcher_optimizer
+        self.amp, self.task_steps, self.switcher_steps = amp, task_steps, switcher_steps
+        self.device = device_of(model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        self._given: dict[str, Tensor] = {}
+        self._scales: Scales | None = None
+        self._factors: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def epoch(self, loader: Iterable[Any], alternate: bool, bar: tqdm[Any]) -> float:
+        """One pass over the data; the mean loss."""
+        total, count, step = 0.0, 0, 0
+        for inputs, targets, size, last in _batches(loader, self.device):
+            if not alternate:
+                value = self._learn(inputs, targets)
+            else:
+                if step == 0:
+                    for _ in range(self.switcher_steps):
+                        self._learn(inputs, targets)
+                    self._begin()
+                value = self._train(inputs, targets, closing=last or step + 1 == self.task_steps)
+                step = (step + 1) % self.task_steps
+            total, count = total + value * size, count + size
+            bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
+        if not count:
+            raise TrainingError("the loader yields nothing, or yields once and is used up; it must yield in each epoch")
+        return total / count
+
+    def scales(self) -> Scales:
+        """Factors for the network as it is."""
+        with torch.no_grad():
+            found: Scales = self.switcher(self.model)
+        return found.detach()
+
+    def judge(self, loader: Iterable[Any], scales: Scales) -> float:
+        """Mean loss in evaluation mode."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        total, count = 0.0, 0
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                weights = scales.parameters_of(self.model)
+                for inputs, targets, size, _ in _batches(loader, self.device):
+                    total, count = total + float(self._loss(weights, inputs, targets)) * size, count + size
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not count or not math.isfinite(total):
+            raise TrainingError(f"the validation loss over {count} inputs is {total}; expected a finite one over some")
+        return total / count
+
+    def _learn(self, inputs: Any, targets: Any) -> float:
+        """A step of the switcher."""
+        assert self.switcher_optimizer is not None
+        frozen = {name: value.detach() for name, value in self.model.named_parameters()}
+        weights = {**frozen, **self.switcher(frozen).parameters_of(self.model, frozen)}
+        learned = [parameter for parameter in self.switcher.parameters() if parameter.requires_grad]
+        loss, value = self._finite_loss(weights, inputs, targets)
+        found = torch.autograd.grad(self.scaler.scale(loss), learned, allow_unused=True)
+        self._step(self.switcher_optimizer, learned, found)
+        return value
+
+    def _begin(self) -> None:
+        """Factors for the next steps of the network."""
+        self._given = {
+            name: value.detach().clone().requires_grad_(value.requires_grad)
+            for name, value in self.model.named_parameters()
+            if name in self.switcher.reads
+        }
+        with _frozen(self.switcher):
+            self._scales = self.switcher(self._given)
+        self._factors = {name: values.detach().requires_grad_() for name, values in self._scales.items()}
+        self._sums = {name: torch.zeros_like(values) for name, values in self._factors.items()}
+
+    def _train(self, inputs: Any, targets: Any, closing: bool) -> float:
+        """A step of the network."""
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        weights = Scales(self.switcher.switches, self._factors).parameters_of(self.model)
+        loss, value = self._finite_loss(weights, inputs, targets)
+        wanted = [*trained.values(), *self._factors.values()]
+        found = torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True)
+        gradients = dict(zip(trained, found[: len(trained)], strict=True))
+        scale = self.scaler.get_scale()
+        for name, gradient in zip(self._factors, found[len(trained) :], strict=True):
+            if gradient is not None and bool(gradient.isfinite().all()):  # a step that overflows is none
+                self._sums[name] += gradient / scale
+        if closing and self.second_term:
+            second = {name: gradient * scale for name, gradient in self._through_switcher().items()}
+            limit = self._limit(gradients, second)
+            for name, gradient in second.items():
+                there = gradients[name]
+                gradients[name] = limit * gradient if there is None else there + limit * gradient
+        self._step(self.optimizer, list(trained.values()), list(gradients.values()))
+        return value
+
+    def _limit(self, own: Mapping[str, Tensor | None], second: Mapping[str, Tensor]) -> float:
+        """What keeps the second term from being longer than it may be."""
+        norms = [
+            math.sqrt(sum(float(found.double().square().sum()) for found in side if found is not None))
+            for side in ([own.get(name) for name in second], second.values())
+        ]
+        return min(1.0, self.second_term * norms[0] / norms[1]) if norms[1] > 0 else 1.0
+
+    def _through_switcher(self) -> dict[str, Tensor]:
+        """What the sums of the factors' gradients are for the weights that the switcher reads."""
+        assert self._scales is not None
+        sums = [(values, self._sums[name]) for name, values in self._scales.items() if values.requires_grad]
+        given = {name: value for name, value in self._given.items() if value.requires_grad}
+        if not sums or not given:
+            return {}
+        outputs, weighted = zip(*sums, strict=True)
+        found = torch.autograd.grad(outputs, list(given.values()), weighted, allow_unused=True)
+        return {name: gradient for name, gradient in zip(given, found, strict=True) if gradient is not None}
+
+    def _finite_loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, float]:
+        loss = self._loss(weights, inputs, targets)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value}; expected a finite one: lower the learning rate, or look for inputs that are not "
+                "finite; the weights are those before this step"
+            )
+        return loss, value
+
+    def _loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+            args = args if isinstance(args, (tuple, list)) else (args,)
+            return self.loss(functional_call(self.model, dict(weights), tuple(args), dict(kwargs)), targets)
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor | None]
+    ) -> None:
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        if all(gradient is None for gradient in found):
+            return
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any, int, bool]]:
+    """Inputs, targets, number of inputs, and whether it is the last batch."""
+    waiting: tuple[Any, Any, int] | None = None
+    for number, item in enumerate(loader):
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise TrainingError(
+                f"batch {number} of the loader is a {type(item).__name__}; expected a pair of inputs and targets"
+            )
+        if waiting is not None:
+            yield *waiting, False
+        inputs, targets = to_device(item[0], device), to_device(item[1], device)
+        waiting = inputs, targets, len(tensors_of(inputs)[0])
+    if waiting is not None:
+        yield *waiting, True
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the module's parameters."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _as_found(model: nn.Module, switcher: nn.Module, alternate: bool) -> Iterator[None]:
+    """Modes and gradients come back on leaving; within, the model trains, or evaluates if it is to stay."""
+    modes = [(module, module.training) for network in (model, switcher) for module in network.modules()]
+    gradients = [(p, p.grad) for network in (model, switcher) for p in network.parameters()]
+    try:
+        if not alternate:
+            model.eval()
+        elif not model.training:
+            model.train()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _over(done: Sequence[Epoch], patience: int | None) -> bool:
+    """Whether the loss has not fallen for as many epochs."""
+    if patience is None or len(done) <= patience:
+        return False
+    judged = [epoch.judged for epoch in done]
+    return min(judged[-patience:]) >= min(judged[:-patience])
+
+
+def _epochs(told: Sequence[Mapping[str, Any]]) -> list[Epoch]:
+    return [
+        Epoch(**{**epoch, "counts": {name: Counts(**counts) for name, counts in epoch["counts"].items()}})
+        for epoch in told
+    ]

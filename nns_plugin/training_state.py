@@ -1,0 +1,147 @@
+"""Everything that a training goes on from, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.errors import CheckpointError
+from nns_plugin.statistics_file import read_safetensors, write_safetensors
+
+FORMAT = "nns-plugin training 1"
+
+
+class TrainingState:
+    """Networks, optimizers and the like, and random numbers: written after an epoch, and put back to go on from there.
+
+    Args:
+        networks: By name.
+        others: With ``state_dict`` and ``load_state_dict``, in the same order each time.
+        loader: Its ``generator``, or that of its ``sampler``, is part of it, if it has one.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], others: Sequence[Any], loader: Any) -> None:
+        self._networks, self._others = dict(networks), list(others)
+        sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
+        self._generators = list(
+            {id(source): source for source in sources if isinstance(source, torch.Generator)}.values()
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the networks' weights and buffers."""
+        return {
+            f"{name}.{key}": value.detach().clone()
+            for name, network in self._networks.items()
+            for key, value in network.state_dict().items()
+        }
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Put them back, in place."""
+        for name, network in self._networks.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            network.load_state_dict(own)
+
+    def save(self, path: Path, history: Sequence[Any], best: Mapping[str, Tensor] | None) -> None:
+        """Write all of it; the file appears whole or not at all.
+
+        Args:
+            path: The file.
+            history: What happened, as JSON types.
+            best: Weights to come back to.
+        """
+        python, numbers = random.getstate(), np.random.get_state(legacy=True)
+        state = {
+            "weights": self.weights(),
+            "best": None if best is None else dict(best),
+            "others": [other.state_dict() for other in self._others],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "generators": [generator.get_state() for generator in self._generators],
+            "python": [python[0], list(python[1]), python[2]],
+            "numpy": [
+                torch.from_numpy(part.astype(np.int64)) if isinstance(part, np.ndarray) else part for part in numbers
+            ],
+            "history": list(history),
+        }
+        tensors: dict[str, Tensor] = {}
+        told = _packed(state, tensors)
+        write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(told)}, path)
+
+    def load(self, path: Path) -> tuple[list[Any], dict[str, Tensor] | None]:
+        """Put back what :meth:`save` wrote: the history and the weights to come back to.
+
+        Raises:
+            CheckpointError: If the file is damaged, or belongs to another training; nothing is changed then.
+        """
+        state = read_safetensors(path, FORMAT, CheckpointError, _decoded)
+        expected = {name: (value.shape, value.dtype) for name, value in self.weights().items()}
+        kinds = [sorted(map(str, other.state_dict())) for other in self._others]
+        found = {name: (value.shape, value.dtype) for name, value in state["weights"].items()}
+        if (
+            found != expected
+            or [sorted(map(str, other)) for other in state["others"]] != kinds
+            or len(state["generators"]) != len(self._generators)
+        ):
+            raise CheckpointError(
+                f"{str(path)!r} belongs to another training: its networks, optimizers or schedulers are others; go on "
+                "with the same, or choose another file"
+            )
+        self.restore(state["weights"])
+        for other, values in zip(self._others, state["others"], strict=True):
+            other.load_state_dict(values)
+        torch.set_rng_state(state["torch"])
+        for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(value, device)
+        for generator, value in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(value)
+        version, values, normal = state["python"]
+        random.setstate((version, tuple(values), normal))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        return state["history"], state["best"]
+
+
+def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    state: dict[str, Any] = _unpacked(json.loads(metadata["nns"]), tensors)
+    missing = {"weights", "best", "others", "torch", "cuda", "generators", "python", "numpy", "history"} - state.keys()
+    if missing:
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return state
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A nested state as JSON types, with its tensors put aside."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone()
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"pairs": [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_packed(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_packed(item, tensors) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"a {type(value).__name__} cannot be written to a checkpoint; train without one")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(_unpacked(item, tensors) for item in value["tuple"])
+    return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in value["pairs"]}

@@ -1,0 +1,834 @@
+"""The switcher: factors against activations multiplied by hand, training against plain training and eq. 6."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+pytestmark = pytest.mark.host("torch_pruning")
+pytest.importorskip("torch_pruning")
+
+from nns_plugin import Port  # noqa: E402
+from nns_plugin.circle import copied  # noqa: E402
+from nns_plugin.criteria import Switcher, UnscoredGroupWarning, score  # noqa: E402
+from nns_plugin.errors import (  # noqa: E402
+    CheckpointError,
+    CriterionError,
+    NNSError,
+    PruningError,
+    SwitchError,
+    TrainingError,
+)
+from nns_plugin.forward import run_model  # noqa: E402
+from nns_plugin.scales import Counts, Scales, SwitchedOff, fold, switch_off  # noqa: E402
+from nns_plugin.selected import Selected, selected  # noqa: E402
+from nns_plugin.switched_weights import WeightCount  # noqa: E402
+from nns_plugin.switcher_network import AllOffWarning, RowNetwork, SwitcherNetwork  # noqa: E402
+from nns_plugin.switches import Switch, UnswitchedWarning, find_switches  # noqa: E402
+from nns_plugin.switching import Epoch, Switched, train_switched  # noqa: E402
+
+TOPOLOGIES = ["mlp", "conv_norm", "grouped", "depthwise", "residual", "concat", "transposed"]
+
+
+def perceptron(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+class Flat(nn.Module):
+    """Convolutions, then linear layers behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 2)
+        self.wide, self.head = nn.Linear(5 * 4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = nn.functional.max_pool2d(torch.relu(self.second(x)), 2)
+        return self.head(torch.relu(self.wide(x.flatten(1))))
+
+
+IMAGES = torch.zeros(2, 2, 7, 7).normal_(generator=torch.Generator().manual_seed(3))
+ROWS = torch.zeros(4, 6).normal_(generator=torch.Generator().manual_seed(4))
+
+
+def random_scales(switches: tuple[Switch, ...], seed: int, off: float = 0.4) -> Scales:
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for switch in switches:
+        values = 2 * torch.rand(switch.size, generator=generator)
+        values[torch.rand(switch.size, generator=generator) < off] = 0
+        values[0] = 1.5
+        found[switch.name] = values
+    return Scales(switches, found)
+
+
+def scaled_by_hooks(model: nn.Module, scales: Scales, inputs: Any) -> Any:
+    """What the model gives if what its layers read is multiplied, unit by unit: no weight is touched."""
+    handles = []
+    for switch in scales.switches:
+        for port in switch.readers:
+            layer = model.get_submodule(port.name)
+
+            def multiply(
+                module: nn.Module, args: tuple[Tensor, ...], port: Port = port, name: str = switch.name
+            ) -> Any:
+                factors = torch.ones(args[0].shape[-1 if isinstance(module, nn.Linear) else 1])
+                for position, unit in zip(port.index.tolist(), port.unit.tolist(), strict=True):
+                    factors[position] = scales[name][unit]
+                shape = [1, -1, *[1] * (args[0].dim() - 2)]
+                return (args[0] * (factors if isinstance(module, nn.Linear) else factors.reshape(shape)),)
+
+            handles.append(layer.register_forward_pre_hook(multiply))
+    try:
+        with torch.no_grad():
+            return run_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("case", TOPOLOGIES)
+def test_factors_act_where_units_are_read_and_fold_and_remove_exactly(zoo: Any, case: str) -> None:
+    """Multiplied activations, scaled columns, folded weights and the small model are all the same function."""
+    made = zoo.CASES[case]
+    torch.manual_seed(0)
+    model, inputs = made.make().eval(), made.inputs(4)
+    scales = random_scales(find_switches(model, inputs), 1)
+    expected = scaled_by_hooks(model, scales, inputs)
+    with torch.no_grad():
+        called = functional_call(model, scales.parameters_of(model), inputs)
+    folded = run_model(fold(model, scales).eval(), inputs)
+    assert torch.allclose(called, expected, atol=1e-5)
+    assert torch.allclose(folded, expected, atol=1e-5)
+    small = switch_off(model, scales, inputs)
+    assert torch.allclose(run_model(small.model, inputs), expected, atol=1e-5)
+    for name, kept in small.kept.items():
+        assert torch.equal(kept, scales[name].nonzero().flatten()), name
+    assert small.kept
+    count = sum(value.numel() for value in small.model.parameters())
+    assert count < sum(value.numel() for value in model.parameters())
+
+
+def test_input_features_and_flattened_positions_get_factors_beside_the_units() -> None:
+    model = Flat().eval()
+    switches = {switch.name: switch for switch in find_switches(model, IMAGES)}
+    assert {name: switch.size for name, switch in switches.items()} == {
+        "first": 4, "second": 5, "wide": 6, "inputs of wide": 20,
+    }  # fmt: skip
+    plain = {switch.name: switch.size for switch in find_switches(perceptron(), ROWS)}
+    assert plain == {"0": 7, "2": 5, "inputs of 0": 6}
+    assert [switch.name for switch in find_switches(model, IMAGES, ["head"])] == ["wide"]
+    assert [switch.name for switch in find_switches(perceptron(), ROWS, ["0", "4"])] == ["2", "inputs of 0"]
+
+
+def test_what_factors_at_0_turn_off_is_gone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Flat().eval()
+    scales = random_scales(find_switches(model, IMAGES), 2)
+    small = switch_off(model, scales, IMAGES)
+    network: Any = small.model
+    channels = int((scales["second"] > 0).sum())
+    positions = (scales["inputs of wide"].reshape(5, 4) > 0)[scales["second"] > 0]
+    if bool((~positions.any(1)).any()):  # a channel of which no position is read is gone as well
+        pytest.fail("choose another seed")
+    assert network.first.out_channels == int((scales["first"] > 0).sum())
+    assert network.second.out_channels == channels
+    assert isinstance(network.wide, Selected)
+    assert small.inputs["wide"].tolist() == positions.flatten().nonzero().flatten().tolist()
+    assert network.wide.layer.in_features == int(positions.sum())
+    assert network.wide.layer.out_features == network.head.in_features == int((scales["wide"] > 0).sum())
+    x = torch.randn(5, 2, 7, 7)
+    with torch.no_grad():
+        assert torch.allclose(network(x), fold(model, scales)(x), atol=1e-5)
+
+
+def test_a_selection_is_exported_with_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from nns_plugin.adapters.onnxruntime import export
+
+    model = perceptron().eval()
+    scales = random_scales(find_switches(model, ROWS), 5)
+    small = switch_off(model, scales, ROWS)
+    assert isinstance(small.model[0], Selected)
+    session = onnxruntime.InferenceSession(export(small.model, ROWS, tmp_path / "small.onnx"))
+    assert session.get_inputs()[0].shape[1] == 6  # the inputs of the wide model
+    found = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})[0]
+    assert np.allclose(found, scaled_by_hooks(model, scales, ROWS).numpy(), atol=1e-5)
+
+
+def test_selected_layers() -> None:
+    layer = nn.Linear(4, 2, bias=False).requires_grad_(False)
+    layer.weight[:, [0, 3]] = 0
+    narrow, left = selected(layer.eval(), [""])
+    assert isinstance(narrow, Selected)
+    assert left[""].tolist() == [1, 2]
+    assert not narrow.layer.weight.requires_grad
+    assert narrow.layer.bias is None
+    x = torch.randn(3, 5, 4)
+    assert torch.allclose(narrow(x), layer(x), atol=1e-6)
+    assert layer.weight.shape == (2, 4)
+    empty, left = selected(nn.Sequential(nn.Linear(3, 1)), ["0"])
+    assert left == {}
+    assert isinstance(empty[0], nn.Linear)
+    nothing = nn.Linear(3, 1)
+    nn.init.zeros_(nothing.weight)
+    assert selected(nothing, [""])[1][""].tolist() == [0]
+
+
+def weights_between(on: Mapping[str, Tensor]) -> int:
+    """Of ``Flat``, by hand."""
+    first, second, wide = (int(on[name].sum()) for name in ("first", "second", "wide"))
+    positions = int((on["inputs of wide"].reshape(5, 4) & on["second"][:, None]).sum())
+    return 2 * first * 9 + first * second * 4 + positions * wide + wide * 3
+
+
+@given(seed=st.integers(0, 100), share=st.floats(0.1, 0.95), budget=st.floats(0.05, 0.9))
+def test_weights_are_counted_and_a_budget_is_just_kept(seed: int, share: float, budget: float) -> None:
+    model = Flat()
+    switches = find_switches(model, IMAGES)
+    count = WeightCount(model, switches)
+    generator = torch.Generator().manual_seed(seed)
+    on = {switch.name: torch.rand(switch.size, generator=generator) > share for switch in switches}
+    assert count.total == 2 * 4 * 9 + 4 * 5 * 4 + 20 * 6 + 18
+    assert count.left(on) == weights_between(on)
+    levels = {switch.name: torch.randn(switch.size, generator=generator).double() for switch in switches}
+
+    def left(offset: float) -> int:
+        return weights_between({n: (v > offset) | (v == v.max()) for n, v in levels.items()})
+
+    offset = count.offset(levels, budget)
+    possible = sorted(float(value) for values in levels.values() for value in values if value > 0)
+    enough = [value for value in [0.0, *possible] if 1 - left(value) / count.total >= budget]
+    assert offset == (enough[0] if enough else possible[-1])
+
+
+def test_grouped_and_transposed_weights_are_counted(zoo: Any) -> None:
+    for case in ("grouped", "depthwise", "transposed", "residual", "concat"):
+        made = zoo.CASES[case]
+        torch.manual_seed(0)
+        model, inputs = made.make().eval(), made.inputs(2)
+        switches = find_switches(model, inputs)
+        scales = random_scales(switches, 3, off=0.3)
+        small = switch_off(model, scales, inputs).model
+        layers = [m for m in small.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+        counted = WeightCount(model, switches).left({name: values > 0 for name, values in scales.items()})
+        assert counted == sum(layer.weight.numel() for layer in layers), case
+
+
+# The network ----------------------------------------------------------------------------------------------------
+
+
+def switcher_for(model: nn.Module, inputs: Tensor, **options: Any) -> SwitcherNetwork:
+    torch.manual_seed(7)
+    return SwitcherNetwork(model, inputs, **{"channels": 2, "depth": 2, "width": 8, **options})
+
+
+@given(
+    seed=st.integers(0, 200),
+    scale=st.sampled_from([0.0, 1e-8, 1.0, 1e4]),
+    form=st.sampled_from(["competing", "literal"]),
+)
+def test_factors_are_finite_and_not_negative(seed: int, scale: float, form: Any) -> None:
+    model = Flat()
+    switcher = switcher_for(model, IMAGES, form=form)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: scale * torch.randn(v.shape, generator=generator) for name, v in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AllOffWarning)
+        scales = switcher(weights)
+    assert list(scales) == [switch.name for switch in switcher.switches]
+    for switch in switcher.switches:
+        values = scales[switch.name]
+        assert values.shape == (switch.size,)
+        assert bool((values.isfinite() & (values >= 0)).all())
+        assert bool((values > 0).any())
+        if form == "competing" and scale >= 1:
+            assert math.isclose(float(values.detach().mean()), 1.0, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["competing", "literal"])
+@pytest.mark.parametrize(("make", "inputs"), [(perceptron, ROWS), (Flat, IMAGES)])
+def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_reads(
+    form: Any, make: Any, inputs: Tensor
+) -> None:
+    reached: dict[str, bool] = {}
+    for seed in range(5):  # a ReLU may be closed for one drawing
+        torch.manual_seed(seed)
+        model = make()
+        switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AllOffWarning)
+            scales = switcher(model)
+        loss = sum((values * torch.randn_like(values)).sum() for values in scales.values())
+        loss.backward()
+        for part in (switcher, model):
+            for name, value in part.named_parameters():
+                key = f"{type(part).__name__} {name}"
+                reached[key] = reached.get(key, False) or (value.grad is not None and bool(value.grad.any()))
+        assert switcher.reads <= {name for name, value in model.named_parameters() if value.grad is not None}
+    missing = [key for key, there in reached.items() if not there and (key.startswith("Switcher") or "weight" in key)]
+    heads = {"Sequential 4.weight"} - {f"Sequential {name}" for name in switcher.reads}
+    assert [key for key in missing if key not in heads and "norm" not in key] == []
+
+
+def test_rows_depend_on_the_weights_that_they_stand_for() -> None:
+    """Permuting nothing else but values: a switch of chosen layers reads only what it must."""
+    model = perceptron()
+    switcher = switcher_for(model, ROWS, layers=["4"])
+    assert [switch.name for switch in switcher.switches] == ["2"]
+    assert switcher.reads == {"4.weight"}
+    before = switcher(model)["2"]
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert torch.equal(switcher(model)["2"], before)
+    with torch.no_grad():
+        model[4].weight[:, 2].mul_(5)
+    assert not torch.equal(switcher(model)["2"], before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (13, 3), (37, 50), (64, 32)])
+def test_widths_that_are_no_power_of_two(height: int, width: int) -> None:
+    for normed in (True, False):
+        network = RowNetwork(2, height, width, 3, 4, normed)
+        assert network(torch.randn(2, height, width)).shape == (2, height)
+
+
+def test_all_off_keeps_the_strongest() -> None:
+    model = perceptron()
+    switcher = switcher_for(model, ROWS, form="literal")
+    assert switcher.connected is not None
+    with torch.no_grad():
+        switcher.connected.head.bias.fill_(-1e3)
+    with pytest.warns(AllOffWarning) as told:
+        scales = switcher(model)
+    names = [str(warning.message).split("'")[1] for warning in told]
+    assert sorted(names) == ["0", "2", "inputs of 0"]
+    assert "are 0; its strongest one is kept" in str(told[0].message)
+    raw = switcher._raw(dict(model.named_parameters()))
+    for name, values in scales.items():
+        assert values.nonzero().flatten().tolist() == [int(raw[name].argmax())]
+        assert float(values.sum().detach()) == 1.0
+    scales["0"].sum().backward()
+    assert switcher.connected.head.bias.grad is not None
+    assert bool(switcher.connected.head.bias.grad.any())  # it can come back
+
+
+def test_a_budget_is_kept() -> None:
+    for model, inputs in ((perceptron(), ROWS), (Flat(), IMAGES)):
+        for budget in (0.3, 0.7, 0.9):
+            switcher = switcher_for(model, inputs, budget=budget)
+            assert switcher.removed(switcher(model)) >= budget
+
+
+def test_thresholds_raise_and_lower_what_is_kept() -> None:
+    model = perceptron()
+    switcher = switcher_for(model, ROWS)
+    assert switcher.thresholds is not None
+    counts = []
+    for threshold in (-1.0, 0.0, 1.0):
+        with torch.no_grad():
+            switcher.thresholds.fill_(threshold)
+        counts.append(switcher(model).counts()["inputs of 0"].pruned)
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+def test_counts_and_files(tmp_path: Path) -> None:
+    model = Flat()
+    scales = random_scales(find_switches(model, IMAGES), 9)
+    for name, values in scales.items():
+        array = values.numpy()
+        expected = Counts(int((array == 0).sum()), int(((array > 0) & (array < 1)).sum()), int((array >= 1).sum()))
+        assert scales.counts()[name] == expected
+    again = Scales.load(scales.save(tmp_path / "scales.safetensors"))
+    assert list(again) == list(scales)
+    assert all(torch.equal(again[name], scales[name]) for name in scales)
+    assert torch.equal(fold(model, again).head.weight, fold(model, scales).head.weight)
+    (tmp_path / "cut").write_bytes((tmp_path / "scales.safetensors").read_bytes()[:-9])
+    for name in ("cut", "none"):
+        with pytest.raises(SwitchError):
+            Scales.load(tmp_path / name)
+
+
+# Training -------------------------------------------------------------------------------------------------------
+
+
+def task(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 6, generator=generator)
+    y = (x[:, 0] + x[:, 1] ** 2 > 1).long() + (x[:, 2] > 0.5).long()
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(6, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
+    return model, [(x[start : start + 12], y[start : start + 12]) for start in range(0, 60, 12)]
+
+
+class Ones(nn.Module):
+    """A switcher that is frozen at 1."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        super().__init__()
+        self.switches = find_switches(model, inputs)
+        self.reads: frozenset[str] = frozenset({"0.weight"})
+
+    def forward(self, weights: Any) -> Scales:
+        return Scales(self.switches, {switch.name: torch.ones(switch.size) for switch in self.switches})
+
+    def removed(self, scales: Scales) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_frozen_at_1_it_is_plain_training(dropout: float) -> None:
+    model, batches = task(dropout=dropout)
+    plain = copied(model)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    torch.manual_seed(5)
+    plain.train()
+    for _ in range(3):
+        for x, y in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(x), y).backward()
+            optimizer.step()
+    torch.manual_seed(5)
+    switcher: Any = Ones(model, batches[0][0])
+    train_switched(
+        model,
+        batches,
+        nn.functional.cross_entropy,
+        switcher,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3),
+        epochs=3,
+        task_steps=2,
+    )
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+class OneWeight(nn.Module):
+    """The analysis of the source: one factor, of the one input, out of K weights."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        place = torch.zeros(1, dtype=torch.long)
+        self.switches = (Switch("inputs of 0", 1, (Port("0", place, place),)),)
+        self.reads = frozenset({"0.weight"})
+        self.own = nn.Parameter(weights.clone())
+
+    def forward(self, weights: Any) -> Scales:
+        values = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
+        return Scales(self.switches, {"inputs of 0": (self.own @ values["0.weight"]).relu()})
+
+    def removed(self, scales: Scales) -> float:
+        return 0.0
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    powers = np.exp(values - values.max(-1, keepdims=True))
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("task_steps", [1, 2, 3])
+def test_a_turn_is_equations_5_and_6(task_steps: int) -> None:
+    """K = 3 outputs of one input, a switcher with one layer; gradients by hand, in double precision."""
+    rate, own_rate = 0.05, 0.03
+    w, s = np.array([0.5, -0.3, 0.8]), np.array([0.7, 0.2, 0.9])
+    model = nn.Sequential(nn.Linear(1, 3, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(w)[:, None])
+    switcher: Any = OneWeight(torch.tensor(s))
+    inputs, answers = np.array([0.9, -1.3, 0.4, 2.0, 0.3, -0.7]), [0, 2, 1, 2, 0, 1]
+    batches = [(torch.tensor([[x]]), torch.tensor([y])) for x, y in zip(inputs, answers, strict=True)]
+    train_switched(
+        model,
+        batches,
+        nn.functional.cross_entropy,
+        switcher,
+        optimizer=torch.optim.SGD(model.parameters(), rate),
+        switcher_optimizer=torch.optim.SGD(switcher.parameters(), own_rate),
+        epochs=1,
+        task_steps=task_steps,
+        second_term=math.inf,
+    )
+    for start in range(0, 6, task_steps):
+        error = softmax(max(s @ w, 0.0) * inputs[start] * w) - np.eye(3)[answers[start]]
+        s = s - own_rate * w * (error * inputs[start] * w).sum()  # eq. 5
+        factor, given, total = s @ w, s.copy(), 0.0
+        for place in range(start, start + task_steps):
+            error = softmax(factor * inputs[place] * w) - np.eye(3)[answers[place]]
+            step = error * inputs[place] * factor  # first term of eq. 6
+            total += (error * inputs[place] * w).sum()
+            if place == start + task_steps - 1:
+                step = step + given * total  # second term, of the whole turn
+            w = w - rate * step
+    assert np.allclose(switcher.own.detach().numpy(), s, atol=1e-12)
+    assert np.allclose(model[0].weight.detach().numpy()[:, 0], w, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.25, 1.0])
+def test_the_second_term_is_no_longer_than_it_may_be(limit: float) -> None:
+    found = {}
+    for second in (0.0, limit):
+        model, batches = task(3)
+        start = copied(model)
+        switcher = switcher_for(model, ROWS)
+        train_switched(
+            model,
+            batches[:1],
+            nn.functional.cross_entropy,
+            switcher,
+            optimizer=torch.optim.SGD(model.parameters(), 1.0),
+            epochs=1,
+            task_steps=1,
+            second_term=second,
+        )
+        found[second] = {
+            name: (value - dict(start.named_parameters())[name]).detach()
+            for name, value in model.named_parameters()
+            if name in switcher.reads
+        }
+    own = math.sqrt(sum(float(step.square().sum()) for step in found[0.0].values()))
+    more = math.sqrt(sum(float((found[limit][name] - step).square().sum()) for name, step in found[0.0].items()))
+    assert more <= limit * own * (1 + 1e-4) + 1e-9
+    assert more > 0 or limit == 0
+
+
+def trained(model: nn.Module, loader: Any, switcher: SwitcherNetwork, epochs: int = 2, **options: Any) -> Switched:
+    given = {
+        "optimizer": torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
+        "epochs": epochs,
+        "task_steps": 2,
+        **options,
+    }
+    return train_switched(model, loader, nn.functional.cross_entropy, switcher, **given)
+
+
+def test_alternate_training_trains_both_and_separate_training_the_switcher_alone() -> None:
+    for alternate in (True, False):
+        model, batches = task(dropout=0.2)
+        switcher = switcher_for(model, ROWS)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        own = [value.detach().clone() for value in switcher.parameters()]
+        result = trained(model, batches, switcher, epochs=4, alternate=alternate)
+        changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+        assert bool(changed) == alternate
+        assert any(not torch.equal(left, right) for left, right in zip(own, switcher.parameters(), strict=True))
+        assert len(result.epochs) == 4
+        assert result.epochs[-1].loss < result.epochs[0].loss
+        with torch.no_grad():
+            assert all(torch.equal(values, result.scales[name]) for name, values in switcher(model).items())
+        assert result.epochs[-1].counts == result.scales.counts()
+        assert result.epochs[-1].removed == switcher.removed(result.scales)
+
+
+def test_nothing_but_weights_and_buffers_changes() -> None:
+    model, batches = task(dropout=0.2)
+    model.eval()
+    gradient = torch.ones_like(model[0].weight)
+    model[0].weight.grad = gradient
+    switcher = switcher_for(model, ROWS)
+    calls = 0
+
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ZeroDivisionError
+        assert model.training
+        return nn.functional.cross_entropy(outputs, targets)
+
+    identity = [id(parameter) for parameter in model.parameters()]
+    for loss in (broken, nn.functional.cross_entropy):
+        try:
+            train_switched(model, batches, loss, switcher, optimizer=torch.optim.SGD(model.parameters(), 0.1), epochs=1)
+        except ZeroDivisionError:
+            assert loss is broken
+        assert not model.training
+        assert model[0].weight.grad is gradient
+        assert model[4].weight.grad is None
+        assert all(value.grad is None and value.requires_grad for value in switcher.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert [id(parameter) for parameter in model.parameters()] == identity
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_modes_of_a_training_model_stay() -> None:
+    model, batches = task()
+    model.train()
+    model[1].eval()  # a frozen norm
+    mean = model[1].running_mean.clone()
+    trained(model, batches, switcher_for(model, ROWS))
+    assert torch.equal(model[1].running_mean, mean)
+    assert model.training
+    assert not model[1].training
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    return all(torch.equal(value, right.state_dict()[name]) for name, value in left.state_dict().items())
+
+
+class Halved:
+    """A loader whose order is drawn from torch's random numbers."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for place in torch.randperm(len(self.batches)).tolist():
+            yield self.batches[place]
+
+
+@pytest.mark.parametrize("kind", ["global", "generator"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Path, stop: int, kind: str) -> None:
+    def run(checkpoint: Path | None, stop_after: int | None) -> tuple[nn.Module, SwitcherNetwork, Switched]:
+        model, batches = task(2, dropout=0.3)
+        loader: Any = Halved(batches)
+        if kind == "generator":
+            data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches, strict=True)))
+            generator = torch.Generator().manual_seed(3)
+            loader = torch.utils.data.DataLoader(data, 12, shuffle=True, generator=generator)
+        switcher = switcher_for(model, ROWS)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        result = trained(
+            model,
+            loader,
+            switcher,
+            epochs=5,
+            optimizer=optimizer,
+            schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)],
+            validation=batches[:2],
+            checkpoint=checkpoint,
+            callbacks=[lambda epoch: epoch.number == stop_after],
+        )
+        return model, switcher, result
+
+    torch.manual_seed(11)
+    whole = run(None, None)
+    file = tmp_path / "training.safetensors"
+    torch.manual_seed(11)
+    assert len(run(file, stop)[2].epochs) == stop
+    torch.manual_seed(99)  # comes back from the file
+    again = run(file, None)
+    assert same_state(whole[0], again[0])
+    assert same_state(whole[1], again[1])
+    assert whole[2].epochs == again[2].epochs
+    assert all(torch.equal(values, again[2].scales[name]) for name, values in whole[2].scales.items())
+
+
+def test_a_checkpoint_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None:
+    model, batches = task()
+    switcher = switcher_for(model, ROWS)
+    file = tmp_path / "training.safetensors"
+    trained(model, batches, switcher, checkpoint=file)
+    content = file.read_bytes()
+    before = copied(model)
+    other = switcher_for(model, ROWS, channels=3)
+    with pytest.raises(CheckpointError, match="belongs to another training"):
+        trained(model, batches, other, checkpoint=file)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(CheckpointError, match="belongs to another training"):
+        trained(model, batches, switcher, checkpoint=file, optimizer=optimizer, schedulers=[scheduler])
+    assert file.read_bytes() == content
+    file.write_bytes(content[:-20])
+    with pytest.raises(CheckpointError, match="damaged"):
+        trained(model, batches, switcher, checkpoint=file)
+    assert same_state(before, model)
+
+
+def test_it_stops_when_the_loss_no_longer_falls_and_keeps_the_best() -> None:
+    model, batches = task()
+    switcher = switcher_for(model, ROWS)
+    told: list[Epoch] = []
+    states: list[dict[str, Tensor]] = []
+
+    def note(epoch: Epoch) -> None:
+        told.append(epoch)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    x, y = batches[0]
+    result = trained(
+        model, batches, switcher, epochs=60, validation=[(x, 2 - y)], patience=3, callbacks=[note]
+    )  # wrong answers: it soon rises
+    losses = [epoch.validation for epoch in told]
+    best = int(np.argmin(losses))
+    assert list(result.epochs) == told
+    assert 3 < len(losses) < 60
+    assert len(losses) == best + 1 + 3
+    assert all(torch.equal(value, states[best][name]) for name, value in model.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        value = nn.functional.cross_entropy(functional_call(model, result.scales.parameters_of(model), x), 2 - y)
+    assert math.isclose(float(value), losses[best], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_mixed_precision(amp: torch.dtype) -> None:
+    model, batches = task()
+    result = trained(model, batches, switcher_for(model, ROWS), epochs=5, amp=amp)
+    assert result.epochs[-1].loss < result.epochs[0].loss
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+
+
+def test_models_with_several_inputs_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.head(torch.cat([self.left(a).relu(), self.right(b).relu()], 1))
+
+    torch.manual_seed(0)
+    model = Two()
+    inputs = {"a": torch.randn(8, 3), "b": torch.randn(8, 3)}
+    switcher = SwitcherNetwork(model, inputs, channels=2, depth=1)
+    loader = [(inputs, torch.randint(0, 2, (8,)))]
+    assert len(trained(model, loader, switcher, epochs=2).epochs) == 2
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"task_steps": 0}, "task_steps is 0"),
+        ({"patience": 0}, "patience is 0"),
+        ({"switcher_steps": -1}, "switcher_steps is -1"),
+        ({"second_term": float("nan")}, "second_term nan"),
+        ({"amp": torch.float64}, "amp is torch.float64"),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    model, batches = task()
+    with pytest.raises(PruningError, match=message):
+        trained(model, batches, switcher_for(model, ROWS), **options)
+
+
+def test_wrong_data_is_told() -> None:
+    model, batches = task()
+    switcher = switcher_for(model, ROWS)
+    for loader, message in (
+        ([], "yields nothing"),
+        ([batches[0][0]], "a Tensor; expected a pair"),
+        ([(batches[0][0] * torch.nan, batches[0][1])], "the loss is nan"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            trained(model, loader, switcher)
+    with pytest.raises(TrainingError, match="the validation loss over 0 inputs"):
+        trained(model, batches, switcher, validation=[])
+
+
+def test_wrong_networks_are_told() -> None:
+    model = perceptron()
+    for options, message in (
+        ({"form": "other"}, "form is 'other'"),
+        ({"budget": 1.0}, "budget is 1.0"),
+        ({"budget": 0.5, "form": "literal"}, "form 'literal'"),
+        ({"channels": 0}, "channels, depth and width are 0"),
+        ({"layers": ["9"]}, "the inputs of 9 cannot be scaled"),
+        ({"layers": ["1"]}, "the inputs of 1 cannot be scaled"),
+        ({"layers": []}, "there is nothing to scale"),
+    ):
+        with pytest.raises(PruningError, match=message):
+            switcher_for(model, ROWS, **options)
+    switcher = switcher_for(model, ROWS)
+    with pytest.raises(SwitchError, match=r"'0.weight' is \[9, 6\]; the switcher was built for \[7, 6\]"):
+        switcher({**dict(model.named_parameters()), "0.weight": torch.ones(9, 6)})
+    with pytest.raises(SwitchError, match="'2.weight' is missing"):
+        switcher(nn.Sequential(nn.Linear(6, 7)))
+    scales = switcher(model).detach()
+    with pytest.raises(SwitchError, match="the model has no layer"):
+        fold(nn.Sequential(nn.Linear(6, 7)), scales)
+    with pytest.raises(SwitchError, match="of another model, or of this one before units were removed|another model"):
+        fold(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)), scales)
+    for factors, message in (
+        ({"0": torch.ones(7), "2": torch.ones(5)}, r"'inputs of 0' has \[0\] factors; expected \[6\]"),
+        ({**scales, "2": -torch.ones(5)}, "negative or not finite"),
+        ({**scales, "2": torch.full((5,), torch.nan)}, "negative or not finite"),
+    ):
+        with pytest.raises(SwitchError, match=message):
+            Scales(scales.switches, factors)
+
+
+def test_tied_and_unread_units_are_told(zoo: Any) -> None:
+    model = perceptron()
+    tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.warns(UnswitchedWarning, match="the units of 0 get no factor"):
+        names = [switch.name for switch in find_switches(tied, ROWS)]
+    assert "0" not in names
+    with pytest.raises(PruningError, match="neither tied nor masked"):
+        find_switches(tied, ROWS, ["2"])
+    nn.utils.prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(PruningError, match="neither tied nor masked"):
+        find_switches(model, ROWS, ["2"])
+
+
+def test_the_criterion_and_its_importance(zoo: Any) -> None:
+    tp = pytest.importorskip("torch_pruning")
+    from nns_plugin.adapters.dependency_graph import unit_groups
+    from nns_plugin.adapters.torch_pruning import SwitcherImportance
+
+    model = perceptron().eval()
+    scales = random_scales(find_switches(model, ROWS), 8, off=0.3)
+    groups = {group.name: group for group in unit_groups(model, ROWS)}
+    for name in ("0", "2"):
+        found = score(Switcher(scales), groups[name])
+        assert found is not None
+        assert np.allclose(found.numpy(), scales[name].numpy())
+    counts = {"0": 4, "2": 3}  # what torch-pruning leaves of 7 and of 5 at a ratio of 0.4
+    kept = {name: scales[name].topk(count).indices.sort().values for name, count in counts.items()}
+    assert all(float(scales[name].sort(descending=True).values[count - 1]) > 0 for name, count in counts.items())
+    start = copied(model)
+    pruner = tp.BasePruner(
+        model, ROWS, SwitcherImportance(scales), pruning_ratio=0.4, ignored_layers=[model[4]], **zoo.fresh_arguments()
+    )
+    pruner.step()
+    assert torch.equal(model[2].weight, start[2].weight[kept["2"]][:, kept["0"]])
+    with pytest.raises(CriterionError, match="7 factors for group '0', which has"):
+        score(Switcher(scales), unit_groups(model, ROWS)[0])
+    with pytest.warns(UnscoredGroupWarning):
+        assert score(Switcher(Scales((), {})), groups["0"]) is None
+
+
+def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
+    from safetensors.torch import load_model, save_model
+
+    model = Flat()
+    switcher = switcher_for(model, IMAGES)
+    scales = copy.deepcopy(switcher)(model)
+    assert all(torch.equal(values, switcher(model)[name]) for name, values in scales.items())
+    save_model(switcher, str(tmp_path / "switcher.safetensors"))
+    torch.manual_seed(123)
+    other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8)
+    load_model(other, str(tmp_path / "switcher.safetensors"))
+    assert all(torch.equal(values, other(model)[name]) for name, values in scales.items())
+    assert isinstance(SwitchedOff, type)
+    assert issubclass(SwitchError, NNSError)
