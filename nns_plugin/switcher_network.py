@@ -24,6 +24,7 @@ from nns_plugin.units import Port
 Form = Literal["competing", "literal"]
 
 EPSILON = 1e-5
+LOW = -3.0  # standard deviations
 
 
 class AllOffWarning(UserWarning):
@@ -46,9 +47,10 @@ class SwitcherNetwork(nn.Module):
             about ``24 * channels`` bytes for each entry of the padded image of the linear layers.
         form: ``"literal"`` is the paper's: raw weights in, ReLU out. ``"competing"`` (default) standardises the weights
             of each layer and the outputs of each switch, subtracts a learned threshold before the ReLU, and divides by
-            the mean: factors of a switch compete, about half of them are 0, and neither all die nor all grow.
-        budget: Share of the weights to remove, in [0, 1): thresholds are raised together, for all switches, to reach
-            it. Only for ``"competing"``; ``None`` leaves it to the learned thresholds.
+            the mean: factors of a switch compete, and neither all die nor all grow.
+        budget: Share of the weights to remove, in [0, 1), for ``"competing"``: the thresholds start low, so that nearly
+            all is on, and are raised together, for all switches, until so many are gone; ``progress`` says how far.
+            ``None`` leaves it to the learned thresholds, which start where about half of each switch is off.
         channels: Of the first block; each further one has twice as many.
         depth: Number of blocks, each of which halves the image; fewer for small ones.
         width: Of the rows that filters are reduced to.
@@ -61,6 +63,8 @@ class SwitcherNetwork(nn.Module):
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures".
     """
 
+    progress: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -68,7 +72,7 @@ class SwitcherNetwork(nn.Module):
         layers: Sequence[str] | None = None,
         *,
         form: Form = "competing",
-        budget: float | None = None,
+        budget: float | None = 0.75,
         channels: int = 4,
         depth: int = 3,
         width: int = 64,
@@ -79,7 +83,7 @@ class SwitcherNetwork(nn.Module):
             raise PruningError(f"form is {form!r}; it must be one of {', '.join(get_args(Form))}")
         if budget is not None and (form != "competing" or not 0 <= budget < 1):
             raise PruningError(
-                f"budget is {budget} and form {form!r}; expected a share in [0, 1), and form 'competing'"
+                f"budget is {budget} and form {form!r}; expected a share in [0, 1), and None for 'literal'"
             )
         if min(channels, depth, width) < 1:
             raise PruningError(f"channels, depth and width are {channels}, {depth} and {width}; expected at least 1")
@@ -105,7 +109,9 @@ class SwitcherNetwork(nn.Module):
             rows = [rows_of(layer, weight_of(layer)).flatten(1).shape for layer in self._filters.values()]
             self.reduce.extend(nn.Linear(length, width) for _, length in rows)
             self.convolutional = RowNetwork(1, sum(count for count, _ in rows), width, channels, depth, normed)
-        self.thresholds = nn.Parameter(torch.zeros(len(self.switches))) if normed else None
+        start = 0.0 if budget is None else LOW
+        self.thresholds = nn.Parameter(torch.full((len(self.switches),), start)) if normed else None
+        self.register_buffer("progress", torch.ones(()))
         self.to(next(model.parameters()).device)
 
     def forward(self, weights: nn.Module | Mapping[str, Tensor]) -> Scales:
@@ -129,7 +135,8 @@ class SwitcherNetwork(nn.Module):
             switch.name: _standardised(raw[switch.name]) - threshold
             for switch, threshold in zip(self.switches, self.thresholds, strict=True)
         }
-        raised = 0.0 if self.budget is None else self._count.offset(levels, self.budget)
+        share = 0.0 if self.budget is None else self.budget * (1 - (1 - float(self.progress)) ** 3)
+        raised = self._count.offset(levels, share)
         found = {name: _mean_one(self._alive(level - raised, name)) for name, level in levels.items()}
         return Scales(self.switches, found)
 

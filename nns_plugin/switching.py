@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,10 @@ def train_switched(
     schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler] = (),
     epochs: int,
     alternate: bool = True,
-    task_steps: int = 10,
+    task_steps: int = 20,
+    gather: bool = True,
     switcher_steps: int = 1,
+    ramp: int | None = None,
     second_term: float = 1.0,
     validation: Iterable[Any] | None = None,
     patience: int | None = None,
@@ -86,11 +88,14 @@ def train_switched(
 ) -> Switched:
     """Train a network under the factors of its switcher, and the switcher, in turns and with the same loss.
 
-    A turn is ``switcher_steps`` steps of the switcher on a batch, with the network's weights frozen, and then
-    ``task_steps`` steps of the network on that batch and the ones after it, with the switcher's parameters frozen.
-    Within a turn the factors stand still. The gradient that reaches the weights through the switcher (the second term
-    of eq. 6) is linear in the gradient of the factors: that one is summed over the turn's steps, and goes back through
-    the switcher once, in the last of them. One step each is Algorithm 1 of the source, with each iteration's own term.
+    In a turn the factors stand still. The network takes ``task_steps`` steps, with the switcher's parameters frozen,
+    and the gradients of the factors are summed. Then the switcher takes a step, with the network's weights frozen, out
+    of their mean: it learns from all batches of the turn, and needs no forward of the network. The gradient that
+    reaches the weights through the switcher (the second term of eq. 6) is linear in the gradient of the factors as
+    well, so that it goes back in the same pass, for the whole turn, and is part of the network's last step.
+
+    With ``gather=False`` a turn begins with ``switcher_steps`` steps of the switcher on the first batch, as in the
+    source; with one step each, an infinite ``second_term`` and no gathering, this is Algorithm 1 with eq. 5 and 6.
 
     The factors act on the columns with which units are read, through ``torch.func.functional_call``: nothing is hooked
     into the model.
@@ -107,7 +112,10 @@ def train_switched(
         alternate: Whether to train both. Otherwise the model stays as it is, evaluates, and the switcher alone learns,
             a step for each batch.
         task_steps: Of the network in a turn.
-        switcher_steps: Of the switcher in a turn.
+        gather: Whether the switcher learns from the gradients that the network's steps give anyway.
+        switcher_steps: Of the switcher in a turn, if it does not.
+        ramp: Epochs in which the switcher's budget rises from 0; half of all by default. Only what comes after them
+            counts for ``patience`` and as best.
         second_term: Most length of the gradient that reaches the weights through the switcher, relative to their own
             gradient in that step: unlimited it makes training diverge, since factors jump with small weights.
             ``math.inf`` is eq. 6 as it stands, 0 leaves the term out.
@@ -131,6 +139,8 @@ def train_switched(
     for name, count in (("epochs", epochs), ("task_steps", task_steps), ("patience", patience)):
         if count is not None and count < 1:
             raise PruningError(f"{name} is {count}; expected at least 1")
+    if ramp is not None and ramp < 0:
+        raise PruningError(f"ramp is {ramp}; expected a number of epochs, at least 0")
     if switcher_steps < 0 or not second_term >= 0:
         raise PruningError(
             f"switcher_steps is {switcher_steps} and second_term {second_term}; expected at least 0 of both"
@@ -140,8 +150,11 @@ def train_switched(
     learned = [parameter for parameter in switcher.parameters() if parameter.requires_grad]
     if switcher_optimizer is None and learned:
         switcher_optimizer = torch.optim.Adam(learned, 1e-3)
-    switcher_steps = switcher_steps if learned else 0
-    turns = _Turns(model, switcher, loss, optimizer, switcher_optimizer, amp, task_steps, switcher_steps, second_term)
+    gather, switcher_steps = gather and bool(learned), switcher_steps if learned and not gather else 0
+    ramp = 0 if switcher.budget is None else epochs // 2 if ramp is None else ramp
+    turns = _Turns(
+        model, switcher, loss, optimizer, switcher_optimizer, amp, task_steps, gather, switcher_steps, second_term
+    )
     optimizers = [optimizer, *([] if switcher_optimizer is None else [switcher_optimizer])]
     state = TrainingState({"model": model, "switcher": switcher}, [*optimizers, *schedulers, turns.scaler], loader)
     path = None if checkpoint is None else Path(checkpoint)
@@ -153,7 +166,9 @@ def train_switched(
             done = _epochs(told)
         bar = tqdm(total=epochs, initial=len(done), desc="switched training", disable=not progress, leave=False)
         with bar:
-            while len(done) < epochs and not _over(done, patience):
+            while len(done) < epochs and not _over(done[ramp:], patience):
+                if ramp:
+                    switcher.progress.fill_(min(1.0, len(done) / ramp))
                 value = turns.epoch(loader, alternate, bar)
                 scales = turns.scales()
                 judged = None if validation is None else turns.judge(validation, scales)
@@ -161,7 +176,7 @@ def train_switched(
                 done.append(Epoch(len(done) + 1, value, judged, scales.counts(), removed))
                 for scheduler in schedulers:
                     scheduler.step()
-                if judged is not None and judged <= min(epoch.judged for epoch in done):
+                if judged is not None and len(done) > ramp and judged <= min(e.judged for e in done[ramp:]):
                     best = state.weights()
                 stops = [callback(done[-1]) is True for callback in callbacks]
                 if path is not None:
@@ -187,9 +202,11 @@ class _Turns:
         switcher_optimizer: torch.optim.Optimizer | None,
         amp: torch.dtype | None,
         task_steps: int,
+        gather: bool,
         switcher_steps: int,
         second_term: float,
     ) -> None:
+        self.gather = gather
         self.second_term = second_term
         self.model, self.switcher, self.loss = model, switcher, loss
         self.optimizer, self.switcher_optimizer = optimizer, switcher_optimizer
@@ -200,6 +217,7 @@ class _Turns:
         self._scales: Scales | None = None
         self._factors: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+        self._steps = 0
 
     def epoch(self, loader: Iterable[Any], alternate: bool, bar: tqdm[Any]) -> float:
         """One pass over the data; the mean loss."""
@@ -248,7 +266,7 @@ class _Turns:
         assert self.switcher_optimizer is not None
         frozen = {name: value.detach() for name, value in self.model.named_parameters()}
         weights = {**frozen, **self.switcher(frozen).parameters_of(self.model, frozen)}
-        learned = [parameter for parameter in self.switcher.parameters() if parameter.requires_grad]
+        learned = self._learned()
         loss, value = self._finite_loss(weights, inputs, targets)
         found = torch.autograd.grad(self.scaler.scale(loss), learned, allow_unused=True)
         self._step(self.switcher_optimizer, learned, found)
@@ -261,10 +279,11 @@ class _Turns:
             for name, value in self.model.named_parameters()
             if name in self.switcher.reads
         }
-        with _frozen(self.switcher):
+        with nullcontext() if self.gather else _frozen(self.switcher):
             self._scales = self.switcher(self._given)
         self._factors = {name: values.detach().requires_grad_() for name, values in self._scales.items()}
         self._sums = {name: torch.zeros_like(values) for name, values in self._factors.items()}
+        self._steps = 0
 
     def _train(self, inputs: Any, targets: Any, closing: bool) -> float:
         """A step of the network."""
@@ -278,33 +297,45 @@ class _Turns:
         for name, gradient in zip(self._factors, found[len(trained) :], strict=True):
             if gradient is not None and bool(gradient.isfinite().all()):  # a step that overflows is none
                 self._sums[name] += gradient / scale
-        if closing and self.second_term:
-            second = {name: gradient * scale for name, gradient in self._through_switcher().items()}
+        self._steps += 1
+        own: list[Tensor | None] = []
+        if closing:
+            second, own = self._through_switcher()
             limit = self._limit(gradients, second)
             for name, gradient in second.items():
-                there = gradients[name]
-                gradients[name] = limit * gradient if there is None else there + limit * gradient
+                there, more = gradients[name], limit * scale * gradient
+                gradients[name] = more if there is None else there + more
         self._step(self.optimizer, list(trained.values()), list(gradients.values()))
+        if closing and self.gather and self.switcher_optimizer is not None:
+            share = self.scaler.get_scale() / self._steps
+            scaled = [None if gradient is None else gradient * share for gradient in own]
+            self._step(self.switcher_optimizer, self._learned(), scaled)
         return value
 
     def _limit(self, own: Mapping[str, Tensor | None], second: Mapping[str, Tensor]) -> float:
-        """What keeps the second term from being longer than it may be."""
+        """What keeps the second term from being longer than it may be, beside gradients that are scaled."""
         norms = [
             math.sqrt(sum(float(found.double().square().sum()) for found in side if found is not None))
             for side in ([own.get(name) for name in second], second.values())
         ]
+        norms[0] /= self.scaler.get_scale()
         return min(1.0, self.second_term * norms[0] / norms[1]) if norms[1] > 0 else 1.0
 
-    def _through_switcher(self) -> dict[str, Tensor]:
-        """What the sums of the factors' gradients are for the weights that the switcher reads."""
+    def _through_switcher(self) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """What the sums of the factors' gradients are for the weights that the switcher reads, and for its own."""
         assert self._scales is not None
         sums = [(values, self._sums[name]) for name, values in self._scales.items() if values.requires_grad]
-        given = {name: value for name, value in self._given.items() if value.requires_grad}
-        if not sums or not given:
-            return {}
+        given = {name: value for name, value in self._given.items() if value.requires_grad and self.second_term}
+        learned = self._learned() if self.gather else []
+        if not sums or not (given or learned):
+            return {}, [None] * len(learned)
         outputs, weighted = zip(*sums, strict=True)
-        found = torch.autograd.grad(outputs, list(given.values()), weighted, allow_unused=True)
-        return {name: gradient for name, gradient in zip(given, found, strict=True) if gradient is not None}
+        found = torch.autograd.grad(outputs, [*given.values(), *learned], weighted, allow_unused=True)
+        second = {name: value for name, value in zip(given, found[: len(given)], strict=True) if value is not None}
+        return second, list(found[len(given) :])
+
+    def _learned(self) -> list[Tensor]:
+        return [parameter for parameter in self.switcher.parameters() if parameter.requires_grad]
 
     def _finite_loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, float]:
         loss = self._loss(weights, inputs, targets)

@@ -236,7 +236,8 @@ def test_grouped_and_transposed_weights_are_counted(zoo: Any) -> None:
 
 def switcher_for(model: nn.Module, inputs: Tensor, **options: Any) -> SwitcherNetwork:
     torch.manual_seed(7)
-    return SwitcherNetwork(model, inputs, **{"channels": 2, "depth": 2, "width": 8, **options})
+    given = {"channels": 2, "depth": 2, "width": 8, "budget": None, **options}
+    return SwitcherNetwork(model, inputs, **given)
 
 
 @given(
@@ -271,7 +272,7 @@ def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_rea
     for seed in range(5):  # a ReLU may be closed for one drawing
         torch.manual_seed(seed)
         model = make()
-        switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8)
+        switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8, budget=None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AllOffWarning)
             scales = switcher(model)
@@ -393,6 +394,7 @@ class Ones(nn.Module):
         super().__init__()
         self.switches = find_switches(model, inputs)
         self.reads: frozenset[str] = frozenset({"0.weight"})
+        self.budget = None
 
     def forward(self, weights: Any) -> Scales:
         return Scales(self.switches, {switch.name: torch.ones(switch.size) for switch in self.switches})
@@ -436,6 +438,7 @@ class OneWeight(nn.Module):
         place = torch.zeros(1, dtype=torch.long)
         self.switches = (Switch("inputs of 0", 1, (Port("0", place, place),)),)
         self.reads = frozenset({"0.weight"})
+        self.budget = None
         self.own = nn.Parameter(weights.clone())
 
     def forward(self, weights: Any) -> Scales:
@@ -451,9 +454,14 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return np.asarray(powers / powers.sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("task_steps", [1, 2, 3])
-def test_a_turn_is_equations_5_and_6(task_steps: int) -> None:
-    """K = 3 outputs of one input, a switcher with one layer; gradients by hand, in double precision."""
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("task_steps", [1, 2, 4])
+def test_a_turn_is_equations_5_and_6(task_steps: int, gather: bool) -> None:
+    """K = 3 outputs of one input, a switcher with one layer; gradients by hand, in double precision.
+
+    Not gathering, the switcher takes its step on the first batch of a turn, and sees the factors change by it;
+    gathering, it takes the mean over the turn's batches afterwards. The last turn is cut short by the end of the data.
+    """
     rate, own_rate = 0.05, 0.03
     w, s = np.array([0.5, -0.3, 0.8]), np.array([0.7, 0.2, 0.9])
     model = nn.Sequential(nn.Linear(1, 3, bias=False)).double()
@@ -471,19 +479,27 @@ def test_a_turn_is_equations_5_and_6(task_steps: int) -> None:
         switcher_optimizer=torch.optim.SGD(switcher.parameters(), own_rate),
         epochs=1,
         task_steps=task_steps,
+        gather=gather,
         second_term=math.inf,
     )
+
+    def error(factor: float, place: int) -> np.ndarray:
+        return softmax(factor * inputs[place] * w) - np.eye(3)[answers[place]]
+
     for start in range(0, 6, task_steps):
-        error = softmax(max(s @ w, 0.0) * inputs[start] * w) - np.eye(3)[answers[start]]
-        s = s - own_rate * w * (error * inputs[start] * w).sum()  # eq. 5
-        factor, given, total = s @ w, s.copy(), 0.0
-        for place in range(start, start + task_steps):
-            error = softmax(factor * inputs[place] * w) - np.eye(3)[answers[place]]
-            step = error * inputs[place] * factor  # first term of eq. 6
-            total += (error * inputs[place] * w).sum()
-            if place == start + task_steps - 1:
-                step = step + given * total  # second term, of the whole turn
+        if not gather:
+            s = s - own_rate * w * (error(s @ w, start) * inputs[start] * w).sum()  # eq. 5
+        begun, factor, total = w.copy(), s @ w, 0.0
+        places = range(start, min(start + task_steps, 6))
+        for place in places:
+            wrong = error(factor, place)
+            step = wrong * inputs[place] * factor  # first term of eq. 6
+            total += (wrong * inputs[place] * w).sum()
+            if place == places[-1]:
+                step = step + s * total  # second term, of the whole turn
             w = w - rate * step
+        if gather:
+            s = s - own_rate * begun * total / len(places)
     assert np.allclose(switcher.own.detach().numpy(), s, atol=1e-12)
     assert np.allclose(model[0].weight.detach().numpy()[:, 0], w, atol=1e-12)
 
@@ -514,6 +530,32 @@ def test_the_second_term_is_no_longer_than_it_may_be(limit: float) -> None:
     more = math.sqrt(sum(float((found[limit][name] - step).square().sum()) for name, step in found[0.0].items()))
     assert more <= limit * own * (1 + 1e-4) + 1e-9
     assert more > 0 or limit == 0
+
+
+def test_a_budget_rises_and_only_what_comes_after_counts() -> None:
+    for options, expected in (({"ramp": 3}, [0, 1, 2, 3, 3, 3]), ({}, [0, 1, 2, 3, 3, 3]), ({"ramp": 0}, [3] * 6)):
+        model, batches = task()
+        switcher = switcher_for(model, ROWS, budget=0.6)
+        seen: list[tuple[float, float]] = []
+
+        def note(epoch: Epoch, switcher: SwitcherNetwork = switcher, seen: list[Any] = seen) -> None:
+            seen.append((float(switcher.progress), epoch.removed))
+
+        result = trained(
+            model, batches, switcher, epochs=6, callbacks=[note], validation=batches, patience=100, **options
+        )
+        assert np.allclose([progress for progress, _ in seen], np.array(expected) / 3)
+        for progress, removed in seen:
+            assert removed >= 0.6 * (1 - (1 - progress) ** 3) - 1e-9
+        assert switcher.removed(result.scales) >= 0.6
+        judged = [epoch.judged for epoch in result.epochs]
+        model.eval()
+        with torch.no_grad():
+            weights = result.scales.parameters_of(model)
+            value = np.mean(
+                [float(nn.functional.cross_entropy(functional_call(model, weights, x), y)) for x, y in batches]
+            )
+        assert math.isclose(value, min(judged[options.get("ramp", 3) :]), rel_tol=1e-4)
 
 
 def trained(model: nn.Module, loader: Any, switcher: SwitcherNetwork, epochs: int = 2, **options: Any) -> Switched:
@@ -721,6 +763,7 @@ def test_models_with_several_inputs_by_name() -> None:
         ({"task_steps": 0}, "task_steps is 0"),
         ({"patience": 0}, "patience is 0"),
         ({"switcher_steps": -1}, "switcher_steps is -1"),
+        ({"ramp": -1}, "ramp is -1"),
         ({"second_term": float("nan")}, "second_term nan"),
         ({"amp": torch.float64}, "amp is torch.float64"),
     ],
@@ -750,6 +793,7 @@ def test_wrong_networks_are_told() -> None:
     for options, message in (
         ({"form": "other"}, "form is 'other'"),
         ({"budget": 1.0}, "budget is 1.0"),
+        ({"depth": 0}, "channels, depth and width are 2, 0"),
         ({"budget": 0.5, "form": "literal"}, "form 'literal'"),
         ({"channels": 0}, "channels, depth and width are 0"),
         ({"layers": ["9"]}, "the inputs of 9 cannot be scaled"),
@@ -827,7 +871,7 @@ def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
     assert all(torch.equal(values, switcher(model)[name]) for name, values in scales.items())
     save_model(switcher, str(tmp_path / "switcher.safetensors"))
     torch.manual_seed(123)
-    other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8)
+    other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8, budget=None)
     load_model(other, str(tmp_path / "switcher.safetensors"))
     assert all(torch.equal(values, other(model)[name]) for name, values in scales.items())
     assert isinstance(SwitchedOff, type)
