@@ -5,17 +5,19 @@ network is trained plainly, together with its switcher (alternate), and plainly 
 (separate, for the MLP), under one optimizer, schedule, number of epochs and seed; judged on test data that decide
 nothing. Weights start as in the paper: N(0, 0.01) in fully connected layers, Kaiming in convolutions.
 
-``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by a pixel in 70 % of the batches. The
-switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no images moved.
+``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by a pixel in a share of the batches
+(``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no images moved.
 ``--form literal``: the paper's switcher, with neither norms nor budget, and a step of each network in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from data import add_data_dir, read_cifar10, read_mnist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nns_plugin.scales import switch_off
 from nns_plugin.selected import Selected
@@ -179,7 +182,6 @@ def switched(
         schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(found, epochs) for found in (optimizer, own)],
         epochs=epochs,
         alternate=alternate,
-        progress=True,
         **({"task_steps": 1, "gather": False, "second_term": float("inf")} if literal else {"task_steps": TASK_STEPS}),
     )
     small = switch_off(model, result.scales, batches.inputs[:2])
@@ -213,43 +215,58 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def show(name: str, options: argparse.Namespace) -> None:
+Row = tuple[float, float, str, float]
+"""Accuracy, removed share, what is left, seconds."""
+
+
+def run(name: str, options: argparse.Namespace, seed: int, alternate: bool) -> dict[str, Row]:
+    """One training together with the switcher; or a plain one, and the switcher after it."""
     task, device = TASKS[name], torch.device(options.device)
-    epochs = options.epochs or task.epochs
+    warnings.simplefilter("ignore", AllOffWarning)
     train, test = (tuple(part.to(device) for part in half) for half in task.data(options.data_dir))
-    moved = MOVED if options.setting == "ours" and name != "vgg" else 0.0
-    batches = Batches(*train, moved)
-    methods = ["plain", "alternate", *(["separate"] if name == "mlp" and options.form == "competing" else [])]
-    found: dict[str, list[tuple[float, float, str, float]]] = {method: [] for method in methods}
-    start = time.perf_counter()
-    for seed in options.seeds:
-        began = time.perf_counter()
-        plain = started(task, seed, device)
-        total = weights_of(plain)
-        train_plainly(plain, batches, options.setting, epochs)
-        found["plain"].append((accuracy(plain, *test), 0.0, widths(plain), time.perf_counter() - began))
-        began = time.perf_counter()
-        model = started(task, seed, device)
-        small, history, factors = switched(model, batches, options, task, epochs, alternate=True)
-        left = weights_of(small)
-        found["alternate"].append(
-            (accuracy(small, *test), 1 - left / total, widths(small), time.perf_counter() - began)
+    batches = Batches(*train, options.moved if options.setting == "ours" and name != "vgg" else 0.0)
+    model, epochs = started(task, seed, device), options.epochs or task.epochs
+    total = weights_of(model)
+
+    def row(network: nn.Module, began: float) -> Row:
+        return (
+            accuracy(network, *test),
+            1 - weights_of(network) / total,
+            widths(network),
+            time.perf_counter() - began,
         )
+
+    began = time.perf_counter()
+    if alternate:
+        small, history, factors = switched(model, batches, options, task, epochs, alternate=True)
         if options.figures and seed == options.seeds[0]:
             draw(name, options.figures, history, factors)
-        if "separate" in found:
-            began = time.perf_counter()
-            small, _, _ = switched(plain, batches, options, task, SEPARATE_EPOCHS, alternate=False)
-            removed, seconds = 1 - weights_of(small) / total, time.perf_counter() - began
-            found["separate"].append((accuracy(small, *test), removed, widths(small), seconds))
-        print(name, seed, {method: rows[-1] for method, rows in found.items()}, flush=True)
-    report(name, options, epochs, found, time.perf_counter() - start)
+        return {"alternate": row(small, began)}
+    train_plainly(model, batches, options.setting, epochs)
+    found = {"plain": row(model, began)}
+    if name == "mlp" and options.form == "competing":
+        began = time.perf_counter()
+        small, _, _ = switched(model, batches, options, task, SEPARATE_EPOCHS, alternate=False)
+        found["separate"] = row(small, began)
+    return found
+
+
+def show(name: str, options: argparse.Namespace, pool: Executor) -> None:
+    start = time.perf_counter()
+    order = [(seed, alternate) for seed in options.seeds for alternate in (True, False)]
+    jobs = [pool.submit(run, name, options, *pair) for pair in order]
+    found: dict[str, list[Row]] = {"plain": [], "alternate": [], "separate": []}
+    for job in tqdm(jobs, desc=name, leave=False):
+        for method, row in job.result().items():
+            found[method].append(row)
+    there = {method: rows for method, rows in found.items() if rows}
+    report(name, options, options.epochs or TASKS[name].epochs, there, time.perf_counter() - start)
 
 
 def report(name: str, options: argparse.Namespace, epochs: int, found: Any, seconds: float) -> None:
     task = TASKS[name]
     table = Table(
-        title=f"{name}, setting {options.setting}, switcher {options.form}: {epochs} epochs, {len(options.seeds)} "
+        title=f"{name}, setting {options.setting}, moved {options.moved}, switcher {options.form}: {epochs} epochs, {len(options.seeds)} "
         f"seeds, on {options.device}; test accuracy in %, mean +- standard deviation"
     )
     for column in ("training", "accuracy", "weights removed", "left in each seed", "seconds a seed"):
@@ -298,13 +315,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--setting", choices=["ours", "paper"], default="ours")
     parser.add_argument("--form", choices=["competing", "literal"], default="competing")
+    parser.add_argument("--moved", type=float, default=MOVED, help="share of MNIST's batches that are moved by a pixel")
     parser.add_argument("--epochs", type=int, help="instead of those of each part")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--figures", type=Path, help="folder for the pictures of the first seed")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, each with one thread")
     options = parser.parse_args()
-    warnings.simplefilter("ignore", AllOffWarning)
-    for name in options.parts:
-        show(name, options)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for name in options.parts:
+            show(name, options, pool)
 
 
 if __name__ == "__main__":
