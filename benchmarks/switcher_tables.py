@@ -6,8 +6,8 @@ network is trained plainly, together with its switcher (alternate), and plainly 
 nothing. Weights start as in the paper: N(0, 0.01) in fully connected layers, Kaiming in convolutions.
 
 ``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by a pixel in a share of the batches
-(``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no images moved.
-``--form literal``: the paper's switcher, with neither norms nor budget, and a step of each network in turn.
+(``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no
+images moved. ``--form literal``: the paper's switcher, with neither norms nor budget, and a step of each in turn.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def switched(
     own: torch.optim.Optimizer = torch.optim.Adam(switcher.parameters(), SWITCHER_RATE)
     if literal and options.setting == "paper":
         own = torch.optim.SGD(switcher.parameters(), 0.1)
+    trained = (optimizer, own) if alternate else (own,)
     result = train_switched(
         model,
         batches,
@@ -179,7 +180,8 @@ def switched(
         switcher,
         optimizer=optimizer,
         switcher_optimizer=own,
-        schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(found, epochs) for found in (optimizer, own)],
+        schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(found, epochs) for found in trained],
+        patience=None,
         epochs=epochs,
         alternate=alternate,
         **({"task_steps": 1, "gather": False, "second_term": float("inf")} if literal else {"task_steps": TASK_STEPS}),
@@ -266,8 +268,8 @@ def show(name: str, options: argparse.Namespace, pool: Executor) -> None:
 def report(name: str, options: argparse.Namespace, epochs: int, found: Any, seconds: float) -> None:
     task = TASKS[name]
     table = Table(
-        title=f"{name}, setting {options.setting}, moved {options.moved}, switcher {options.form}: {epochs} epochs, {len(options.seeds)} "
-        f"seeds, on {options.device}; test accuracy in %, mean +- standard deviation"
+        title=f"{name}, setting {options.setting}, moved {options.moved}, switcher {options.form}: {epochs} epochs, "
+        f"{len(options.seeds)} seeds, on {options.device}; test accuracy in %, mean +- standard deviation"
     )
     for column in ("training", "accuracy", "weights removed", "left in each seed", "seconds a seed"):
         table.add_column(column)

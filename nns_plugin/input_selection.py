@@ -62,7 +62,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
         return None
     small = copied(model)
-    readers = input_readers(small, inputs)
+    readers = input_readers(small, inputs, inputs)
     each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]
     if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(readers, each, strict=True)}) != 1:
         _tell(each, "layers read them in different forms")
@@ -97,15 +97,15 @@ def _tell(each: Sequence[Tensor], reason: str) -> None:
         )
 
 
-def input_readers(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, bool, int]]:
-    """Layers that work on the model's inputs as they are, or flattened, and the axis of their features."""
+def input_readers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[nn.Module, bool, int]]:
+    """Layers that work on one of the model's inputs as it is, or flattened, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         axis = -1 if isinstance(module, nn.Linear) else 1
-        for flat, values in ((False, inputs), (True, inputs.flatten(1))):
+        for flat, values in ((False, wanted), (True, wanted.flatten(1))):
             if args and args[0].shape == values.shape and torch.equal(args[0], values):
-                found.setdefault(module, (flat and inputs.dim() > 2, axis))
+                found.setdefault(module, (flat and wanted.dim() > 2, axis))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) or is_plain_convolution(module)]
     handles = [module.register_forward_pre_hook(look) for module in layers]

@@ -97,26 +97,26 @@ class Scales(Mapping[str, Tensor]):
         """Factors of every in-position of each layer: products where several switches act on one."""
         found: dict[str, Tensor] = {}
         for switch in self.switches:
-            for port in switch.readers:
+            for place, port in enumerate(switch.readers):
                 if port.name not in found:
-                    found[port.name] = self._ones(model, port)
+                    found[port.name] = self._ones(model, port, *switch.positions[place : place + 1])
                 values = self[switch.name].to(found[port.name])
                 index, unit = port.index.to(values.device), port.unit.to(values.device)
                 found[port.name] = found[port.name].index_copy(0, index, found[port.name][index] * values[unit])
         return found
 
     @staticmethod
-    def _ones(model: nn.Module, port: Port) -> Tensor:
+    def _ones(model: nn.Module, port: Port, expected: int | None = None) -> Tensor:
         try:
             weight = weight_of(model.get_submodule(port.name))
             length = read_positions(model.get_submodule(port.name))
         except AttributeError as error:
             raise SwitchError(f"the model has no layer {port.name!r}; these factors are of another model") from error
-        last = int(port.index.max())
-        if last >= length:
+        least = int(port.index.max()) + 1
+        if length != (length if expected is None else expected) or length < least:
             raise SwitchError(
-                f"{port.name!r} reads {length} positions, and there is a factor for position {last}; the factors are "
-                "of another model, or of this one before units were removed"
+                f"{port.name!r} reads {length} positions, and the factors are for {expected or least}; they are of "
+                "another model, or of this one before units were removed"
             )
         return torch.ones(length, dtype=weight.dtype, device=weight.device)
 
@@ -131,7 +131,7 @@ class Scales(Mapping[str, Tensor]):
                     sides[side].append(port.name)
                     tensors[f"{side} {place} {number} index"] = port.index
                     tensors[f"{side} {place} {number} unit"] = port.unit
-            described.append({"name": switch.name, "size": switch.size, **sides})
+            described.append({"name": switch.name, "size": switch.size, "positions": switch.positions, **sides})
         write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(described)}, Path(path))
         return Path(path)
 
@@ -156,7 +156,8 @@ def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Scales:
             )
             for side in ("readers", "writers")
         }
-        switches.append(Switch(str(told["name"]), int(told["size"]), ports["readers"], ports["writers"]))
+        positions = tuple(map(int, told["positions"]))
+        switches.append(Switch(str(told["name"]), int(told["size"]), ports["readers"], ports["writers"], positions))
         factors[switches[-1].name] = tensors[f"factors {place}"]
     return Scales(switches, factors)
 

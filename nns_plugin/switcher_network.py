@@ -18,7 +18,7 @@ from nns_plugin.producers import rows_of
 from nns_plugin.scales import Scales
 from nns_plugin.surgery import Surgeon
 from nns_plugin.switched_weights import WeightCount
-from nns_plugin.switches import Switch, find_switches
+from nns_plugin.switches import Switch, UnswitchedWarning, find_switches, owns_weight
 from nns_plugin.units import Port
 
 Form = Literal["competing", "literal"]
@@ -91,7 +91,23 @@ class SwitcherNetwork(nn.Module):
         switches = find_switches(model, example_inputs, layers, surgeon=surgeon)
         self._sources = {switch.name: found for switch in switches if (found := _sources(model, switch))}
         self.switches = tuple(switch for switch in switches if switch.name in self._sources)
+        unread = [switch.name for switch in switches if switch.name not in self._sources]
+        if unread:
+            warnings.warn(
+                f"the units of {', '.join(unread)} get no factor: no layer that writes or reads them has a weight of "
+                "its own that tells them apart",
+                UnswitchedWarning,
+                stacklevel=2,
+            )
+        if not self.switches:
+            raise PruningError("there is nothing to scale: no weight tells of any unit")
         self._count = WeightCount(model, self.switches)
+        most = self._count.removed({switch.name: torch.arange(switch.size) == 0 for switch in self.switches})
+        if budget is not None and budget > most:
+            raise PruningError(
+                f"budget is {budget:.3f} of the model's weights, but what gets factors can remove {most:.3f} at most; "
+                "give a lower budget, or more layers"
+            )
         used = [source for sources in self._sources.values() for source in sources]
         linear = dict.fromkeys(source.layer for source in used if not source.filters)
         filters = dict.fromkeys(source.layer for source in used if source.filters)
@@ -137,7 +153,7 @@ class SwitcherNetwork(nn.Module):
         }
         share = 0.0 if self.budget is None else self.budget * (1 - (1 - float(self.progress)) ** 3)
         raised = self._count.offset(levels, share)
-        found = {name: _mean_one(self._alive(level - raised, name)) for name, level in levels.items()}
+        found = {name: self._alive(level - raised, name) for name, level in levels.items()}
         return Scales(self.switches, found)
 
     @property
@@ -146,18 +162,23 @@ class SwitcherNetwork(nn.Module):
         return frozenset(f"{name}.weight" if name else "weight" for name in (*self._linear, *self._filters))
 
     def removed(self, scales: Scales) -> float:
-        """Share of the weights of linear and convolutional layers that factors at 0 remove."""
+        """Share of the weights of linear and convolutional layers between what is on and what is off.
+
+        Where :func:`~nns_plugin.scales.switch_off` cannot remove units exactly, as under a LayerNorm, it warns and
+        removes less.
+        """
         return self._count.removed({name: (values > 0).cpu() for name, values in scales.items()})
 
     def _alive(self, level: Tensor, name: str) -> Tensor:
-        """ReLU; where nothing is above 0, the strongest becomes 1."""
+        """ReLU, and division by the mean if factors compete; where nothing is above 0, the strongest becomes 1."""
         factors = level.relu()
         if bool((factors > 0).any()):
-            return factors
-        warnings.warn(f"all factors of {name!r} are 0; its strongest one is kept", AllOffWarning, stacklevel=3)
+            return factors if self.form == "literal" else factors / factors.mean().clamp_min(1e-12)
+        if len(level) > 1:
+            warnings.warn(f"all factors of {name!r} are 0; its strongest one is kept", AllOffWarning, stacklevel=3)
         strongest = torch.zeros_like(level)
         strongest[level.detach().argmax()] = 1
-        return strongest * (1 + level - level.detach())
+        return strongest * (1 + level - level.detach())  # 1, with a gradient: others can come back
 
     def _raw(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the networks give for each switch."""
@@ -193,6 +214,7 @@ class SwitcherNetwork(nn.Module):
             raise SwitchError(
                 f"{key!r} is {found}; the switcher was built for {expected}: build it for this very model"
             )
+        value = value.to(self.progress.dtype)
         return _standardised(value) if self.form == "competing" else value
 
 
@@ -214,10 +236,11 @@ class _Source:
 def _sources(model: nn.Module, switch: Switch) -> list[_Source]:
     """Filters that write the units, and linear layers that read each of them at one position; or any that read them."""
     kinds = {port: model.get_submodule(port.name) for port in (*switch.writers, *switch.readers)}
-    found = [_Source(port.name, True, port) for port in switch.writers if isinstance(kinds[port], Convolution)]
+    own = [port for port in switch.writers if owns_weight(model, port.name)]
+    found = [_Source(port.name, True, port) for port in own if isinstance(kinds[port], Convolution)]
     reading = [_Source(port.name, False, port) for port in switch.readers if isinstance(kinds[port], nn.Linear)]
     found += [source for source in reading if source.port.unit.unique().numel() == source.port.unit.numel()]
-    writing = [_Source(port.name, True, port) for port in switch.writers if isinstance(kinds[port], nn.Linear)]
+    writing = [_Source(port.name, True, port) for port in own if isinstance(kinds[port], nn.Linear)]
     return found or reading or writing
 
 
@@ -238,10 +261,6 @@ def _standardised(values: Tensor) -> Tensor:
     if values.numel() < 2:
         return values - values
     return (values - values.mean()) / (values.std() + EPSILON)
-
-
-def _mean_one(factors: Tensor) -> Tensor:
-    return factors / factors.mean().clamp_min(1e-12)
 
 
 class RowNetwork(nn.Module):

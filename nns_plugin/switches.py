@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, Transposed, weight_of
 from nns_plugin.errors import PruningError
+from nns_plugin.forward import device_of, inputs_like, kinds_of, tensors_of
 from nns_plugin.input_selection import input_readers
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.synapses import synapse_layers
+from nns_plugin.unit_synapses import read_positions
 from nns_plugin.units import Port, UnitGroup
 
 
@@ -32,12 +34,14 @@ class Switch:
         size: How many there are.
         readers: In-positions of linear and convolutional layers at which the factors act.
         writers: Out-positions that write them; none for inputs of a layer.
+        positions: How many in-positions the layer of each reader has in all; none if that is not to be checked.
     """
 
     name: str
     size: int
     readers: tuple[Port, ...]
     writers: tuple[Port, ...] = ()
+    positions: tuple[int, ...] = ()
 
 
 def inputs_of(name: str) -> str:
@@ -67,10 +71,11 @@ def find_switches(
         PruningError: If a named layer is none whose inputs can be scaled, or nothing can be scaled.
 
     Warns:
-        UnswitchedWarning: If units are left out because something else than those layers reads them.
+        UnswitchedWarning: If units are left out because something else reads them as well: a layer of another kind, or
+            one that is not chosen.
     """
     there = synapse_layers(model)
-    scalable = {name for name, module in there.items() if _is_own_parameter(model, name, module)}
+    scalable = {name for name in there if owns_weight(model, name)}
     chosen = scalable if layers is None else set(layers)
     if chosen - scalable:
         raise PruningError(
@@ -78,16 +83,17 @@ def find_switches(
             "layers whose weight is a parameter of their own, neither tied nor masked"
         )
     groups = (surgeon or find_surgeon())(copied(model), example_inputs).groups()
-    switches = [Switch(group.name, group.size, group.consumers, group.producers) for group in groups if group.consumers]
-    left_out = [switch for switch in switches if not all(port.name in scalable for port in switch.readers)]
+    switches = [_of_group(model, group) for group in groups if group.consumers]
+    read = {switch.name: {port.name for port in switch.readers} for switch in switches}
+    found = [switch for switch in switches if read[switch.name] <= chosen]
+    left_out = [name for name, by in read.items() if not by <= chosen and (by & chosen or not by <= scalable)]
     if left_out:
         warnings.warn(
-            f"the units of {', '.join(switch.name for switch in left_out)} get no factor: what reads them is no linear "
-            "or convolutional layer with a weight of its own",
+            f"the units of {', '.join(left_out)} get no factor: something that is no linear or convolutional layer "
+            "with a weight of its own, or is not chosen, reads them",
             UnswitchedWarning,
             stacklevel=2,
         )
-    found = [switch for switch in switches if switch not in left_out and all(p.name in chosen for p in switch.readers)]
     single = _features(model, example_inputs) + _flattened(model, groups)
     found += [_positions(model, name) for name in dict.fromkeys(single) if name in chosen]
     if not found:
@@ -95,18 +101,26 @@ def find_switches(
     return tuple(found)
 
 
-def _is_own_parameter(model: nn.Module, name: str, module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+def owns_weight(model: nn.Module, name: str) -> bool:
+    """Whether a layer's weight is a parameter of that layer alone: neither tied nor masked nor computed."""
+    weight = model.get_submodule(name)._parameters.get("weight")
     same = [other for other, value in model.named_parameters(remove_duplicate=False) if value is weight]
     return weight is not None and same == [f"{name}.weight" if name else "weight"]
 
 
-def _features(model: nn.Module, inputs: Any) -> list[str]:
-    """Linear layers that read the model's input, or flatten it."""
-    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
-        return []
-    readers = {module for module, _, _ in input_readers(model, inputs) if isinstance(module, nn.Linear)}
-    return [name for name, module in model.named_modules() if module in readers]
+def _of_group(model: nn.Module, group: UnitGroup) -> Switch:
+    layers = [model.get_submodule(port.name) for port in group.consumers]
+    known = all(isinstance(layer, (nn.Linear, Convolution)) for layer in layers)
+    positions = tuple(read_positions(layer) for layer in layers) if known else ()
+    return Switch(group.name, group.size, group.consumers, group.producers, positions)
+
+
+def _features(model: nn.Module, example_inputs: Any) -> list[str]:
+    """Linear layers that read one of the model's inputs, or flatten it."""
+    inputs = inputs_like(kinds_of(example_inputs), device_of(model))  # examples may be zeros, which all look alike
+    features = [value for value in tensors_of(inputs) if value.dim() > 1 and value.is_floating_point()]
+    found = {module for value in features for module, _, _ in input_readers(model, inputs, value)}
+    return [name for name, module in model.named_modules() if module in found and isinstance(module, nn.Linear)]
 
 
 def _flattened(model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
@@ -121,7 +135,7 @@ def _flattened(model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
 
 def _positions(model: nn.Module, name: str) -> Switch:
     places = torch.arange(weight_of(model.get_submodule(name)).shape[1])
-    return Switch(inputs_of(name), places.numel(), (Port(name, places, places),))
+    return Switch(inputs_of(name), places.numel(), (Port(name, places, places),), (), (places.numel(),))
 
 
 def scaled_columns(module: nn.Module, weight: Tensor, factors: Tensor) -> Tensor:

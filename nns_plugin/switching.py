@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def train_switched(
     ramp: int | None = None,
     second_term: float = 1.0,
     validation: Iterable[Any] | None = None,
-    patience: int | None = None,
+    patience: int | None = 5,
     amp: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callable[[Epoch], object]] = (),
@@ -92,7 +92,8 @@ def train_switched(
     and the gradients of the factors are summed. Then the switcher takes a step, with the network's weights frozen, out
     of their mean: it learns from all batches of the turn, and needs no forward of the network. The gradient that
     reaches the weights through the switcher (the second term of eq. 6) is linear in the gradient of the factors as
-    well, so that it goes back in the same pass, for the whole turn, and is part of the network's last step.
+    well, so that it goes back in the same pass, for the whole turn, and is part of the network's last step. The end of
+    an epoch ends the turn; there, a loader that does not know its length leaves the second term out.
 
     With ``gather=False`` a turn begins with ``switcher_steps`` steps of the switcher on the first batch, as in the
     source; with one step each, an infinite ``second_term`` and no gathering, this is Algorithm 1 with eq. 5 and 6.
@@ -121,11 +122,12 @@ def train_switched(
             ``math.inf`` is eq. 6 as it stands, 0 leaves the term out.
         validation: Yields ``(inputs, targets)``; its mean loss, in evaluation mode, decides when to stop instead of the
             training loss, and both networks end as they were when it was lowest.
-        patience: Stop after so many epochs in which the loss has not fallen; never by default.
+        patience: Stop after so many epochs in which the loss has not fallen; ``None`` for never.
         amp: ``torch.float16`` or ``torch.bfloat16`` for mixed precision of the model; the switcher stays as it is.
         checkpoint: File that is written after every epoch; if it is there, training goes on from it, on the CPU to the
-            same result bit for bit. The loader must draw from torch's random numbers, or a ``generator`` of its own.
-        callbacks: Called after each epoch; training stops after one that gives ``True``.
+            same result bit for bit. Loaders must draw from the random numbers of torch, NumPy or ``random``, or from a
+            ``generator`` of their own or of their samplers.
+        callbacks: Called after each epoch, and after the checkpoint; training stops if one gives something true.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -139,55 +141,84 @@ def train_switched(
     for name, count in (("epochs", epochs), ("task_steps", task_steps), ("patience", patience)):
         if count is not None and count < 1:
             raise PruningError(f"{name} is {count}; expected at least 1")
-    if ramp is not None and ramp < 0:
-        raise PruningError(f"ramp is {ramp}; expected a number of epochs, at least 0")
     if switcher_steps < 0 or not second_term >= 0:
         raise PruningError(
             f"switcher_steps is {switcher_steps} and second_term {second_term}; expected at least 0 of both"
         )
     if amp not in (None, torch.float16, torch.bfloat16):
         raise PruningError(f"amp is {amp}; expected torch.float16, torch.bfloat16 or None")
+    if any(isinstance(given, Iterator) for given in (loader, validation)):
+        raise PruningError("a loader is an iterator, which yields once; pass something that yields anew in each epoch")
+    ramp = (0 if switcher.budget is None else epochs // 2) if ramp is None else ramp
+    if not 0 <= ramp < epochs:
+        raise PruningError(f"ramp is {ramp} of {epochs} epochs; expected fewer, so that the budget is reached")
     learned = [parameter for parameter in switcher.parameters() if parameter.requires_grad]
     if switcher_optimizer is None and learned:
         switcher_optimizer = torch.optim.Adam(learned, 1e-3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if alternate:
+        _check_optimizer("optimizer", optimizer, "the model", trained)
+    if learned and switcher_optimizer is not None:
+        _check_optimizer("switcher_optimizer", switcher_optimizer, "the switcher", learned)
+    elif not alternate:
+        raise PruningError("all parameters of the switcher are frozen, and the model is not trained: nothing would be")
     gather, switcher_steps = gather and bool(learned), switcher_steps if learned and not gather else 0
-    ramp = 0 if switcher.budget is None else epochs // 2 if ramp is None else ramp
     turns = _Turns(
         model, switcher, loss, optimizer, switcher_optimizer, amp, task_steps, gather, switcher_steps, second_term
     )
     optimizers = [optimizer, *([] if switcher_optimizer is None else [switcher_optimizer])]
-    state = TrainingState({"model": model, "switcher": switcher}, [*optimizers, *schedulers, turns.scaler], loader)
+    options = {
+        "ramp": ramp,
+        "task_steps": task_steps,
+        "gather": gather,
+        "switcher_steps": switcher_steps,
+        "second_term": str(second_term),
+        "alternate": alternate,
+        "amp": str(amp),
+        "budget": switcher.budget,
+    }
+    others = [*optimizers, *schedulers, turns.scaler]
+    state = TrainingState({"model": model, "switcher": switcher}, others, [loader, validation], options)
     path = None if checkpoint is None else Path(checkpoint)
     done: list[Epoch] = []
     best: dict[str, Tensor] | None = None
-    with _as_found(model, switcher, alternate):
+    with _as_found(model, switcher, optimizers, alternate), torch.enable_grad():
         if path is not None and path.exists():
             told, best = state.load(path)
             done = _epochs(told)
         bar = tqdm(total=epochs, initial=len(done), desc="switched training", disable=not progress, leave=False)
         with bar:
             while len(done) < epochs and not _over(done[ramp:], patience):
-                if ramp:
-                    switcher.progress.fill_(min(1.0, len(done) / ramp))
+                if switcher.budget is not None:
+                    switcher.progress.fill_(min(1.0, len(done) / ramp) if ramp else 1.0)
                 value = turns.epoch(loader, alternate, bar)
                 scales = turns.scales()
                 judged = None if validation is None else turns.judge(validation, scales)
                 removed = switcher.removed(scales)
                 done.append(Epoch(len(done) + 1, value, judged, scales.counts(), removed))
                 for scheduler in schedulers:
-                    scheduler.step()
+                    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                    scheduler.step(done[-1].judged) if plateau else scheduler.step()
                 if judged is not None and len(done) > ramp and judged <= min(e.judged for e in done[ramp:]):
                     best = state.weights()
-                stops = [callback(done[-1]) is True for callback in callbacks]
                 if path is not None:
                     state.save(path, [asdict(epoch) for epoch in done], best)
                 bar.update()
                 bar.set_postfix(loss=f"{value:.4f}", removed=f"{removed:.1%}")
-                if any(stops):
+                answers = [callback(done[-1]) for callback in callbacks]
+                if any(answers):
                     break
         if best is not None:
             state.restore(best)
     return Switched(switcher, turns.scales(), tuple(done))
+
+
+def _check_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, whose: str, parameters: Sequence[nn.Parameter]
+) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in parameters):
+        raise PruningError(f"{name} holds none of the {len(parameters)} parameters of {whose} that are to be trained")
 
 
 class _Turns:
@@ -218,11 +249,13 @@ class _Turns:
         self._factors: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._stepped = False
 
     def epoch(self, loader: Iterable[Any], alternate: bool, bar: tqdm[Any]) -> float:
         """One pass over the data; the mean loss."""
         total, count, step = 0.0, 0, 0
-        for inputs, targets, size, last in _batches(loader, self.device):
+        length = len(loader) if isinstance(loader, Sized) else None
+        for number, (inputs, targets, size) in enumerate(_batches(loader, self.device), 1):
             if not alternate:
                 value = self._learn(inputs, targets)
             else:
@@ -230,12 +263,14 @@ class _Turns:
                     for _ in range(self.switcher_steps):
                         self._learn(inputs, targets)
                     self._begin()
-                value = self._train(inputs, targets, closing=last or step + 1 == self.task_steps)
-                step = (step + 1) % self.task_steps
+                step = 0 if number == length or step + 1 == self.task_steps else step + 1
+                value = self._train(inputs, targets, closing=step == 0)
             total, count = total + value * size, count + size
             bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
         if not count:
-            raise TrainingError("the loader yields nothing, or yields once and is used up; it must yield in each epoch")
+            raise TrainingError("the loader yields nothing; it must yield in each epoch")
+        if step:  # the data ended without saying so
+            self._step_switcher(self._through_switcher()[1])
         return total / count
 
     def scales(self) -> Scales:
@@ -252,7 +287,7 @@ class _Turns:
             self.model.eval()
             with torch.no_grad():
                 weights = scales.parameters_of(self.model)
-                for inputs, targets, size, _ in _batches(loader, self.device):
+                for inputs, targets, size in _batches(loader, self.device):
                     total, count = total + float(self._loss(weights, inputs, targets)) * size, count + size
         finally:
             for module, training in modes:
@@ -270,6 +305,9 @@ class _Turns:
         loss, value = self._finite_loss(weights, inputs, targets)
         found = torch.autograd.grad(self.scaler.scale(loss), learned, allow_unused=True)
         self._step(self.switcher_optimizer, learned, found)
+        if self._stepped:
+            self.scaler.update()
+            self._stepped = False
         return value
 
     def _begin(self) -> None:
@@ -294,10 +332,11 @@ class _Turns:
         found = torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True)
         gradients = dict(zip(trained, found[: len(trained)], strict=True))
         scale = self.scaler.get_scale()
+        finite = all(bool(g.isfinite().all()) for g in found[len(trained) :] if g is not None)
         for name, gradient in zip(self._factors, found[len(trained) :], strict=True):
-            if gradient is not None and bool(gradient.isfinite().all()):  # a step that overflows is none
+            if gradient is not None and finite:  # a step that overflows is none
                 self._sums[name] += gradient / scale
-        self._steps += 1
+        self._steps += finite
         own: list[Tensor | None] = []
         if closing:
             second, own = self._through_switcher()
@@ -306,11 +345,19 @@ class _Turns:
                 there, more = gradients[name], limit * scale * gradient
                 gradients[name] = more if there is None else there + more
         self._step(self.optimizer, list(trained.values()), list(gradients.values()))
-        if closing and self.gather and self.switcher_optimizer is not None:
+        if closing:
+            self._step_switcher(own)
+        if self._stepped:
+            self.scaler.update()
+            self._stepped = False
+        return value
+
+    def _step_switcher(self, own: Sequence[Tensor | None]) -> None:
+        """A step of the switcher out of the gradients of a turn."""
+        if self.gather and self.switcher_optimizer is not None and self._steps:
             share = self.scaler.get_scale() / self._steps
             scaled = [None if gradient is None else gradient * share for gradient in own]
             self._step(self.switcher_optimizer, self._learned(), scaled)
-        return value
 
     def _limit(self, own: Mapping[str, Tensor | None], second: Mapping[str, Tensor]) -> float:
         """What keeps the second term from being longer than it may be, beside gradients that are scaled."""
@@ -356,28 +403,25 @@ class _Turns:
     def _step(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor | None]
     ) -> None:
+        for group in optimizer.param_groups:  # what is frozen, or not the model's, has no gradient here
+            for parameter in group["params"]:
+                parameter.grad = None
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
-        if all(gradient is None for gradient in found):
-            return
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if any(gradient is not None for gradient in found):
+            self.scaler.step(optimizer)
+            self._stepped = True
 
 
-def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any, int, bool]]:
-    """Inputs, targets, number of inputs, and whether it is the last batch."""
-    waiting: tuple[Any, Any, int] | None = None
+def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any, int]]:
+    """Inputs, targets and number of inputs."""
     for number, item in enumerate(loader):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TrainingError(
                 f"batch {number} of the loader is a {type(item).__name__}; expected a pair of inputs and targets"
             )
-        if waiting is not None:
-            yield *waiting, False
         inputs, targets = to_device(item[0], device), to_device(item[1], device)
-        waiting = inputs, targets, len(tensors_of(inputs)[0])
-    if waiting is not None:
-        yield *waiting, True
+        yield inputs, targets, len(tensors_of(inputs)[0])
 
 
 @contextmanager
@@ -393,16 +437,27 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_found(model: nn.Module, switcher: nn.Module, alternate: bool) -> Iterator[None]:
-    """Modes and gradients come back on leaving; within, the model trains, or evaluates if it is to stay."""
+def _as_found(
+    model: nn.Module, switcher: nn.Module, optimizers: Sequence[torch.optim.Optimizer], alternate: bool
+) -> Iterator[None]:
+    """Modes and gradients come back on leaving, and after an exception how far the budget was.
+
+    Within, the model trains, or evaluates if it is to stay.
+    """
     modes = [(module, module.training) for network in (model, switcher) for module in network.modules()]
-    gradients = [(p, p.grad) for network in (model, switcher) for p in network.parameters()]
+    held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [(parameter, parameter.grad) for parameter in (*model.parameters(), *switcher.parameters(), *held)]
+    progress = [(value, value.clone()) for name, value in switcher.named_buffers() if name == "progress"]
     try:
         if not alternate:
             model.eval()
         elif not model.training:
             model.train()
         yield
+    except BaseException:
+        for value, before in progress:
+            value.copy_(before)
+        raise
     finally:
         for module, training in modes:
             module.training = training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from nns_plugin.errors import CheckpointError
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
 
 FORMAT = "nns-plugin training 1"
+KEYS = frozenset(
+    ("weights", "best", "options", "kinds", "others", "torch", "cuda", "generators", "python", "numpy", "history")
+)
 
 
 class TrainingState:
@@ -24,12 +28,20 @@ class TrainingState:
     Args:
         networks: By name.
         others: With ``state_dict`` and ``load_state_dict``, in the same order each time.
-        loader: Its ``generator``, or that of its ``sampler``, is part of it, if it has one.
+        loaders: Generators of their own, or of their samplers, are part of it.
+        options: What must be the same when training goes on, as JSON types.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], others: Sequence[Any], loader: Any) -> None:
-        self._networks, self._others = dict(networks), list(others)
-        sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        others: Sequence[Any],
+        loaders: Sequence[Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._networks, self._others, self._options = dict(networks), list(others), dict(options)
+        places = ("", "sampler", "batch_sampler", "batch_sampler.sampler")
+        sources = [_found(loader, f"{place}.generator".lstrip(".")) for loader in loaders for place in places]
         self._generators = list(
             {id(source): source for source in sources if isinstance(source, torch.Generator)}.values()
         )
@@ -60,6 +72,8 @@ class TrainingState:
         state = {
             "weights": self.weights(),
             "best": None if best is None else dict(best),
+            "options": self._options,
+            "kinds": self._kinds(),
             "others": [other.state_dict() for other in self._others],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -74,6 +88,23 @@ class TrainingState:
         told = _packed(state, tensors)
         write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(told)}, path)
 
+    def _put(self, weights: Mapping[str, Tensor], others: Sequence[Any]) -> None:
+        self.restore(weights)
+        for other, values in zip(self._others, others, strict=True):
+            other.load_state_dict(values)
+
+    def _kinds(self) -> list[Any]:
+        """What the others are, and which parameters they are of."""
+        states = [(other, other.state_dict()) for other in self._others]
+        return [len(self._generators)] + [
+            [
+                type(other).__name__,
+                sorted(map(str, state)),
+                [[sorted(group), len(group["params"])] for group in state.get("param_groups", [])],
+            ]
+            for other, state in states
+        ]
+
     def load(self, path: Path) -> tuple[list[Any], dict[str, Tensor] | None]:
         """Put back what :meth:`save` wrote: the history and the weights to come back to.
 
@@ -82,20 +113,22 @@ class TrainingState:
         """
         state = read_safetensors(path, FORMAT, CheckpointError, _decoded)
         expected = {name: (value.shape, value.dtype) for name, value in self.weights().items()}
-        kinds = [sorted(map(str, other.state_dict())) for other in self._others]
         found = {name: (value.shape, value.dtype) for name, value in state["weights"].items()}
-        if (
-            found != expected
-            or [sorted(map(str, other)) for other in state["others"]] != kinds
-            or len(state["generators"]) != len(self._generators)
-        ):
+        if found != expected or state["kinds"] != self._kinds():
             raise CheckpointError(
                 f"{str(path)!r} belongs to another training: its networks, optimizers or schedulers are others; go on "
                 "with the same, or choose another file"
             )
-        self.restore(state["weights"])
-        for other, values in zip(self._others, state["others"], strict=True):
-            other.load_state_dict(values)
+        if state["options"] != self._options:
+            differ = [name for name, value in self._options.items() if state["options"].get(name) != value]
+            told = ", ".join(f"{name} is {state['options'].get(name)}, not {self._options[name]}" for name in differ)
+            raise CheckpointError(f"{str(path)!r} belongs to a training with other options: its {told}")
+        before = self.weights(), [copy.deepcopy(other.state_dict()) for other in self._others]
+        try:
+            self._put(state["weights"], state["others"])
+        except Exception as error:  # whatever an optimizer makes of a state that is not its own
+            self._put(*before)
+            raise CheckpointError(f"{str(path)!r} belongs to another training: {error}") from error
         torch.set_rng_state(state["torch"])
         for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(value, device)
@@ -108,9 +141,15 @@ class TrainingState:
         return state["history"], state["best"]
 
 
+def _found(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     state: dict[str, Any] = _unpacked(json.loads(metadata["nns"]), tensors)
-    missing = {"weights", "best", "others", "torch", "cuda", "generators", "python", "numpy", "history"} - state.keys()
+    missing = KEYS - state.keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return state

@@ -299,7 +299,7 @@ def states_figure(epochs: Sequence[Mapping[str, Counts]]) -> Figure:
     Source:
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", figure 4, right.
     """
-    _some(epochs)
+    _some(epochs and epochs[0])
     names = list(epochs[0])
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
