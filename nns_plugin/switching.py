@@ -197,8 +197,10 @@ def train_switched(
                 removed = switcher.removed(scales)
                 done.append(Epoch(len(done) + 1, value, judged, scales.counts(), removed))
                 for scheduler in schedulers:
-                    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                    scheduler.step(done[-1].judged) if plateau else scheduler.step()
+                    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                        scheduler.step(done[-1].judged)
+                    else:
+                        scheduler.step()
                 if judged is not None and len(done) > ramp and judged <= min(e.judged for e in done[ramp:]):
                     best = state.weights()
                 if path is not None:
