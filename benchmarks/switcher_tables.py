@@ -8,6 +8,7 @@ nothing. Weights start as in the paper: N(0, 0.01) in fully connected layers, Ka
 ``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by a pixel in a share of the batches
 (``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no
 images moved. ``--form literal``: the paper's switcher, with neither norms nor budget, and a step of each in turn.
+``--parts tried``: what changes to the default do to the MLP.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nns_plugin.errors import SwitchError, TrainingError
 from nns_plugin.scales import switch_off
 from nns_plugin.selected import Selected
 from nns_plugin.switcher_network import AllOffWarning, SwitcherNetwork
@@ -39,6 +41,18 @@ BATCH, SWITCHER_RATE, TASK_STEPS = 64, 3e-3, 20
 SEPARATE_EPOCHS = 2  # with a step of the switcher for each batch, about as many as in alternate training
 MOVED = 0.7
 GOAL, GOAL_REMOVED = 98.4, 0.75
+LITERAL: dict[str, Any] = {"task_steps": 1, "gather": False, "second_term": float("inf")}
+# What else was tried, on the MLP: changes to the default, and whether weights start as PyTorch's do.
+TRIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "default": ({}, False),
+    "no second term": ({"second_term": 0.0}, False),
+    "second term without limit": ({"second_term": float("inf")}, False),
+    "the switcher's own steps, on one batch": ({"gather": False}, False),
+    "no budget, thresholds learned": ({"budget": None}, False),
+    "own steps and no budget": ({"gather": False, "budget": None}, False),
+    "weights start as PyTorch's": ({}, True),
+    "literal form, 20 steps a turn": ({"form": "literal", "task_steps": TASK_STEPS}, False),
+}
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,19 @@ def train_plainly(model: nn.Module, batches: Batches, setting: str, epochs: int)
 
 
 def switched(
-    model: nn.Module, batches: Batches, options: argparse.Namespace, task: Task, epochs: int, alternate: bool
+    model: nn.Module,
+    batches: Batches,
+    options: argparse.Namespace,
+    task: Task,
+    epochs: int,
+    alternate: bool,
+    **changes: Any,
 ) -> tuple[nn.Module, tuple[Epoch, ...], Tensor]:
     """The small network, the epochs, and the factors of the first layer's inputs."""
-    literal = options.form == "literal"
-    budget = None if literal else task.budget
-    switcher = SwitcherNetwork(model, batches.inputs[:2], form=options.form, budget=budget)
+    form = changes.pop("form", options.form)
+    literal = form == "literal"
+    budget = changes.pop("budget", None if literal else task.budget)
+    switcher = SwitcherNetwork(model, batches.inputs[:2], form=form, budget=budget)
     optimizer = optimizer_of(model, options.setting)
     own: torch.optim.Optimizer = torch.optim.Adam(switcher.parameters(), SWITCHER_RATE)
     if literal and options.setting == "paper":
@@ -184,7 +205,7 @@ def switched(
         patience=None,
         epochs=epochs,
         alternate=alternate,
-        **({"task_steps": 1, "gather": False, "second_term": float("inf")} if literal else {"task_steps": TASK_STEPS}),
+        **{**(LITERAL if literal else {"task_steps": TASK_STEPS}), **changes},
     )
     small = switch_off(model, result.scales, batches.inputs[:2])
     first = next(iter(values for name, values in result.scales.items() if name.startswith("inputs of")))
@@ -265,6 +286,39 @@ def show(name: str, options: argparse.Namespace, pool: Executor) -> None:
     report(name, options, options.epochs or TASKS[name].epochs, there, time.perf_counter() - start)
 
 
+def attempt(name: str, options: argparse.Namespace) -> tuple[str, str, str, str]:
+    """Accuracy, removed share, what is left, and the share of inputs pruned where images are always or often black."""
+    changes, default_start = TRIED[name]
+    task = TASKS["mlp"]
+    warnings.simplefilter("ignore", AllOffWarning)
+    train, test = task.data(options.data_dir)
+    batches = Batches(*train, options.moved)
+    model = started(task, options.seeds[0], torch.device("cpu"))
+    if default_start:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    total = weights_of(model)
+    try:
+        small, _, factors = switched(model, batches, options, task, options.epochs or 10, True, **changes)
+    except (TrainingError, SwitchError) as error:
+        return f"diverged: {str(error)[:40]}...", "", "", ""
+    lit = (train[0] > 0).double().mean(0)
+    dark, bright = (f"{100 * float((factors[lit_] == 0).double().mean()):.0f} %" for lit_ in (lit < 0.001, lit > 0.3))
+    value = f"{accuracy(small, *test):.2f}"
+    return value, f"{100 * (1 - weights_of(small) / total):.1f} %", widths(small), f"{dark} and {bright}"
+
+
+def show_tried(options: argparse.Namespace, pool: Executor) -> None:
+    jobs = {name: pool.submit(attempt, name, options) for name in TRIED}
+    table = Table(title=f"mlp, what was tried: {options.epochs or 10} epochs, seed {options.seeds[0]}")
+    for column in ("switcher", "accuracy", "weights removed", "left", "pruned inputs: always black, and often lit"):
+        table.add_column(column)
+    for name, job in tqdm(jobs.items(), desc="tried", leave=False):
+        table.add_row(name, *job.result())
+    Console(width=150).print(table)
+
+
 def report(name: str, options: argparse.Namespace, epochs: int, found: Any, seconds: float) -> None:
     task = TASKS[name]
     table = Table(
@@ -313,7 +367,7 @@ def draw(name: str, folder: Path, history: Sequence[Epoch], factors: Tensor) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_dir(parser)
-    parser.add_argument("--parts", nargs="+", choices=list(TASKS), default=["mlp", "lenet"])
+    parser.add_argument("--parts", nargs="+", choices=[*TASKS, "tried"], default=["mlp", "lenet"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--setting", choices=["ours", "paper"], default="ours")
     parser.add_argument("--form", choices=["competing", "literal"], default="competing")
@@ -326,7 +380,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for name in options.parts:
-            show(name, options, pool)
+            if name == "tried":
+                show_tried(options, pool)
+            else:
+                show(name, options, pool)
 
 
 if __name__ == "__main__":
