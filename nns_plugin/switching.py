@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import PruningError, TrainingError
 from nns_plugin.forward import device_of, tensors_of, to_device
-from nns_plugin.scales import Counts, Scales
+from nns_plugin.scales import Counts, Scales, fold, switch_off
 from nns_plugin.switcher_network import SwitcherNetwork
 from nns_plugin.training_state import TrainingState
+
+__all__ = ["Epoch", "Scales", "Switched", "SwitcherNetwork", "fold", "switch_off", "train_switched"]
 
 Loss = Callable[[Any, Any], Tensor]
 
