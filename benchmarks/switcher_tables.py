@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from nns_plugin.errors import SwitchError, TrainingError
 from nns_plugin.scales import switch_off
-from nns_plugin.selected import Selected
 from nns_plugin.switcher_network import AllOffWarning, SwitcherNetwork
 from nns_plugin.switching import Epoch, train_switched
 
@@ -214,15 +213,8 @@ def switched(
 
 def widths(model: nn.Module) -> str:
     """Units and positions that each layer but the last writes or reads, as the paper writes them."""
-    found: list[int] = []
-    for module in model.modules():
-        if isinstance(module, Selected):
-            found.append(module.indices.numel())
-        elif isinstance(module, nn.Conv2d):
-            found.append(module.out_channels)
-        elif isinstance(module, nn.Linear) and (not found or found[-1] != module.in_features):
-            found.append(module.in_features)
-    return "-".join(map(str, found))
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return "-".join(str(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.in_features) for layer in layers)
 
 
 def weights_of(model: nn.Module) -> int:

@@ -44,7 +44,7 @@ class SwitcherNetwork(nn.Module):
         model: The network whose weights are to be read; only shapes and initial statistics are taken.
         example_inputs: Inputs that it can run on.
         layers: Names of layers; only what these read gets factors. The cost grows with their weights: in training,
-            about ``24 * channels`` bytes for each entry of the padded image of the linear layers.
+            about ``24 * channels`` bytes for each of the rows x columns of the padded image of the linear layers.
         form: ``"literal"`` is the paper's: raw weights in, ReLU out. ``"competing"`` (default) standardises the weights
             of each layer and the outputs of each switch, subtracts a learned threshold before the ReLU, and divides by
             the mean: factors of a switch compete, and neither all die nor all grow.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from nns_plugin.errors import PruningError, TrainingError
+from nns_plugin.errors import CheckpointError, PruningError, TrainingError
 from nns_plugin.forward import device_of, tensors_of, to_device
 from nns_plugin.scales import Counts, Scales, fold, switch_off
 from nns_plugin.switcher_network import SwitcherNetwork
@@ -117,8 +117,8 @@ def train_switched(
         task_steps: Of the network in a turn.
         gather: Whether the switcher learns from the gradients that the network's steps give anyway.
         switcher_steps: Of the switcher in a turn, if it does not.
-        ramp: Epochs in which the switcher's budget rises from 0; half of all by default. Only what comes after them
-            counts for ``patience`` and as best.
+        ramp: Epochs in which the switcher's budget rises from 0; half of all by default, so that it has to be given
+            where training goes on with more epochs. Only what comes after them counts for ``patience`` and as best.
         second_term: Most length of the gradient that reaches the weights through the switcher, relative to their own
             gradient in that step: unlimited it makes training diverge, since factors jump with small weights.
             ``math.inf`` is eq. 6 as it stands, 0 leaves the term out.
@@ -134,7 +134,7 @@ def train_switched(
 
     Raises:
         PruningError: If an option is out of range.
-        TrainingError: If the loss is not finite, or the loader yields nothing.
+        TrainingError: If the loss is no number or not finite, or the loader yields nothing or something else.
         CheckpointError: If the checkpoint is damaged or belongs to another training; it is left as it is.
 
     Source:
@@ -149,6 +149,14 @@ def train_switched(
         )
     if amp not in (None, torch.float16, torch.bfloat16):
         raise PruningError(f"amp is {amp}; expected torch.float16, torch.bfloat16 or None")
+    if not isinstance(loader, Iterable):
+        raise PruningError(f"the loader is a {type(loader).__name__}; expected something that yields batches")
+    if switcher_optimizer is optimizer:
+        raise PruningError("optimizer and switcher_optimizer are one and the same; give each network its own")
+    if isinstance(optimizer, torch.optim.LBFGS) or isinstance(switcher_optimizer, torch.optim.LBFGS):
+        raise PruningError("LBFGS evaluates a closure several times a step; expected an optimizer that does not")
+    if amp is torch.float16 and any(value.dtype is torch.float16 for value in model.parameters()):
+        raise PruningError("the model's weights are float16; mixed precision wants them in float32")
     if any(isinstance(given, Iterator) for given in (loader, validation)):
         raise PruningError("a loader is an iterator, which yields once; pass something that yields anew in each epoch")
     ramp = (0 if switcher.budget is None else epochs // 2) if ramp is None else ramp
@@ -174,14 +182,17 @@ def train_switched(
         "task_steps": task_steps,
         "gather": gather,
         "switcher_steps": switcher_steps,
-        "second_term": str(second_term),
+        "second_term": str(float(second_term)),
         "alternate": alternate,
         "amp": str(amp),
         "budget": switcher.budget,
+        "validation": validation is not None,
     }
     others = [*optimizers, *schedulers, turns.scaler]
     state = TrainingState({"model": model, "switcher": switcher}, others, [loader, validation], options)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {str(path.parent)!r} for the checkpoint; choose one that exists")
     done: list[Epoch] = []
     best: dict[str, Tensor] | None = None
     with _as_found(model, switcher, optimizers, alternate), torch.enable_grad():
@@ -258,7 +269,7 @@ class _Turns:
     def epoch(self, loader: Iterable[Any], alternate: bool, bar: tqdm[Any]) -> float:
         """One pass over the data; the mean loss."""
         total, count, step = 0.0, 0, 0
-        length = len(loader) if isinstance(loader, Sized) else None
+        length = _length(loader)
         for number, (inputs, targets, size) in enumerate(_batches(loader, self.device), 1):
             if not alternate:
                 value = self._learn(inputs, targets)
@@ -275,6 +286,7 @@ class _Turns:
             raise TrainingError("the loader yields nothing; it must yield in each epoch")
         if step:  # the data ended without saying so
             self._step_switcher(self._through_switcher()[1])
+            self._update()
         return total / count
 
     def scales(self) -> Scales:
@@ -309,9 +321,7 @@ class _Turns:
         loss, value = self._finite_loss(weights, inputs, targets)
         found = torch.autograd.grad(self.scaler.scale(loss), learned, allow_unused=True)
         self._step(self.switcher_optimizer, learned, found)
-        if self._stepped:
-            self.scaler.update()
-            self._stepped = False
+        self._update()
         return value
 
     def _begin(self) -> None:
@@ -351,10 +361,14 @@ class _Turns:
         self._step(self.optimizer, list(trained.values()), list(gradients.values()))
         if closing:
             self._step_switcher(own)
+        self._update()
+        return value
+
+    def _update(self) -> None:
+        """Adapt the scale of gradients, after all steps that used it."""
         if self._stepped:
             self.scaler.update()
             self._stepped = False
-        return value
 
     def _step_switcher(self, own: Sequence[Tensor | None]) -> None:
         """A step of the switcher out of the gradients of a turn."""
@@ -390,6 +404,9 @@ class _Turns:
 
     def _finite_loss(self, weights: Mapping[str, Tensor], inputs: Any, targets: Any) -> tuple[Tensor, float]:
         loss = self._loss(weights, inputs, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = f"{list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TrainingError(f"the loss is a {found}; expected one number as a tensor that depends on the outputs")
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
@@ -411,10 +428,19 @@ class _Turns:
             for parameter in group["params"]:
                 parameter.grad = None
         for parameter, gradient in zip(parameters, found, strict=True):
-            parameter.grad = gradient
+            # Not shared: optimizers and scalers work on gradients in place.
+            parameter.grad = None if gradient is None else gradient.clone()
         if any(gradient is not None for gradient in found):
             self.scaler.step(optimizer)
             self._stepped = True
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Number of batches; ``None`` if the loader does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any, int]]:
@@ -425,7 +451,12 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any,
                 f"batch {number} of the loader is a {type(item).__name__}; expected a pair of inputs and targets"
             )
         inputs, targets = to_device(item[0], device), to_device(item[1], device)
-        yield inputs, targets, len(tensors_of(inputs)[0])
+        tensors = tensors_of(inputs)
+        if not tensors or not tensors[0].dim():
+            raise TrainingError(
+                f"the inputs of batch {number} are a {type(item[0]).__name__} without tensors that have a batch axis"
+            )
+        yield inputs, targets, len(tensors[0])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.errors import CheckpointError
+from nns_plugin.errors import CheckpointError, StatisticsError
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
 
 FORMAT = "nns-plugin training 1"
@@ -47,18 +47,21 @@ class TrainingState:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the networks' weights and buffers."""
-        return {
-            f"{name}.{key}": value.detach().clone()
-            for name, network in self._networks.items()
-            for key, value in network.state_dict().items()
-        }
+        """A copy of the networks' weights and buffers, also of those that are not in their state dictionaries."""
+        return {name: value.detach().clone() for name, value in self._tensors().items()}
 
+    @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Put them back, in place."""
-        for name, network in self._networks.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-            network.load_state_dict(own)
+        for name, value in self._tensors().items():
+            value.copy_(weights[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, network in self._networks.items()
+            for key, value in (*network.named_parameters(), *network.named_buffers())
+        }
 
     def save(self, path: Path, history: Sequence[Any], best: Mapping[str, Tensor] | None) -> None:
         """Write all of it; the file appears whole or not at all.
@@ -67,6 +70,9 @@ class TrainingState:
             path: The file.
             history: What happened, as JSON types.
             best: Weights to come back to.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
         """
         python, numbers = random.getstate(), np.random.get_state(legacy=True)
         state = {
@@ -86,7 +92,10 @@ class TrainingState:
         }
         tensors: dict[str, Tensor] = {}
         told = _packed(state, tensors)
-        write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(told)}, path)
+        try:
+            write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(told)}, path)
+        except StatisticsError as error:
+            raise CheckpointError(str(error)) from error
 
     def _put(self, weights: Mapping[str, Tensor], others: Sequence[Any]) -> None:
         self.restore(weights)

@@ -1147,3 +1147,104 @@ def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
     assert all(torch.equal(values, other(model)[name]) for name, values in scales.items())
     assert isinstance(SwitchedOff, type)
     assert issubclass(SwitchError, NNSError)
+
+
+def test_loaders_that_do_not_know_their_length() -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            x, y = (torch.cat(part) for part in zip(*task()[1], strict=True))
+            yield from zip(x, y, strict=True)
+
+    for amp in (None, torch.float16):
+        model, _ = task()
+        switcher = switcher_for(model, ROWS)
+        own = [value.detach().clone() for value in switcher.parameters()]
+        loader = torch.utils.data.DataLoader(Stream(), 12)
+        result = trained(model, loader, switcher, epochs=4, task_steps=7, amp=amp)  # all of it is less than a turn
+        assert result.epochs[-1].loss < result.epochs[0].loss
+        assert any(not torch.equal(left, right) for left, right in zip(own, switcher.parameters(), strict=True))
+
+
+def test_gradients_that_share_memory_are_not_scaled_twice() -> None:
+    class Twofold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.left, self.right = nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.first(x) + nn.functional.linear(x, self.left + self.right)))
+
+    steps = []
+    for amp in (None, torch.float16):
+        torch.manual_seed(0)
+        model = Twofold()
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        trained(model, task()[1][:1], switcher_for(model, ROWS), epochs=1, amp=amp, optimizer=optimizer)
+        assert torch.allclose(model.left, model.right)
+        steps.append(float(model.left.norm().detach()))
+    assert math.isclose(steps[0], steps[1], rel_tol=0.05)
+
+
+def test_buffers_that_are_not_in_the_state_dictionary_resume(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def get_extra_state(self) -> Any:
+            return {"kind": "counting"}
+
+        def set_extra_state(self, state: Any) -> None:
+            """Nothing to do."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return self.head(torch.relu(self.first(x))) / (1 + self.seen)
+
+    found = []
+    for stops in ((None,), (2, None)):
+        torch.manual_seed(0)
+        model = Counting()
+        for stop in stops:
+            trained(
+                model, task()[1], switcher_for(model, ROWS), epochs=4, checkpoint=tmp_path / str(len(stops)),
+                callbacks=[lambda epoch, stop=stop: epoch.number == stop],
+            )  # fmt: skip
+            if stop:
+                model.seen.zero_()
+        found.append(model)
+    whole, again = ([*model.parameters(), *model.buffers()] for model in found)
+    assert all(torch.equal(left, right) for left, right in zip(whole, again, strict=True))
+
+
+def test_wrong_losses_and_optimizers_are_told(tmp_path: Path) -> None:
+    model, batches = task()
+    switcher = switcher_for(model, ROWS)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    losses: list[tuple[Any, str]] = [
+        (lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction="none"), r"a \[12\]"),
+        (lambda outputs, targets: 1.0, "the loss is a float"),
+        (lambda outputs, targets: torch.zeros(()), r"the loss is a \[\]"),
+    ]
+    for loss, message in losses:
+        with pytest.raises(TrainingError, match=message):
+            train_switched(model, batches, loss, switcher, optimizer=sgd, epochs=1)
+    with pytest.raises(TrainingError, match="the inputs of batch 0 are a ndarray without tensors"):
+        trained(model, [(np.zeros((2, 6)), torch.zeros(2))], switcher)
+    with pytest.raises(PruningError, match="the loader is a int"):
+        trained(model, 5, switcher)
+    with pytest.raises(PruningError, match="one and the same"):
+        trained(model, batches, switcher, optimizer=sgd, switcher_optimizer=sgd)
+    with pytest.raises(PruningError, match="LBFGS"):
+        trained(model, batches, switcher, optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(PruningError, match="weights are float16"):
+        trained(copied(model).half(), batches, switcher, amp=torch.float16)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        trained(model, batches, switcher, checkpoint=tmp_path / "no" / "file")
+    file = tmp_path / "file"
+    trained(model, batches, switcher, checkpoint=file, second_term=1)
+    with pytest.raises(CheckpointError, match="validation is False, not True"):
+        trained(model, batches, switcher, checkpoint=file, validation=batches)
+    trained(model, batches, switcher, checkpoint=file, second_term=1.0, epochs=3)
