@@ -448,7 +448,9 @@ def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
         assert subnet.kept[name].tolist() == sorted(np.argsort(scores)[12:])
     with pytest.raises(CriterionError, match=r"'wsf' needs the weights before training: pass a snapshot"):
         extracted(labels=[1, 3], criterion="wsf")
-    with pytest.raises(CriterionError, match=r"'switcher' needs factors.*cut it with switch_off or SwitcherImportance"):
+    with pytest.raises(
+        CriterionError, match="'switcher' needs scales, which a recipe cannot provide; use its importance class"
+    ):
         extracted(labels=[1, 3], criterion="switcher")
     with pytest.raises(SnapshotError, match="does not fit the model"):
         extracted(labels=[1, 3], criterion="wsf", snapshot=WeightSnapshot(nn.Linear(2, 2)))

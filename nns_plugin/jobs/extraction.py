@@ -176,11 +176,6 @@ def extract(
             f"criterion {section.effective_criterion.name!r} needs the weights before training: pass a snapshot; in a "
             "recipe, let the job train, or give model.initial"
         )
-    if "scales" in kind.requires:
-        raise CriterionError(
-            f"criterion {section.effective_criterion.name!r} needs factors, which come from training the model "
-            "together with its switcher (train_switched); cut it with switch_off or SwitcherImportance then"
-        )
     how = section.effective_compensation
     with stage("data.calibration"):
         prepared = prepare(
@@ -301,7 +296,10 @@ def criterion_class(section: CutSection) -> type[Any]:
     criterion = find(str(name))
     missing = [need for need in criterion.requires if need not in EVIDENCE]
     if missing:
-        raise CriterionError(f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide")
+        raise CriterionError(
+            f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide; use its importance class "
+            "in nns_plugin.adapters.torch_pruning"
+        )
     taken = {*criterion.requires, *getattr(criterion, "optional", ()), "labels"}
     allowed = [option for option in inspect.signature(criterion).parameters if option not in taken]
     for option in options:
