@@ -40,6 +40,20 @@ def read_mnist(data_dir: Path, split: Literal["train", "t10k"]) -> tuple[Tensor,
     return images.flatten(1).float() / 255, labels.long()
 
 
+def moved_by_a_pixel(images: Tensor, share: float) -> Tensor:
+    """A batch of images, in a share of all calls moved by a pixel at random; what leaves comes back opposite.
+
+    Args:
+        images: ``[N, C, H, W]``, or MNIST's ``[N, 784]``, whose borders are mostly black.
+        share: Of the calls.
+    """
+    if float(torch.rand(())) >= share:
+        return images
+    down, right = torch.randint(-1, 2, (2,)).tolist()
+    height, width = images.shape[2:] if images.dim() == 4 else (28, 28)
+    return images.view(len(images), -1, height, width).roll((down, right), (2, 3)).view(images.shape)
+
+
 def read_cifar10(
     data_dir: Path, split: Literal["train", "test"], classes: Collection[str] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import add_data_dir, read_cifar10, read_mnist
+from data import add_data_dir, moved_by_a_pixel, read_cifar10, read_mnist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -135,12 +135,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(self.labels)).to(self.labels.device).split(BATCH):
-            inputs = self.inputs[rows]
-            if float(torch.rand(())) < self.moved:
-                down, right = torch.randint(-1, 2, (2,)).tolist()
-                images = inputs.view(len(inputs), -1, *((28, 28) if inputs.dim() == 2 else inputs.shape[2:]))
-                inputs = images.roll((down, right), (2, 3)).view(inputs.shape)
-            yield inputs, self.labels[rows]
+            yield moved_by_a_pixel(self.inputs[rows], self.moved), self.labels[rows]
 
 
 def started(task: Task, seed: int, device: torch.device) -> nn.Module:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import add_data_dir, read_mnist
+from data import add_data_dir, moved_by_a_pixel, read_mnist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -273,19 +273,11 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, shifted
     )
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(BATCH):
-            loss = nn.functional.cross_entropy(model(moved(images[batch], shifted)), labels[batch])
+            loss = nn.functional.cross_entropy(model(moved_by_a_pixel(images[batch], shifted)), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-
-
-def moved(images: Tensor, share: float) -> Tensor:
-    """A batch of images, in a share of all calls moved by a pixel at random (most borders are black)."""
-    if float(torch.rand(())) >= share:
-        return images
-    down, right = torch.randint(-1, 2, (2,)).tolist()
-    return images.view(-1, 28, 28).roll((down, right), (1, 2)).flatten(1)
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

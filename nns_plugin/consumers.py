@@ -20,6 +20,19 @@ def weight_of(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
+def weight_key(name: str) -> str:
+    """Name of the weight of a layer among a model's parameters; the model itself has no name."""
+    return f"{name}.weight" if name else "weight"
+
+
+@torch.no_grad()
+def narrow_columns(module: nn.Module, indices: Tensor) -> None:
+    """Let a linear layer, or a convolution that is not grouped, read only some of its in-positions, in place."""
+    weight = weight_of(module)
+    module.weight = nn.Parameter(weight.detach()[:, indices.to(weight.device)].clone(), weight.requires_grad)
+    setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", indices.numel())
+
+
 def is_plain_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     """Whether each output channel reads all input channels, at positions around its own: not transposed, no groups."""
     return isinstance(module, Convolution) and not isinstance(module, Transposed) and module.groups == 1

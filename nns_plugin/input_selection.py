@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
-from nns_plugin.consumers import is_plain_convolution, weight_of
+from nns_plugin.consumers import is_plain_convolution, narrow_columns, weight_of
 from nns_plugin.forward import run_model
 from nns_plugin.preserve import preserved
 
@@ -75,7 +75,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
         used[0] = True
     selection = InputSelection(used.nonzero().flatten().cpu(), used.numel(), axis, flat)
     for module, _, _ in readers:
-        _narrow(module, selection.indices)
+        narrow_columns(module, selection.indices)
     try:
         same = same_outputs(model, small, inputs, selection(inputs))
     except (RuntimeError, ValueError, IndexError):  # a forward that wants its inputs' shape as it was
@@ -116,9 +116,3 @@ def input_readers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[n
         for handle in handles:
             handle.remove()
     return [(module, flat, axis) for module, (flat, axis) in found.items()]
-
-
-def _narrow(module: nn.Module, indices: Tensor) -> None:
-    weight = weight_of(module)
-    module.weight = nn.Parameter(weight.detach()[:, indices.to(weight.device)].clone(), weight.requires_grad)
-    setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", indices.numel())

@@ -82,12 +82,18 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model that is being changed into evaluation mode; training flags and random states come back, no more."""
-    training = [(module, module.training) for module in model.modules()]
+def preserved_modes(*models: nn.Module) -> Iterator[None]:
+    """Restore the training flags of every module on leaving, also after an exception."""
+    training = [(module, module.training) for model in models for module in model.modules()]
     try:
-        with preserved_rng():
-            yield model.eval()
+        yield
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model that is being changed into evaluation mode; training flags and random states come back, no more."""
+    with preserved_modes(model), preserved_rng():
+        yield model.eval()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.compaction import compact
-from nns_plugin.consumers import weight_of
+from nns_plugin.consumers import weight_key, weight_of
 from nns_plugin.errors import SwitchError
+from nns_plugin.observe import axis_length
 from nns_plugin.selected import selected
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
 from nns_plugin.surgery import Surgeon
 from nns_plugin.switches import Switch, scaled_columns
-from nns_plugin.unit_synapses import read_positions
 from nns_plugin.units import Port
 
 FORMAT = "nns-plugin scales 1"
@@ -89,7 +89,7 @@ class Scales(Mapping[str, Tensor]):
         found: dict[str, Tensor] = {}
         for name, factors in self._by_layer(model).items():
             module = model.get_submodule(name)
-            key = f"{name}.weight" if name else "weight"
+            key = weight_key(name)
             found[key] = scaled_columns(module, weight_of(module) if weights is None else weights[key], factors)
         return found
 
@@ -109,11 +109,11 @@ class Scales(Mapping[str, Tensor]):
     def _ones(model: nn.Module, port: Port, expected: int | None = None) -> Tensor:
         try:
             weight = weight_of(model.get_submodule(port.name))
-            length = read_positions(model.get_submodule(port.name))
+            length = axis_length(model.get_submodule(port.name), "in", port.name)
         except AttributeError as error:
             raise SwitchError(f"the model has no layer {port.name!r}; these factors are of another model") from error
         least = int(port.index.max()) + 1
-        if length != (length if expected is None else expected) or length < least:
+        if length < least or expected not in (None, length):
             raise SwitchError(
                 f"{port.name!r} reads {length} positions, and the factors are for {expected or least}; they are of "
                 "another model, or of this one before units were removed"
@@ -174,7 +174,7 @@ def fold(model: nn.Module, scales: Scales) -> nn.Module:
     """
     folded = copied(model)
     with torch.no_grad():
-        for name, value in scales.detach().parameters_of(folded).items():
+        for name, value in scales.parameters_of(folded).items():
             folded.get_parameter(name).copy_(value)
     return folded
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from nns_plugin.circle import copied
+from nns_plugin.consumers import narrow_columns
 
 
 class Selected(nn.Module):
@@ -51,19 +51,9 @@ def selected(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, dict[st
             continue
         used[0] |= not bool(used.any())
         found[name] = used.nonzero().flatten().cpu()
-        narrow = Selected(_narrowed(layer, used), found[name]).train(layer.training)
+        narrow_columns(layer, found[name])
+        narrow = Selected(layer, found[name]).train(layer.training)
         if not name:
             return narrow, found
         small.set_submodule(name, narrow)
     return small, found
-
-
-@torch.no_grad()
-def _narrowed(layer: nn.Linear, used: Tensor) -> nn.Linear:
-    weight = layer.weight.detach()[:, used].clone()
-    narrow = nn.Linear(
-        weight.shape[1], weight.shape[0], layer.bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    narrow.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    narrow.bias = layer.bias
-    return narrow

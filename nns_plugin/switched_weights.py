@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.consumers import Convolution, weight_of
+from nns_plugin.observe import axis_length
 from nns_plugin.switches import Switch
 from nns_plugin.synapses import synapse_layers
-from nns_plugin.unit_synapses import read_positions, written_positions
 from nns_plugin.units import Port
 
 
@@ -41,7 +41,7 @@ class WeightCount:
         self._layers = []
         for name, module in synapse_layers(model).items():
             groups = module.groups if isinstance(module, Convolution) else 1
-            read, written = read_positions(module), written_positions(module)
+            read, written = (axis_length(module, side, name) for side in ("in", "out"))
             self._layers.append(
                 _Layer(
                     groups,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.circle import copied
-from nns_plugin.consumers import Convolution, weight_of
+from nns_plugin.consumers import Convolution, weight_key, weight_of
 from nns_plugin.errors import PruningError, SwitchError
 from nns_plugin.producers import rows_of
 from nns_plugin.scales import Scales
@@ -159,7 +159,7 @@ class SwitcherNetwork(nn.Module):
     @property
     def reads(self) -> frozenset[str]:
         """Names of the parameters that it reads."""
-        return frozenset(f"{name}.weight" if name else "weight" for name in (*self._linear, *self._filters))
+        return frozenset(map(weight_key, (*self._linear, *self._filters)))
 
     def removed(self, scales: Scales) -> float:
         """Share of the weights of linear and convolutional layers between what is on and what is off.
@@ -207,7 +207,7 @@ class SwitcherNetwork(nn.Module):
 
     def _weight(self, weights: Mapping[str, Tensor], name: str, layer: nn.Module) -> Tensor:
         """A layer's weight, checked and standardised."""
-        key = f"{name}.weight" if name else "weight"
+        key = weight_key(name)
         value, expected = weights.get(key), list(weight_of(layer).shape)
         if value is None or list(value.shape) != expected:
             found = "missing" if value is None else list(value.shape)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.circle import copied
-from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.consumers import Convolution, Transposed, weight_key, weight_of
 from nns_plugin.errors import PruningError
 from nns_plugin.forward import device_of, inputs_like, kinds_of, tensors_of
 from nns_plugin.input_selection import input_readers
+from nns_plugin.observe import axis_length
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.synapses import synapse_layers
-from nns_plugin.unit_synapses import read_positions
 from nns_plugin.units import Port, UnitGroup
 
 
@@ -105,13 +105,13 @@ def owns_weight(model: nn.Module, name: str) -> bool:
     """Whether a layer's weight is a parameter of that layer alone: neither tied nor masked nor computed."""
     weight = model.get_submodule(name)._parameters.get("weight")
     same = [other for other, value in model.named_parameters(remove_duplicate=False) if value is weight]
-    return weight is not None and same == [f"{name}.weight" if name else "weight"]
+    return weight is not None and same == [weight_key(name)]
 
 
 def _of_group(model: nn.Module, group: UnitGroup) -> Switch:
-    layers = [model.get_submodule(port.name) for port in group.consumers]
-    known = all(isinstance(layer, (nn.Linear, Convolution)) for layer in layers)
-    positions = tuple(read_positions(layer) for layer in layers) if known else ()
+    ports = [(model.get_submodule(port.name), port) for port in group.consumers]
+    known = all(isinstance(layer, (nn.Linear, Convolution)) for layer, _ in ports)
+    positions = tuple(axis_length(layer, "in", port.name) for layer, port in ports) if known else ()
     return Switch(group.name, group.size, group.consumers, group.producers, positions)
 
 

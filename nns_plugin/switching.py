@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import CheckpointError, PruningError, TrainingError
 from nns_plugin.forward import device_of, tensors_of, to_device
+from nns_plugin.preserve import preserved_modes
 from nns_plugin.scales import Counts, Scales, fold, switch_off
 from nns_plugin.switcher_network import SwitcherNetwork
 from nns_plugin.training_state import TrainingState
@@ -261,7 +262,7 @@ class _Turns:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self._given: dict[str, Tensor] = {}
         self._scales: Scales | None = None
-        self._factors: dict[str, Tensor] = {}
+        self._factors = Scales((), {})
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._stepped = False
@@ -297,17 +298,12 @@ class _Turns:
 
     def judge(self, loader: Iterable[Any], scales: Scales) -> float:
         """Mean loss in evaluation mode."""
-        modes = [(module, module.training) for module in self.model.modules()]
         total, count = 0.0, 0
-        try:
+        with preserved_modes(self.model), torch.no_grad():
             self.model.eval()
-            with torch.no_grad():
-                weights = scales.parameters_of(self.model)
-                for inputs, targets, size in _batches(loader, self.device):
-                    total, count = total + float(self._loss(weights, inputs, targets)) * size, count + size
-        finally:
-            for module, training in modes:
-                module.training = training
+            weights = scales.parameters_of(self.model)
+            for inputs, targets, size in _batches(loader, self.device):
+                total, count = total + float(self._loss(weights, inputs, targets)) * size, count + size
         if not count or not math.isfinite(total):
             raise TrainingError(f"the validation loss over {count} inputs is {total}; expected a finite one over some")
         return total / count
@@ -331,16 +327,16 @@ class _Turns:
             for name, value in self.model.named_parameters()
             if name in self.switcher.reads
         }
-        with nullcontext() if self.gather else _frozen(self.switcher):
-            self._scales = self.switcher(self._given)
-        self._factors = {name: values.detach().requires_grad_() for name, values in self._scales.items()}
+        self._scales = self.switcher(self._given)
+        leaves = {name: values.detach().requires_grad_() for name, values in self._scales.items()}
+        self._factors = Scales(self.switcher.switches, leaves)
         self._sums = {name: torch.zeros_like(values) for name, values in self._factors.items()}
         self._steps = 0
 
     def _train(self, inputs: Any, targets: Any, closing: bool) -> float:
         """A step of the network."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        weights = Scales(self.switcher.switches, self._factors).parameters_of(self.model)
+        weights = self._factors.parameters_of(self.model)
         loss, value = self._finite_loss(weights, inputs, targets)
         wanted = [*trained.values(), *self._factors.values()]
         found = torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True)
@@ -460,18 +456,6 @@ def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any,
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for the module's parameters."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        module.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
 def _as_found(
     model: nn.Module, switcher: nn.Module, optimizers: Sequence[torch.optim.Optimizer], alternate: bool
 ) -> Iterator[None]:
@@ -479,23 +463,21 @@ def _as_found(
 
     Within, the model trains, or evaluates if it is to stay.
     """
-    modes = [(module, module.training) for network in (model, switcher) for module in network.modules()]
     held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [(parameter, parameter.grad) for parameter in (*model.parameters(), *switcher.parameters(), *held)]
     progress = [(value, value.clone()) for name, value in switcher.named_buffers() if name == "progress"]
     try:
-        if not alternate:
-            model.eval()
-        elif not model.training:
-            model.train()
-        yield
+        with preserved_modes(model, switcher):
+            if not alternate:
+                model.eval()
+            elif not model.training:
+                model.train()
+            yield
     except BaseException:
         for value, before in progress:
             value.copy_(before)
         raise
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.consumers import Convolution, Transposed, weight_of
+from nns_plugin.consumers import Convolution, Transposed
 from nns_plugin.producers import rows_of
 from nns_plugin.units import Port, UnitGroup
 
@@ -117,17 +117,3 @@ def synapse_axis(module: nn.Module, is_out: bool) -> int | None:
         return None
     axis = int(is_out == isinstance(module, Transposed))
     return axis if axis == 0 or isinstance(module, nn.Linear) or module.groups == 1 else None
-
-
-def written_positions(module: nn.Module) -> int:
-    """Number of a linear or convolutional layer's out-positions."""
-    weight = weight_of(module)
-    return weight.shape[1] * module.groups if isinstance(module, Transposed) else weight.shape[0]
-
-
-def read_positions(module: nn.Module) -> int:
-    """Number of its in-positions."""
-    weight = weight_of(module)
-    if isinstance(module, Transposed):
-        return weight.shape[0]
-    return weight.shape[1] * (module.groups if isinstance(module, Convolution) else 1)
