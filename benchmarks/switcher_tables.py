@@ -133,6 +133,9 @@ class Batches:
     def __init__(self, inputs: Tensor, labels: Tensor, moved: float) -> None:
         self.inputs, self.labels, self.moved = inputs, labels, moved
 
+    def __len__(self) -> int:
+        return -(-len(self.labels) // BATCH)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(self.labels)).to(self.labels.device).split(BATCH):
             yield moved_by_a_pixel(self.inputs[rows], self.moved), self.labels[rows]

@@ -66,6 +66,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.switcher_network",
             "nns_plugin.switches",
             "nns_plugin.switching",
+            "nns_plugin.turns",
             "nns_plugin.synapses",
             "nns_plugin.unreached",
         }

@@ -1,490 +1,35 @@
-"""The switcher: factors against activations multiplied by hand, training against plain training and eq. 6."""
+"""Training with a switcher: against plain training and eq. 5 and 6 by hand, resumed, and with wrong options."""
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
+from switch_models import ROWS, switcher_for  # noqa: E402
+
 from nns_plugin import Port  # noqa: E402
 from nns_plugin.circle import copied  # noqa: E402
-from nns_plugin.criteria import Switcher, UnscoredGroupWarning, score  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CheckpointError,
-    CriterionError,
-    NNSError,
     PruningError,
-    SwitchError,
     TrainingError,
 )
-from nns_plugin.forward import run_model  # noqa: E402
-from nns_plugin.scales import Counts, Scales, SwitchedOff, fold, switch_off  # noqa: E402
-from nns_plugin.selected import Selected, selected  # noqa: E402
-from nns_plugin.switched_weights import WeightCount  # noqa: E402
-from nns_plugin.switcher_network import AllOffWarning, RowNetwork, SwitcherNetwork  # noqa: E402
-from nns_plugin.switches import Switch, UnswitchedWarning, find_switches  # noqa: E402
+from nns_plugin.scales import Scales  # noqa: E402
+from nns_plugin.switcher_network import SwitcherNetwork  # noqa: E402
+from nns_plugin.switches import Switch, find_switches  # noqa: E402
 from nns_plugin.switching import Epoch, Switched, train_switched  # noqa: E402
-
-TOPOLOGIES = ["mlp", "conv_norm", "grouped", "depthwise", "residual", "concat", "transposed"]
-
-
-def perceptron(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-
-
-class Flat(nn.Module):
-    """Convolutions, then linear layers behind a flatten."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 2)
-        self.wide, self.head = nn.Linear(5 * 4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        x = nn.functional.max_pool2d(torch.relu(self.second(x)), 2)
-        return self.head(torch.relu(self.wide(x.flatten(1))))
-
-
-IMAGES = torch.zeros(2, 2, 7, 7).normal_(generator=torch.Generator().manual_seed(3))
-ROWS = torch.zeros(4, 6).normal_(generator=torch.Generator().manual_seed(4))
-
-
-def random_scales(switches: tuple[Switch, ...], seed: int, off: float = 0.4) -> Scales:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for switch in switches:
-        values = 2 * torch.rand(switch.size, generator=generator)
-        values[torch.rand(switch.size, generator=generator) < off] = 0
-        values[0] = 1.5
-        found[switch.name] = values
-    return Scales(switches, found)
-
-
-def scaled_by_hooks(model: nn.Module, scales: Scales, inputs: Any) -> Any:
-    """What the model gives if what its layers read is multiplied, unit by unit: no weight is touched."""
-    handles = []
-    for switch in scales.switches:
-        for port in switch.readers:
-            layer = model.get_submodule(port.name)
-
-            def multiply(
-                module: nn.Module, args: tuple[Tensor, ...], port: Port = port, name: str = switch.name
-            ) -> Any:
-                factors = torch.ones(args[0].shape[-1 if isinstance(module, nn.Linear) else 1])
-                for position, unit in zip(port.index.tolist(), port.unit.tolist(), strict=True):
-                    factors[position] = scales[name][unit]
-                shape = [1, -1, *[1] * (args[0].dim() - 2)]
-                return (args[0] * (factors if isinstance(module, nn.Linear) else factors.reshape(shape)),)
-
-            handles.append(layer.register_forward_pre_hook(multiply))
-    try:
-        with torch.no_grad():
-            return run_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.mark.parametrize("case", TOPOLOGIES)
-def test_factors_act_where_units_are_read_and_fold_and_remove_exactly(zoo: Any, case: str) -> None:
-    """Multiplied activations, scaled columns, folded weights and the small model are all the same function."""
-    made = zoo.CASES[case]
-    torch.manual_seed(0)
-    model, inputs = made.make().eval(), made.inputs(4)
-    scales = random_scales(find_switches(model, inputs), 1)
-    expected = scaled_by_hooks(model, scales, inputs)
-    with torch.no_grad():
-        called = functional_call(model, scales.parameters_of(model), inputs)
-    folded = run_model(fold(model, scales).eval(), inputs)
-    assert torch.allclose(called, expected, atol=1e-5)
-    assert torch.allclose(folded, expected, atol=1e-5)
-    small = switch_off(model, scales, inputs)
-    assert torch.allclose(run_model(small.model, inputs), expected, atol=1e-5)
-    for name, kept in small.kept.items():
-        assert torch.equal(kept, scales[name].nonzero().flatten()), name
-    assert small.kept
-    count = sum(value.numel() for value in small.model.parameters())
-    assert count < sum(value.numel() for value in model.parameters())
-
-
-def test_input_features_and_flattened_positions_get_factors_beside_the_units() -> None:
-    model = Flat().eval()
-    switches = {switch.name: switch for switch in find_switches(model, IMAGES)}
-    assert {name: switch.size for name, switch in switches.items()} == {
-        "first": 4, "second": 5, "wide": 6, "inputs of wide": 20,
-    }  # fmt: skip
-    plain = {switch.name: switch.size for switch in find_switches(perceptron(), ROWS)}
-    assert plain == {"0": 7, "2": 5, "inputs of 0": 6}
-    assert [switch.name for switch in find_switches(model, IMAGES, ["head"])] == ["wide"]
-    assert [switch.name for switch in find_switches(perceptron(), ROWS, ["0", "4"])] == ["2", "inputs of 0"]
-
-
-def test_what_factors_at_0_turn_off_is_gone(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = Flat().eval()
-    scales = random_scales(find_switches(model, IMAGES), 2)
-    small = switch_off(model, scales, IMAGES)
-    network: Any = small.model
-    channels = int((scales["second"] > 0).sum())
-    positions = (scales["inputs of wide"].reshape(5, 4) > 0)[scales["second"] > 0]
-    if bool((~positions.any(1)).any()):  # a channel of which no position is read is gone as well
-        pytest.fail("choose another seed")
-    assert network.first.out_channels == int((scales["first"] > 0).sum())
-    assert network.second.out_channels == channels
-    assert isinstance(network.wide, Selected)
-    assert small.inputs["wide"].tolist() == positions.flatten().nonzero().flatten().tolist()
-    assert network.wide.layer.in_features == int(positions.sum())
-    assert network.wide.layer.out_features == network.head.in_features == int((scales["wide"] > 0).sum())
-    x = torch.randn(5, 2, 7, 7)
-    with torch.no_grad():
-        assert torch.allclose(network(x), fold(model, scales)(x), atol=1e-5)
-
-
-def test_a_selection_is_exported_with_the_model(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from nns_plugin.adapters.onnxruntime import export
-
-    model = perceptron().eval()
-    scales = random_scales(find_switches(model, ROWS), 5)
-    small = switch_off(model, scales, ROWS)
-    assert isinstance(small.model[0], Selected)
-    session = onnxruntime.InferenceSession(export(small.model, ROWS, tmp_path / "small.onnx"))
-    assert session.get_inputs()[0].shape[1] == 6  # the inputs of the wide model
-    found = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})[0]
-    assert np.allclose(found, scaled_by_hooks(model, scales, ROWS).numpy(), atol=1e-5)
-
-
-def test_selected_layers() -> None:
-    layer = nn.Linear(4, 2, bias=False).requires_grad_(False)
-    layer.weight[:, [0, 3]] = 0
-    narrow, left = selected(layer.eval(), [""])
-    assert isinstance(narrow, Selected)
-    assert left[""].tolist() == [1, 2]
-    assert not narrow.layer.weight.requires_grad
-    assert narrow.layer.bias is None
-    x = torch.randn(3, 5, 4)
-    assert torch.allclose(narrow(x), layer(x), atol=1e-6)
-    assert layer.weight.shape == (2, 4)
-    empty, left = selected(nn.Sequential(nn.Linear(3, 1)), ["0"])
-    assert left == {}
-    assert isinstance(empty[0], nn.Linear)
-    nothing = nn.Linear(3, 1)
-    nn.init.zeros_(nothing.weight)
-    assert selected(nothing, [""])[1][""].tolist() == [0]
-
-
-def weights_between(on: Mapping[str, Tensor]) -> int:
-    """Of ``Flat``, by hand."""
-    first, second, wide = (int(on[name].sum()) for name in ("first", "second", "wide"))
-    positions = int((on["inputs of wide"].reshape(5, 4) & on["second"][:, None]).sum())
-    return 2 * first * 9 + first * second * 4 + positions * wide + wide * 3
-
-
-@given(seed=st.integers(0, 100), share=st.floats(0.1, 0.95), budget=st.floats(0.05, 0.9))
-def test_weights_are_counted_and_a_budget_is_just_kept(seed: int, share: float, budget: float) -> None:
-    model = Flat()
-    switches = find_switches(model, IMAGES)
-    count = WeightCount(model, switches)
-    generator = torch.Generator().manual_seed(seed)
-    on = {switch.name: torch.rand(switch.size, generator=generator) > share for switch in switches}
-    assert count.total == 2 * 4 * 9 + 4 * 5 * 4 + 20 * 6 + 18
-    assert count.left(on) == weights_between(on)
-    levels = {switch.name: torch.randn(switch.size, generator=generator).double() for switch in switches}
-
-    def left(offset: float) -> int:
-        return weights_between({n: (v > offset) | (v == v.max()) for n, v in levels.items()})
-
-    offset = count.offset(levels, budget)
-    possible = sorted(float(value) for values in levels.values() for value in values if value > 0)
-    enough = [value for value in [0.0, *possible] if 1 - left(value) / count.total >= budget]
-    assert offset == (enough[0] if enough else possible[-1])
-
-
-def test_grouped_and_transposed_weights_are_counted(zoo: Any) -> None:
-    for case in ("grouped", "depthwise", "transposed", "residual", "concat"):
-        made = zoo.CASES[case]
-        torch.manual_seed(0)
-        model, inputs = made.make().eval(), made.inputs(2)
-        switches = find_switches(model, inputs)
-        scales = random_scales(switches, 3, off=0.3)
-        small = switch_off(model, scales, inputs).model
-        layers = [m for m in small.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-        counted = WeightCount(model, switches).left({name: values > 0 for name, values in scales.items()})
-        assert counted == sum(layer.weight.numel() for layer in layers), case
-
-
-# The network ----------------------------------------------------------------------------------------------------
-
-
-def switcher_for(model: nn.Module, inputs: Tensor, **options: Any) -> SwitcherNetwork:
-    torch.manual_seed(7)
-    given = {"channels": 2, "depth": 2, "width": 8, "budget": None, **options}
-    return SwitcherNetwork(model, inputs, **given)
-
-
-@given(
-    seed=st.integers(0, 200),
-    scale=st.sampled_from([0.0, 1e-8, 1.0, 1e4]),
-    form=st.sampled_from(["competing", "literal"]),
-)
-def test_factors_are_finite_and_not_negative(seed: int, scale: float, form: Any) -> None:
-    model = Flat()
-    switcher = switcher_for(model, IMAGES, form=form)
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: scale * torch.randn(v.shape, generator=generator) for name, v in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AllOffWarning)
-        scales = switcher(weights)
-    assert list(scales) == [switch.name for switch in switcher.switches]
-    for switch in switcher.switches:
-        values = scales[switch.name]
-        assert values.shape == (switch.size,)
-        assert bool((values.isfinite() & (values >= 0)).all())
-        assert bool((values > 0).any())
-        if form == "competing" and scale >= 1:
-            assert math.isclose(float(values.detach().mean()), 1.0, rel_tol=1e-3)
-
-
-@pytest.mark.parametrize("form", ["competing", "literal"])
-@pytest.mark.parametrize(("make", "inputs"), [(perceptron, ROWS), (Flat, IMAGES)])
-def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_reads(
-    form: Any, make: Any, inputs: Tensor
-) -> None:
-    reached: dict[str, bool] = {}
-    for seed in range(5):  # a ReLU may be closed for one drawing
-        torch.manual_seed(seed)
-        model = make()
-        switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8, budget=None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AllOffWarning)
-            scales = switcher(model)
-        loss = sum((values * torch.randn_like(values)).sum() for values in scales.values())
-        loss.backward()
-        for part in (switcher, model):
-            for name, value in part.named_parameters():
-                key = f"{type(part).__name__} {name}"
-                reached[key] = reached.get(key, False) or (value.grad is not None and bool(value.grad.any()))
-        assert switcher.reads <= {name for name, value in model.named_parameters() if value.grad is not None}
-    missing = [key for key, there in reached.items() if not there and (key.startswith("Switcher") or "weight" in key)]
-    heads = {"Sequential 4.weight"} - {f"Sequential {name}" for name in switcher.reads}
-    assert [key for key in missing if key not in heads and "norm" not in key] == []
-
-
-def test_rows_depend_on_the_weights_that_they_stand_for() -> None:
-    """Permuting nothing else but values: a switch of chosen layers reads only what it must."""
-    model = perceptron()
-    switcher = switcher_for(model, ROWS, layers=["4"])
-    assert [switch.name for switch in switcher.switches] == ["2"]
-    assert switcher.reads == {"4.weight"}
-    before = switcher(model)["2"]
-    with torch.no_grad():
-        model[0].weight.add_(1)
-    assert torch.equal(switcher(model)["2"], before)
-    with torch.no_grad():
-        model[4].weight[:, 2].mul_(5)
-    assert not torch.equal(switcher(model)["2"], before)
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (13, 3), (37, 50), (64, 32)])
-def test_widths_that_are_no_power_of_two(height: int, width: int) -> None:
-    for normed in (True, False):
-        network = RowNetwork(2, height, width, 3, 4, normed)
-        assert network(torch.randn(2, height, width)).shape == (2, height)
-
-
-@pytest.mark.parametrize("form", ["competing", "literal"])
-def test_all_off_keeps_the_strongest(form: Any) -> None:
-    model = perceptron()
-    switcher = switcher_for(model, ROWS, form=form)
-    assert switcher.connected is not None
-    with torch.no_grad():
-        if form == "literal":
-            switcher.connected.head.bias.fill_(-1e3)
-        else:
-            switcher.thresholds.fill_(50.0)
-    with pytest.warns(AllOffWarning) as told:
-        scales = switcher(model)
-    names = [str(warning.message).split("'")[1] for warning in told]
-    assert sorted(names) == ["0", "2", "inputs of 0"]
-    assert "are 0; its strongest one is kept" in str(told[0].message)
-    raw = switcher._raw(dict(model.named_parameters()))
-    for name, values in scales.items():
-        assert values.nonzero().flatten().tolist() == [int(raw[name].argmax())]
-        assert float(values.sum().detach()) == 1.0
-    scales["0"].sum().backward()
-    source = switcher.connected.head.bias if form == "literal" else switcher.thresholds
-    assert source.grad is not None
-    assert bool(source.grad.any())  # it can come back
-
-
-def test_one_unit_is_on_without_a_word() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 3))
-    assert switcher_for(model, ROWS)(model)["0"].tolist() == [1.0]
-
-
-class Sums(nn.Module):
-    """In place of a row network: the sum of each row."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.sum(2)
-
-
-def test_each_unit_gets_what_its_own_rows_say() -> None:
-    """With row networks that sum: columns of linear layers, and reduced filters."""
-    torch.manual_seed(2)
-    model = Flat()
-    switcher = switcher_for(model, IMAGES, form="literal")
-    assert switcher.connected is not None
-    switcher.connected = Sums(switcher.connected.size)  # type: ignore[assignment]
-    switcher.convolutional = Sums((0, 0))  # type: ignore[assignment]
-    for layer in switcher.reduce:
-        nn.init.ones_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AllOffWarning)
-        scales = switcher(model)
-    sums = {
-        "first": 8 * model.first.weight.sum((1, 2, 3)),
-        "second": 8 * model.second.weight.sum((1, 2, 3)),
-        "wide": model.head.weight.sum(0),
-        "inputs of wide": model.wide.weight.sum(0),
-    }
-    for name, expected in sums.items():
-        assert bool((expected > 0).any())
-        assert torch.allclose(scales[name], expected.relu(), rtol=1e-4, atol=1e-6), name
-
-
-def test_a_unit_with_several_readers_gets_their_mean() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.left, self.right = nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.body(x))
-            return torch.cat([self.left(x), self.right(x)], 1)
-
-    torch.manual_seed(0)
-    model = Twice()
-    switcher = switcher_for(model, ROWS, layers=["left", "right"], form="literal")
-    assert switcher.connected is not None
-    switcher.connected = Sums(switcher.connected.size)  # type: ignore[assignment]
-    expected = (model.left.weight.sum(0) + model.right.weight.sum(0)) / 2
-    assert bool((expected > 0).any())
-    assert torch.allclose(switcher(model)["body"], expected.relu(), atol=1e-6)
-    with pytest.warns(UnswitchedWarning, match="the units of body get no factor"), pytest.raises(PruningError):
-        find_switches(model, ROWS, ["left"])
-
-
-def test_zeros_as_examples_do_not_mislead() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)
-    )
-    names = [switch.name for switch in find_switches(model, torch.zeros(2, 6))]
-    assert names == ["0", "2", "inputs of 0"]
-    assert names == [switch.name for switch in find_switches(model, (torch.zeros(2, 6),))]
-
-
-def test_a_budget_starts_with_nearly_all_on() -> None:
-    model = Flat()
-    switcher = switcher_for(model, IMAGES, budget=0.75)
-    switcher.progress.fill_(0.0)
-    with torch.no_grad():
-        assert switcher.removed(switcher(model)) < 0.05
-    with pytest.raises(PruningError, match=r"budget is 0.750 .* can remove 0.397 at most"):
-        switcher_for(model, IMAGES, layers=["head"], budget=0.75)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_networks_of_other_types(dtype: torch.dtype) -> None:
-    model = perceptron().to(dtype)
-    scales = switcher_for(model, ROWS.to(dtype))(model)
-    assert all(values.dtype == torch.float32 for values in scales.values())
-    assert all(value.dtype == dtype for value in scales.parameters_of(model).values())
-
-
-def test_filters_of_tied_convolutions_are_not_read() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv1d(2, 4, 3), nn.Conv1d(2, 4, 3), nn.Conv1d(4, 3, 1)
-            self.b.weight = self.a.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(torch.relu(self.a(x) + self.b(x))).mean(2)
-
-    torch.manual_seed(0)
-    x = torch.randn(2, 2, 8)
-    with (
-        pytest.warns(UnswitchedWarning, match="no layer that writes or reads them"),
-        pytest.raises(PruningError, match="nothing to scale"),
-    ):
-        SwitcherNetwork(Tied(), x, budget=None)
-
-
-def test_a_budget_is_kept() -> None:
-    for model, inputs in ((perceptron(), ROWS), (Flat(), IMAGES)):
-        for budget in (0.3, 0.7, 0.9):
-            switcher = switcher_for(model, inputs, budget=budget)
-            assert switcher.removed(switcher(model)) >= budget
-
-
-def test_thresholds_raise_and_lower_what_is_kept() -> None:
-    model = perceptron()
-    switcher = switcher_for(model, ROWS)
-    assert switcher.thresholds is not None
-    counts = []
-    for threshold in (-1.0, 0.0, 1.0):
-        with torch.no_grad():
-            switcher.thresholds.fill_(threshold)
-        counts.append(switcher(model).counts()["inputs of 0"].pruned)
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
-
-
-def test_counts_and_files(tmp_path: Path) -> None:
-    model = Flat()
-    scales = random_scales(find_switches(model, IMAGES), 9)
-    for name, values in scales.items():
-        array = values.numpy()
-        expected = Counts(int((array == 0).sum()), int(((array > 0) & (array < 1)).sum()), int((array >= 1).sum()))
-        assert scales.counts()[name] == expected
-    again = Scales.load(scales.save(tmp_path / "scales.safetensors"))
-    assert list(again) == list(scales)
-    assert all(torch.equal(again[name], scales[name]) for name in scales)
-    assert torch.equal(fold(model, again).head.weight, fold(model, scales).head.weight)
-    (tmp_path / "cut").write_bytes((tmp_path / "scales.safetensors").read_bytes()[:-9])
-    for name in ("cut", "none"):
-        with pytest.raises(SwitchError):
-            Scales.load(tmp_path / name)
-
-
-# Training -------------------------------------------------------------------------------------------------------
 
 
 def task(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -650,18 +195,27 @@ def test_the_second_term_is_no_longer_than_it_may_be(limit: float) -> None:
 
 
 def test_a_budget_rises_and_only_what_comes_after_counts() -> None:
-    for options, expected in (({"ramp": 3}, [0, 1, 2, 3, 3, 3]), ({}, [0, 1, 2, 3, 3, 3]), ({"ramp": 0}, [3] * 6)):
+    """In turns of two steps, of which the data give five an epoch, it is at 0, 2/5 and 4/5 of an epoch."""
+    rising = [0, 0.4, 0.8, 1, 1.4, 1.8, 2, 2.4, 2.8, *[3] * 9]
+    for options, expected in (({"ramp": 3}, rising), ({}, rising), ({"ramp": 0}, [3] * 18)):
         model, batches = task()
         switcher = switcher_for(model, ROWS, budget=0.6)
         seen: list[tuple[float, float]] = []
+        read: list[float] = []
 
         def note(epoch: Epoch, switcher: SwitcherNetwork = switcher, seen: list[Any] = seen) -> None:
             seen.append((float(switcher.progress), epoch.removed))
 
-        result = trained(
-            model, batches, switcher, epochs=6, callbacks=[note], validation=batches, patience=100, **options
-        )
-        assert np.allclose([progress for progress, _ in seen], np.array(expected) / 3)
+        def look(module: nn.Module, args: Any, read: list[float] = read) -> None:
+            if torch.is_grad_enabled():
+                read.append(float(module.progress))
+
+        with switcher.register_forward_pre_hook(look):
+            result = trained(
+                model, batches, switcher, epochs=6, callbacks=[note], validation=batches, patience=100, **options
+            )
+        assert np.allclose(read, np.array(expected) / 3)
+        assert np.allclose([progress for progress, _ in seen], np.array(expected[2::3]) / 3)
         for progress, removed in seen:
             assert removed >= 0.6 * (1 - (1 - progress) ** 3) - 1e-9
         assert switcher.removed(result.scales) >= 0.6
@@ -673,6 +227,32 @@ def test_a_budget_rises_and_only_what_comes_after_counts() -> None:
                 [float(nn.functional.cross_entropy(functional_call(model, weights, x), y)) for x, y in batches]
             )
         assert math.isclose(value, min(judged[options.get("ramp", 3) :]), rel_tol=1e-4)
+
+
+def test_a_budget_rises_batch_by_batch_in_the_separate_mode_and_epoch_by_epoch_without_a_length() -> None:
+    class Unmeasured:
+        def __init__(self, batches: Any) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(self.batches)
+
+    for wrap, alternate, expected in (
+        (list, False, [0, 0.2, 0.4, 0.6, 0.8, *[1] * 5]),
+        (Unmeasured, False, [*[0] * 5, *[1] * 5]),
+        (Unmeasured, True, [0, 0, 0, 1, 1, 1]),
+    ):
+        model, batches = task()
+        switcher = switcher_for(model, ROWS, budget=0.6)
+        read: list[float] = []
+
+        def look(module: nn.Module, args: Any, read: list[float] = read) -> None:
+            if torch.is_grad_enabled():
+                read.append(float(module.progress))
+
+        with switcher.register_forward_pre_hook(look):
+            trained(model, wrap(batches), switcher, epochs=2, alternate=alternate)
+        assert np.allclose(read, expected)
 
 
 def trained(model: nn.Module, loader: Any, switcher: SwitcherNetwork, epochs: int = 2, **options: Any) -> Switched:
@@ -859,7 +439,7 @@ def test_an_exception_puts_the_budget_back_and_the_next_training_starts_anew() -
         trained(model, batches, switcher, epochs=8, callbacks=[stop])
     assert float(switcher.progress) == 1.0
     trained(model, batches, switcher, epochs=8, callbacks=[lambda epoch: np.True_])
-    assert float(switcher.progress) == 0.0
+    assert math.isclose(switcher.progress, 0.8 / 4, rel_tol=1e-6)  # where the last turn of the first epoch began
     result = trained(model, batches, switcher, epochs=1)
     assert result.epochs[0].removed >= 0.6
 
@@ -1055,98 +635,6 @@ def test_wrong_data_is_told() -> None:
         trained(model, iter(batches), switcher)
     with pytest.raises(TrainingError, match="the validation loss over 0 inputs"):
         trained(model, batches, switcher, validation=[])
-
-
-def test_wrong_networks_are_told() -> None:
-    model = perceptron()
-    for options, message in (
-        ({"form": "other"}, "form is 'other'"),
-        ({"budget": 1.0}, "budget is 1.0"),
-        ({"depth": 0}, "channels, depth and width are 2, 0"),
-        ({"budget": 0.5, "form": "literal"}, "form 'literal'"),
-        ({"channels": 0}, "channels, depth and width are 0"),
-        ({"layers": ["9"]}, "the inputs of 9 cannot be scaled"),
-        ({"layers": ["1"]}, "the inputs of 1 cannot be scaled"),
-        ({"layers": []}, "there is nothing to scale"),
-    ):
-        with pytest.raises(PruningError, match=message):
-            switcher_for(model, ROWS, **options)
-    switcher = switcher_for(model, ROWS)
-    with pytest.raises(SwitchError, match=r"'0.weight' is \[9, 6\]; the switcher was built for \[7, 6\]"):
-        switcher({**dict(model.named_parameters()), "0.weight": torch.ones(9, 6)})
-    with pytest.raises(SwitchError, match="'2.weight' is missing"):
-        switcher(nn.Sequential(nn.Linear(6, 7)))
-    scales = switcher(model).detach()
-    with pytest.raises(SwitchError, match="the model has no layer"):
-        fold(nn.Sequential(nn.Linear(6, 7)), scales)
-    for width in (5, 8):
-        other = nn.Sequential(nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-        with pytest.raises(SwitchError, match=f"'0' reads {width} positions, and the factors are for 6; they are of"):
-            fold(other, scales)
-    for factors, message in (
-        ({"0": torch.ones(7), "2": torch.ones(5)}, r"'inputs of 0' has \[0\] factors; expected \[6\]"),
-        ({**scales, "2": -torch.ones(5)}, "negative or not finite"),
-        ({**scales, "2": torch.full((5,), torch.nan)}, "negative or not finite"),
-    ):
-        with pytest.raises(SwitchError, match=message):
-            Scales(scales.switches, factors)
-
-
-def test_tied_and_unread_units_are_told(zoo: Any) -> None:
-    model = perceptron()
-    tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    tied[2].weight = tied[0].weight
-    with pytest.warns(UnswitchedWarning, match="the units of 0 get no factor"):
-        names = [switch.name for switch in find_switches(tied, ROWS)]
-    assert "0" not in names
-    with pytest.raises(PruningError, match="neither tied nor masked"):
-        find_switches(tied, ROWS, ["2"])
-    nn.utils.prune.l1_unstructured(model[2], "weight", 0.5)
-    with pytest.raises(PruningError, match="neither tied nor masked"):
-        find_switches(model, ROWS, ["2"])
-
-
-def test_the_criterion_and_its_importance(zoo: Any) -> None:
-    tp = pytest.importorskip("torch_pruning")
-    from nns_plugin.adapters.dependency_graph import unit_groups
-    from nns_plugin.adapters.torch_pruning import SwitcherImportance
-
-    model = perceptron().eval()
-    scales = random_scales(find_switches(model, ROWS), 8, off=0.3)
-    groups = {group.name: group for group in unit_groups(model, ROWS)}
-    for name in ("0", "2"):
-        found = score(Switcher(scales), groups[name])
-        assert found is not None
-        assert np.allclose(found.numpy(), scales[name].numpy())
-    counts = {"0": 4, "2": 3}  # what torch-pruning leaves of 7 and of 5 at a ratio of 0.4
-    kept = {name: scales[name].topk(count).indices.sort().values for name, count in counts.items()}
-    assert all(float(scales[name].sort(descending=True).values[count - 1]) > 0 for name, count in counts.items())
-    start = copied(model)
-    pruner = tp.BasePruner(
-        model, ROWS, SwitcherImportance(scales), pruning_ratio=0.4, ignored_layers=[model[4]], **zoo.fresh_arguments()
-    )
-    pruner.step()
-    assert torch.equal(model[2].weight, start[2].weight[kept["2"]][:, kept["0"]])
-    with pytest.raises(CriterionError, match="7 factors for group '0', which has"):
-        score(Switcher(scales), unit_groups(model, ROWS)[0])
-    with pytest.warns(UnscoredGroupWarning):
-        assert score(Switcher(Scales((), {})), groups["0"]) is None
-
-
-def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
-    from safetensors.torch import load_model, save_model
-
-    model = Flat()
-    switcher = switcher_for(model, IMAGES)
-    scales = copy.deepcopy(switcher)(model)
-    assert all(torch.equal(values, switcher(model)[name]) for name, values in scales.items())
-    save_model(switcher, str(tmp_path / "switcher.safetensors"))
-    torch.manual_seed(123)
-    other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8, budget=None)
-    load_model(other, str(tmp_path / "switcher.safetensors"))
-    assert all(torch.equal(values, other(model)[name]) for name, values in scales.items())
-    assert isinstance(SwitchedOff, type)
-    assert issubclass(SwitchError, NNSError)
 
 
 def test_loaders_that_do_not_know_their_length() -> None:

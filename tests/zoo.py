@@ -1,7 +1,6 @@
 """Small models, one for each topology of DESIGN section 4, and the unit groups that they have, written by hand.
 
-Tests load this file by its path: ``zoo = load("zoo")`` with the four lines at their heads, because nothing under
-``tests/`` is a package.
+Tests get this file through the fixture ``zoo``.
 """
 
 from __future__ import annotations
