@@ -17,7 +17,7 @@ from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.forward import device_of, map_tensors, run_model
 from nns_plugin.observe import axis_length
 from nns_plugin.preserve import preserved
-from nns_plugin.units import UnitGroup, complement, role_ports
+from nns_plugin.units import Port, UnitGroup, complement, role_ports
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
 
@@ -27,6 +27,7 @@ __all__ = [
     "UncheckedGroupsWarning",
     "UnusableGroupWarning",
     "build_graph",
+    "carriers",
     "graph_groups",
     "output_layers",
     "remove_units",
@@ -134,6 +135,31 @@ def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> li
         except GroupError as error:
             _leave_out(str(error))
     return groups
+
+
+def carriers(graph: tp.DependencyGraph) -> dict[str, tuple[Port, ...]]:
+    """Where the units of each group stand on out axes: at what writes them, and at what passes them on.
+
+    Returns:
+        By name of the group the ports of producers, norms, depthwise convolutions and other layers with a weight an
+        out-position, in the order of the host.
+    """
+    found: dict[str, tuple[Port, ...]] = {}
+    for host_group in _host_groups(graph):
+        if writes_output(host_group):
+            continue
+        try:
+            traced = trace_group(host_group)
+        except GroupError:
+            continue  # :func:`graph_groups` tells
+        ports: dict[str, Port] = {}
+        for item in host_group:
+            name = graph._module2name.get(item.dep.target.module)
+            if name is not None and graph.is_out_channel_pruning_fn(item.dep.handler):
+                roots = torch.tensor(item.root_idxs, dtype=torch.int64)
+                ports[name] = Port(name, torch.tensor(item.idxs, dtype=torch.int64), traced.unit_of_root[roots])
+        found[traced.group.name] = tuple(ports.values())
+    return found
 
 
 def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from nns_plugin.scales import Scales
 from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
+from nns_plugin.ties import separate_ties
 
 __all__ = [
     "CriterionImportance",
@@ -324,35 +324,6 @@ class SwitcherImportance(CriterionImportance):
 
     def __init__(self, scales: Scales) -> None:
         super().__init__(Switcher(scales))
-
-
-def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
-    """Tell equal scores apart, within a group and between groups, keeping the order of different ones.
-
-    Args:
-        scores: ``[U]`` float64.
-        ordinal: Number of the group, below 4096: groups of other numbers get other scores.
-
-    Returns:
-        ``[U]`` float64, all different. Equal scores are spread evenly over two steps of single precision, the last
-        unit lowest, so that of ties a global threshold takes the same share of every group, large or small; the
-        groups stand a few steps of double precision apart, which survive averaging. Scores nearer to 0 than 1e-30
-        count as 0.
-
-    Example:
-        >>> separate_ties(torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)).tolist()
-        [1.000000079471647, 1.0, 2.0]
-    """
-    between, floor = 4, int(np.float64(1e-30).view(np.int64))
-    values = scores.numpy()
-    # The bits of a double, read as an integer, are in the order of the doubles.
-    rank = np.maximum(np.abs(values).view(np.int64) - floor, 0) * np.sign(values).astype(np.int64)
-    order = np.lexsort((-np.arange(rank.size), rank))
-    steps = np.arange(rank.size) * (1 << 16) // rank.size * (1 << 14)  # distinct for up to 65536 units
-    raised = np.empty_like(rank)
-    raised[order] = np.maximum.accumulate(rank[order] - steps) + steps + between * ordinal
-    separated = np.where(raised == 0, 0.0, np.copysign((np.abs(raised) + floor).view(np.float64), raised))
-    return torch.from_numpy(separated)
 
 
 def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def copied(model: nn.Module) -> nn.Module:
     computed = [
         value
         for module in model.modules()
-        for value in vars(module).values()
+        for value in (*vars(module).values(), *module._buffers.values())
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})

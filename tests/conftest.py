@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import os
 import random
-import sys
 import types
 import warnings
 from importlib.metadata import version
@@ -120,11 +119,5 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def zoo() -> types.ModuleType:
-    """The models of ``zoo.py``, which pytest's import mode keeps apart from the tests."""
-    if "zoo" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-        if spec is None or spec.loader is None:
-            raise FileNotFoundError("zoo.py")
-        sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["zoo"])
-    return sys.modules["zoo"]
+    """The models of ``zoo.py``."""
+    return importlib.import_module("zoo")

@@ -6,7 +6,6 @@ A criterion without an entry in ``SETTINGS`` fails the collection of this file.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import pickle
 import sys
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 from nns_plugin import Statistics, UnitGroup, calibrate, criteria
@@ -31,12 +31,6 @@ from nns_plugin.preserve import preserved_rng
 from nns_plugin.scales import Scales
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.switches import Switch
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-zoo = sys.modules["zoo"]
 
 
 def moved_from(model: nn.Module) -> WeightSnapshot:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +20,8 @@ from nns_plugin.units import check_group, narrow_groups
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
+import zoo  # noqa: E402
+
 from nns_plugin.adapters.dependency_graph import (  # noqa: E402
     UncheckedGroupsWarning,
     UnusableGroupWarning,
@@ -33,12 +32,6 @@ from nns_plugin.adapters.dependency_graph import (  # noqa: E402
     resolve_layers,
     unit_groups,
 )
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-zoo = sys.modules["zoo"]
 
 
 def recorded(find: Callable[[], Any]) -> tuple[Any, list[str]]:

@@ -45,6 +45,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.surgery",
             "nns_plugin.survivors",
             "nns_plugin.taps",
+            "nns_plugin.ties",
             "nns_plugin.training_state",
             "nns_plugin.unit_synapses",
             "nns_plugin.units",
@@ -96,6 +97,14 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.torch_pruning": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.group_tracing": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_criterion": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_global": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_groups": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_pruners": frozenset({"nni"}),
+    f"{ADAPTERS}.masked_removal": frozenset(),
+    f"{ADAPTERS}.nni_speedup": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_wrapped": frozenset({"nni"}),
+    f"{ADAPTERS}.unit_masks": frozenset(),
     f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
     f"{ADAPTERS}.onnx_latency": frozenset(),
     f"{ADAPTERS}.onnx_parity": frozenset(),
@@ -121,7 +130,29 @@ USES: dict[str, frozenset[str]] = {
             f"{ADAPTERS}.pruning_history",
         }
     ),
-    f"{ADAPTERS}.nni": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.nni": frozenset(
+        {
+            f"{ADAPTERS}.masked_removal",
+            f"{ADAPTERS}.nni_criterion",
+            f"{ADAPTERS}.nni_groups",
+            f"{ADAPTERS}.nni_pruners",
+            f"{ADAPTERS}.nni_speedup",
+        }
+    ),
+    f"{ADAPTERS}.nni_criterion": frozenset(
+        {
+            f"{ADAPTERS}.dependency_graph",
+            f"{ADAPTERS}.nni_global",
+            f"{ADAPTERS}.nni_wrapped",
+            f"{ADAPTERS}.unit_masks",
+        }
+    ),
+    f"{ADAPTERS}.masked_removal": frozenset({f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.unit_masks"}),
+    f"{ADAPTERS}.nni_speedup": frozenset(
+        {f"{ADAPTERS}.masked_removal", f"{ADAPTERS}.nni_wrapped", f"{ADAPTERS}.surgery", f"{ADAPTERS}.unit_masks"}
+    ),
+    f"{ADAPTERS}.nni_groups": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.nni_pruners": frozenset({f"{ADAPTERS}.nni_criterion", f"{ADAPTERS}.nni_wrapped"}),
     f"{ADAPTERS}.onnx_latency": frozenset({f"{ADAPTERS}.onnx_session"}),
     f"{ADAPTERS}.onnx_parity": frozenset({f"{ADAPTERS}.onnx_session"}),
     f"{ADAPTERS}.onnxruntime": frozenset(
@@ -251,7 +282,8 @@ SOUND = {
     "nns_plugin.criteria.semantic": "import math, numpy as np\nfrom nns_plugin.units import Port\n",
     "nns_plugin.adapters": "",
     "nns_plugin.adapters.dependency_graph": "import torch_pruning as tp\nfrom nns_plugin import UnitGroup\n",
-    "nns_plugin.adapters.nni": "import nni.compression\nfrom nns_plugin.adapters import dependency_graph\n",
+    "nns_plugin.adapters.nni": "import nni.compression\nfrom nns_plugin.adapters import nni_groups\n",
+    "nns_plugin.adapters.nni_groups": "import nni.compression\nfrom nns_plugin.adapters import dependency_graph\n",
     "nns_plugin.adapters.onnxruntime": "def export():\n    import onnx, onnxruntime\n",
     "nns_plugin.jobs.budget": "import sklearn, yaml\nfrom nns_plugin.adapters.nni import Pruner\n",
     "nns_plugin.cli": "import rich, typer\nfrom nns_plugin.jobs.budget import search\n",

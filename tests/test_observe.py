@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -19,12 +17,6 @@ from nns_plugin import Port, UnitGroup, calibrate
 from nns_plugin.errors import CalibrationError, GroupError, LabelError, NNSError
 from nns_plugin.preserve import preserved
 from nns_plugin.taps import collect_inputs
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-zoo = sys.modules["zoo"]
 
 
 class Troublesome(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import stat
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -28,12 +28,6 @@ from nns_plugin.criteria.semantic import by_channel, by_slot
 from nns_plugin.errors import StatisticsError
 from nns_plugin.statistics import Layout, Record
 from nns_plugin.units import Port, UnitGroup
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-zoo = sys.modules["zoo"]
 
 LABELS = 3
 

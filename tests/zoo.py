@@ -1,7 +1,4 @@
-"""Small models, one for each topology of DESIGN section 4, and the unit groups that they have, written by hand.
-
-Tests get this file through the fixture ``zoo``.
-"""
+"""Small models, one for each topology of DESIGN section 4, and the unit groups that they have, written by hand."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""NNI: our criteria as pruners, config lists that know which layers share units, and masks that become small models."""
+
+from __future__ import annotations
+
+from nns_plugin.errors import CriterionError, MissingExtraError
+
+try:
+    import nni.compression.pruning as host
+except ImportError as error:
+    raise MissingExtraError("nni", "nni") from error
+
+from nns_plugin.adapters.masked_removal import MaskedUnits
+from nns_plugin.adapters.nni_criterion import CriterionPruner
+from nns_plugin.adapters.nni_groups import UngroupedLayersWarning, with_dependency_groups
+from nns_plugin.adapters.nni_pruners import (
+    DistinctivenessPruner,
+    MeanWeightPruner,
+    SemanticPruner,
+    SwitcherPruner,
+    WSFPruner,
+)
+from nns_plugin.adapters.nni_speedup import Speedup, speedup
+
+__all__ = [
+    "CriterionPruner",
+    "DistinctivenessPruner",
+    "MaskedUnits",
+    "MeanWeightPruner",
+    "SemanticPruner",
+    "Speedup",
+    "SwitcherPruner",
+    "UngroupedLayersWarning",
+    "WSFPruner",
+    "install",
+    "speedup",
+    "uninstall",
+    "with_dependency_groups",
+]
+
+PRUNERS: dict[str, type[CriterionPruner]] = {
+    "DistinctivenessPruner": DistinctivenessPruner,
+    "MeanWeightPruner": MeanWeightPruner,
+    "SemanticPruner": SemanticPruner,
+    "SwitcherPruner": SwitcherPruner,
+    "WSFPruner": WSFPruner,
+}
+
+
+def install() -> None:
+    """Put our pruners beside NNI's own in ``nni.compression.pruning``.
+
+    Raises:
+        CriterionError: If something else has one of the names already; nothing is added then.
+    """
+    for name, pruner in PRUNERS.items():
+        if getattr(host, name, pruner) is not pruner:
+            raise CriterionError(f"nni.compression.pruning has a {name!r} of its own already; it is left alone")
+    for name, pruner in PRUNERS.items():
+        setattr(host, name, pruner)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; does nothing where it was not called."""
+    for name, pruner in PRUNERS.items():
+        if getattr(host, name, None) is pruner:
+            delattr(host, name)
