@@ -20,18 +20,22 @@ from nns_plugin.adapters.nni_pruners import (
     WSFPruner,
 )
 from nns_plugin.adapters.nni_speedup import Speedup, speedup
+from nns_plugin.adapters.nni_surgery import NNIFallbackWarning, NNISurgery, kept_by_masks
 
 __all__ = [
     "CriterionPruner",
     "DistinctivenessPruner",
     "MaskedUnits",
     "MeanWeightPruner",
+    "NNIFallbackWarning",
+    "NNISurgery",
     "SemanticPruner",
     "Speedup",
     "SwitcherPruner",
     "UngroupedLayersWarning",
     "WSFPruner",
     "install",
+    "kept_by_masks",
     "speedup",
     "uninstall",
     "with_dependency_groups",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -112,7 +113,7 @@ def speedup(
     reason = None if how is None else "NNI cannot compensate"
     small = None
     if backend != "torch-pruning" and how is None:
-        small, reason = _by_nni(masked, example_inputs, planned, expected, tolerance)
+        small, reason = removed_by_nni(masked, example_inputs, planned, expected, tolerance)
         if small is None and backend == "nni":
             raise PruningError(f"NNI cannot make this model small: {reason}; use backend='auto' or 'torch-pruning'")
     chosen = "torch-pruning" if small is None else "nni"
@@ -154,10 +155,18 @@ def _by_torch_pruning(
     return small
 
 
-def _by_nni(
+def removed_by_nni(
     masked: nn.Module, example_inputs: Any, planned: MaskedUnits, expected: list[Tensor], tolerance: float
 ) -> tuple[nn.Module | None, str | None]:
-    """NNI's small model; or why there is none."""
+    """NNI's small model; or why there is none.
+
+    Args:
+        masked: The model with 0 where weights are masked; left as it is.
+        example_inputs: Inputs that it can run on.
+        planned: What the masks mean.
+        expected: The masked model's outputs for these inputs.
+        tolerance: See :func:`speedup`.
+    """
     if not planned.kept:
         return None, "no unit is masked whole, there is nothing to remove"
     small = copied(masked)
@@ -195,13 +204,14 @@ def _told(failure: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNI prints, and logs each step."""
+    """NNI prints, logs each step, and warns of its own doings."""
     found = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("nni")]
     levels = [(each, each.level) for each in found]
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)

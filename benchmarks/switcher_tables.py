@@ -37,6 +37,7 @@ from nns_plugin.switcher_network import AllOffWarning, SwitcherNetwork
 from nns_plugin.switching import Epoch, train_switched
 
 BATCH, SWITCHER_RATE, TASK_STEPS = 64, 3e-3, 20
+SEPARATE_RATE = 1e-3  # with 3e-3 one of three trainings collapses
 SEPARATE_EPOCHS = 2  # with a step of the switcher for each batch, about as many as in alternate training
 MOVED = 0.7
 GOAL, GOAL_REMOVED = 98.4, 0.75
@@ -187,7 +188,8 @@ def switched(
     budget = changes.pop("budget", None if literal else task.budget)
     switcher = SwitcherNetwork(model, batches.inputs[:2], form=form, budget=budget)
     optimizer = optimizer_of(model, options.setting)
-    own: torch.optim.Optimizer = torch.optim.Adam(switcher.parameters(), SWITCHER_RATE)
+    rate = SWITCHER_RATE if alternate else SEPARATE_RATE
+    own: torch.optim.Optimizer = torch.optim.Adam(switcher.parameters(), rate)
     if literal and options.setting == "paper":
         own = torch.optim.SGD(switcher.parameters(), 0.1)
     trained = (optimizer, own) if alternate else (own,)

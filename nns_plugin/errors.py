@@ -56,6 +56,10 @@ class SearchError(NNSError, RuntimeError):
         self.steps = steps
 
 
+class SweepError(NNSError, RuntimeError):
+    """A sweep could not be run or continued."""
+
+
 class CheckpointError(NNSError, ValueError):
     """A checkpoint of a search is damaged, or belongs to another search."""
 

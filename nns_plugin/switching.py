@@ -17,8 +17,8 @@ from nns_plugin.errors import CheckpointError, PruningError
 from nns_plugin.preserve import preserved_modes
 from nns_plugin.scales import Counts, Scales, fold, switch_off
 from nns_plugin.switcher_network import SwitcherNetwork
+from nns_plugin.switching_turns import Loss, Turns
 from nns_plugin.training_state import TrainingState
-from nns_plugin.turns import Loss, Turns
 
 __all__ = ["Epoch", "Scales", "Switched", "SwitcherNetwork", "fold", "switch_off", "train_switched"]
 

@@ -67,7 +67,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.switcher_network",
             "nns_plugin.switches",
             "nns_plugin.switching",
-            "nns_plugin.turns",
+            "nns_plugin.switching_turns",
             "nns_plugin.synapses",
             "nns_plugin.unreached",
         }
@@ -98,11 +98,15 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.group_tracing": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.nni": frozenset({"nni"}),
     f"{ADAPTERS}.nni_criterion": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_experiment": frozenset({"nni"}),
     f"{ADAPTERS}.nni_global": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_guard": frozenset({"psutil"}),
+    f"{ADAPTERS}.nni_trial": frozenset({"nni"}),
     f"{ADAPTERS}.nni_groups": frozenset({"nni"}),
     f"{ADAPTERS}.nni_pruners": frozenset({"nni"}),
     f"{ADAPTERS}.masked_removal": frozenset(),
     f"{ADAPTERS}.nni_speedup": frozenset({"nni"}),
+    f"{ADAPTERS}.nni_surgery": frozenset({"nni"}),
     f"{ADAPTERS}.nni_wrapped": frozenset({"nni"}),
     f"{ADAPTERS}.unit_masks": frozenset(),
     f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
@@ -137,6 +141,7 @@ USES: dict[str, frozenset[str]] = {
             f"{ADAPTERS}.nni_groups",
             f"{ADAPTERS}.nni_pruners",
             f"{ADAPTERS}.nni_speedup",
+            f"{ADAPTERS}.nni_surgery",
         }
     ),
     f"{ADAPTERS}.nni_criterion": frozenset(
@@ -150,6 +155,16 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.masked_removal": frozenset({f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.unit_masks"}),
     f"{ADAPTERS}.nni_speedup": frozenset(
         {f"{ADAPTERS}.masked_removal", f"{ADAPTERS}.nni_wrapped", f"{ADAPTERS}.surgery", f"{ADAPTERS}.unit_masks"}
+    ),
+    f"{ADAPTERS}.nni_surgery": frozenset(
+        {
+            f"{ADAPTERS}.masked_removal",
+            f"{ADAPTERS}.nni_criterion",
+            f"{ADAPTERS}.nni_groups",
+            f"{ADAPTERS}.nni_speedup",
+            f"{ADAPTERS}.surgery",
+            f"{ADAPTERS}.unit_masks",
+        }
     ),
     f"{ADAPTERS}.nni_groups": frozenset({f"{ADAPTERS}.dependency_graph"}),
     f"{ADAPTERS}.nni_pruners": frozenset({f"{ADAPTERS}.nni_criterion", f"{ADAPTERS}.nni_wrapped"}),

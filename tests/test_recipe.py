@@ -106,6 +106,8 @@ def test_the_example_names_every_field() -> None:
         "max_balanced_accuracy_drop",
         "confidence",
         "circle",
+        "config_list",
+        "sweep",
         "synapses",
     }
     assert "zeta" in EXAMPLE.read_text(encoding="utf-8")

@@ -112,6 +112,48 @@ def run(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML with a section sweep.")],
+    trials: Annotated[int | None, typer.Option(help="Most trials.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Trials at a time; they disturb each other's latency.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe: --set labels=[3]. Repeatable."),
+    ] = None,
+    nni_config: Annotated[
+        Path | None,
+        typer.Option("--nni-config", help="NNI's experiment config, for remote machines or Kubernetes."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results; a sweep that was cut short goes on.")] = Path(
+        "nns-sweep"
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Try many settings of a recipe on NNI's engine, and show which results nothing beats."""
+    from nns_plugin.jobs.recipe import parse_settings
+    from nns_plugin.jobs.sweep import STATE, run_sweep
+
+    given = {"sweep.trials": trials, "sweep.concurrency": concurrency}
+    overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])
+    sys.path.insert(0, "")
+    console = Console()
+    try:
+        with _notes(console):
+            found = run_sweep(recipe, output, overrides, nni_config=nni_config, progress=not quiet)
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped; what has ended is in {output / STATE}, and the same command goes on from there",
+            highlight=False,
+            markup=False,
+        )
+        raise typer.Exit(130) from None
+    console.print(tables.sweep(found))
+    console.print(f"written to {output}: {STATE}, pareto.png, trials", highlight=False, markup=False)
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, missing extras and the execution providers that a session really gets."""
     from nns_plugin.criteria import available, broken

@@ -13,6 +13,7 @@ from nns_plugin.jobs.recipe import CONFIDENCE
 if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.jobs.environment import Host
     from nns_plugin.jobs.report import Report
+    from nns_plugin.jobs.sweep import Sweep
 
 
 def comparison(report: Report) -> Table:
@@ -146,3 +147,28 @@ def _limits(limits: tuple[float, float] | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def sweep(found: Sweep) -> Table:
+    """Trials of a sweep, the fastest first; those that nothing beats are marked."""
+    table = Table(title=f"{len(found.trials)} of {found.planned} trials; * nothing is as accurate and as fast")
+    fields = list(dict.fromkeys(field for trial in found.trials for field in trial.parameters))
+    for column in ("trial", *fields, "balanced acc., %", "lost, points", "latency p50, ms", "speed-up", "parameters"):
+        table.add_column(escape(column), justify="left" if column in fields else "right")
+    front = {trial.number for trial in found.pareto}
+    for trial in sorted(found.trials, key=lambda trial: (trial.point is None, (trial.point or (0, 0))[1])):
+        chosen = [escape(str(trial.parameters.get(field, ""))) for field in fields]
+        name = f"{trial.number}{' *' if trial.number in front else '  '}"
+        if trial.numbers is None:
+            table.add_row(name, *chosen, escape(f"failed: {trial.error}"))
+            continue
+        values = trial.numbers
+        formats = (("balanced_accuracy", 100, ".1f"), ("lost", 100, ".1f"), ("latency_ms", 1, ".4f"))
+        cells = [_cell(values.get(key), scale, form) for key, scale, form in formats]
+        cells += [_cell(values.get("speed_up"), 1, ".2f"), _cell(values.get("parameters"), 1, ",.0f")]
+        table.add_row(name, *chosen, *cells)
+    return table
+
+
+def _cell(value: float | None, scale: float, form: str) -> str:
+    return "" if value is None else format(scale * value, form)

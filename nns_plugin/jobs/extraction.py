@@ -29,7 +29,7 @@ from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 from nns_plugin.subnet import Provenance, Subnet, Trial, current_versions
-from nns_plugin.surgery import Method
+from nns_plugin.surgery import Method, Surgeon
 from nns_plugin.survivors import Survivors, survivors_of
 
 EVIDENCE = ("statistics", "model", "snapshot")
@@ -196,6 +196,7 @@ def extract(
         evidence |= {"snapshot": snapshot, "model": dense}
     criterion = _criterion(section, evidence, chosen)
     scores = None if section.angle is not None else score_groups(criterion, prepared.groups)
+    surgeon = surgeon_of(section)
 
     def finished(kept: Mapping[str, Tensor], survivors: Mapping[str, Survivors] | None = None) -> Cut:
         with stage("cutting"):
@@ -204,7 +205,7 @@ def extract(
                 kept,
                 how,
                 loader,
-                surgeon=TorchPruningSurgery,
+                surgeon=surgeon,
                 scores=scores,
                 survivors=survivors,
                 validation=validation if section.calibrate_head else None,
@@ -214,10 +215,17 @@ def extract(
     if scores is None:
         kept, survivors = _by_angle(section, criterion, prepared)
         return finished(kept, survivors), ()
+    if section.config_list is not None:
+        return finished(_by_masks(prepared, scores, section.config_list)), ()
+    if section.zeta is not None and section.framework == "nni":
+        return finished(_by_masks(prepared, scores, [{"sparse_threshold": section.zeta}])), ()
     if section.zeta is not None:
         return finished(keep_by_threshold(scores, section.zeta, round_to=section.round_to)), ()
 
     def by_ratio(ratio: float) -> dict[str, Tensor]:
+        if section.framework == "nni":
+            across = {"global_group_id": "all"} if section.across_groups else {}
+            return _by_masks(prepared, scores, [{"sparse_ratio": ratio, **across}])
         return keep_by_ratio(scores, ratio, round_to=section.round_to, across_groups=section.across_groups)
 
     max_drop, confidence = section.max_balanced_accuracy_drop, section.effective_confidence
@@ -342,6 +350,33 @@ def _by_angle(section: CutSection, criterion: Any, cut: Cut) -> tuple[dict[str, 
     selections = criterion.select(cut.groups, AngleRule(angle.similar, angle.complementary, angle.complement))
     survivors = survivors_of(cut.statistics, cut.groups, selections, angle.merge, criterion.center)
     return {name: selection.kept for name, selection in selections.items()}, survivors
+
+
+def surgeon_of(section: CutSection) -> Surgeon:
+    """What removes the units.
+
+    Raises:
+        MissingExtraError: If NNI is asked for and not installed.
+    """
+    if section.framework == "torch_pruning":
+        return TorchPruningSurgery
+    from nns_plugin.adapters.nni import NNISurgery
+
+    return NNISurgery
+
+
+def _by_masks(cut: Cut, scores: Mapping[str, Tensor], config_list: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The kept units of each group by NNI's masks; configs that name no layers are about all that write units."""
+    from nns_plugin.adapters.nni import kept_by_masks
+
+    writers = [port.name for group in cut.groups if group.name in scores for port in group.producers]
+    named = [
+        {"op_names": list(dict.fromkeys(writers)), **config}
+        if not {"op_names", "op_types", "op_names_re"} & config.keys()
+        else config
+        for config in config_list
+    ]
+    return kept_by_masks(cut.model, cut.example_inputs, cut.groups, scores, named)
 
 
 def _plain(label: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -318,6 +318,33 @@ def states_figure(epochs: Sequence[Mapping[str, Counts]]) -> Figure:
         axis.set_title(plain(names[place]), fontsize=9)
         axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def pareto_figure(points: Sequence[tuple[float, float, str]], front: Collection[str]) -> Figure:
+    """Balanced accuracy against latency, a point for each result; those that nothing beats stand out.
+
+    Args:
+        points: Balanced accuracy in [0, 1], latency in ms, and a name that is written beside it.
+        front: Names of those that no other beats.
+    """
+    _some(points)
+    figure, axes = new_figure(6.4, 4.2)
+    axis = axes[0, 0]
+    best = sorted((latency, 100 * accuracy) for accuracy, latency, name in points if name in front)
+    others = [(latency, 100 * accuracy) for accuracy, latency, name in points if name not in front]
+    if others:
+        axis.plot(*zip(*others, strict=True), "o", color="0.6", label="beaten by another")
+    if best:
+        axis.plot(
+            *zip(*best, strict=True), "s-", color="black", drawstyle="steps-post", label="as accurate, none is faster"
+        )
+    for accuracy, latency, name in points:
+        axis.annotate(plain(name), (latency, 100 * accuracy), (4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("latency p50, ms")
+    axis.set_ylabel("mean balanced accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return figure
 
 

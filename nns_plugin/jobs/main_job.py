@@ -25,7 +25,7 @@ from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.environment import versions
 from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
-from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage
+from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.intervals import Interval, interval
 from nns_plugin.jobs.job_figures import job_figures
@@ -68,6 +68,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
     """
     check_provider(recipe.measure.provider)
     criterion_class(recipe)
+    surgeon_of(recipe)
     if figures:
         new_figure(1, 1)  # tells what is missing before any work
     with staged_folder(output, FILES, FIGURES) as staging, _seeded(recipe.seed):

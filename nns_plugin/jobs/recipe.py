@@ -27,7 +27,7 @@ from nns_plugin.selection import Complement
 from nns_plugin.surgery import Compensation, Method, Recalibrate
 
 CONFIDENCE = 0.95
-SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop")
+SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list")
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -135,10 +135,11 @@ class MeasureSection(Section):
 class CutSection(Section):
     """How a model is cut down to some labels.
 
-    One of ``ratio``, ``zeta``, ``angle`` and ``max_balanced_accuracy_drop`` decides how much goes; a ratio of 0.5 by
-    default.
+    One of ``ratio``, ``zeta``, ``angle``, ``max_balanced_accuracy_drop`` and ``config_list`` decides how much goes; a
+    ratio of 0.5 by default.
     """
 
+    framework: Literal["torch_pruning", "nni"] = "torch_pruning"
     labels: list[StrictInt | StrictStr] | None = Field(default=None, min_length=1)
     criterion: CriterionSection = CriterionSection()
     compensation: CompensationSection = CompensationSection()
@@ -147,6 +148,7 @@ class CutSection(Section):
     zeta: float | None = Field(default=None, ge=0, le=1)
     max_balanced_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
     confidence: float | None = Field(default=None, ge=0.5, le=0.999)
+    config_list: list[dict[str, Any]] | None = Field(default=None, min_length=1)
     across_groups: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
@@ -166,6 +168,14 @@ class CutSection(Section):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.confidence is not None and self.max_balanced_accuracy_drop is None:
             raise ValueError("confidence goes with max_balanced_accuracy_drop: it says how sure of that to be")
+        if self.framework != "nni" and self.config_list is not None:
+            raise ValueError(f"config_list goes with framework nni, not with {self.framework}")
+        if self.framework == "nni" and self.angle is not None:
+            raise ValueError("angle goes with framework torch_pruning, not with nni, whose masks know no survivors")
+        if self.framework == "nni" and self.round_to != 1:
+            raise ValueError(f"round_to is {self.round_to}; NNI's masks cannot be rounded: give 1")
+        if self.across_groups and self.config_list is not None:
+            raise ValueError("across_groups goes with ratio; in a config list, say global_group_id")
         if self.angle is not None and self.angle.similar > self.angle.complementary:
             raise ValueError("angle: similar must be at most complementary")
         if self.angle is not None and self.effective_criterion.name != "distinctiveness":
@@ -238,6 +248,47 @@ class CutSection(Section):
         return (given or {"ratio": 0.5}) | {name: more[name] for name in more if more[name] not in (None, False, 1)}
 
 
+class SweepSection(Section):
+    """Which fields ``nns sweep`` tries, and what it goes by.
+
+    ``search`` has for each field of the recipe a list of values, or, with the tuners that sample, a distribution as
+    NNI writes it: ``{_type: uniform, _value: [0.2, 0.8]}``.
+    """
+
+    search: dict[str, list[Any] | dict[str, Any]] = Field(min_length=1)
+    tuner: Literal["GridSearch", "Random", "TPE"] = "GridSearch"
+    trials: int = Field(default=20, ge=1)
+    concurrency: int = Field(default=1, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    metric: str = "subnet.evaluation.mean_balanced_accuracy"
+    maximize: bool = True
+    seed: int = 0
+
+    @field_validator("search")
+    @classmethod
+    def _values(cls, search: dict[str, list[Any] | dict[str, Any]]) -> dict[str, list[Any] | dict[str, Any]]:
+        for name, values in search.items():
+            if not all(part.isidentifier() for part in name.split(".")) or name.partition(".")[0] == "sweep":
+                raise ValueError(f"{name!r} is no field of the recipe that can be searched")
+            if not values or (isinstance(values, dict) and values.keys() != {"_type", "_value"}):
+                raise ValueError(f"{name} is {values}; expected a list of values, or {{_type: ..., _value: ...}}")
+        return search
+
+    @model_validator(mode="after")
+    def _lists(self) -> SweepSection:
+        ranges = [name for name, values in self.search.items() if isinstance(values, dict)]
+        if ranges and self.tuner == "GridSearch":
+            raise ValueError(f"{ranges[0]} is a distribution; it goes with tuner Random or TPE, not with GridSearch")
+        return self
+
+    def space(self) -> dict[str, Any]:
+        """NNI's search space."""
+        return {
+            name: values if isinstance(values, dict) else {"_type": "choice", "_value": values}
+            for name, values in self.search.items()
+        }
+
+
 class Recipe(CutSection):
     """A whole job."""
 
@@ -249,6 +300,7 @@ class Recipe(CutSection):
     synapses: SynapsesSection | None = None
     export: ExportSection = ExportSection()
     measure: MeasureSection = MeasureSection()
+    sweep: SweepSection | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")

@@ -1,0 +1,146 @@
+"""NNI as the host of a job: its masks choose the units, and its speed-up removes them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from nns_plugin.adapters.masked_removal import masked_copy, outputs_of, resolve_masks
+from nns_plugin.adapters.nni_criterion import CriterionPruner
+from nns_plugin.adapters.nni_groups import with_dependency_groups
+from nns_plugin.adapters.nni_speedup import removed_by_nni
+from nns_plugin.adapters.surgery import TorchPruningSurgery
+from nns_plugin.adapters.unit_masks import silencing_masks
+from nns_plugin.batch_norm import reestimate_batch_norms
+from nns_plugin.circle import copied
+from nns_plugin.criteria.contract import Criterion
+from nns_plugin.errors import SelectionError
+from nns_plugin.statistics import Statistics
+from nns_plugin.surgery import Compensation
+from nns_plugin.survivors import Survivors
+from nns_plugin.units import UnitGroup
+
+TOLERANCE = 1e-5
+
+
+class NNIFallbackWarning(UserWarning):
+    """NNI could not remove units; torch-pruning did."""
+
+
+class NNISurgery(TorchPruningSurgery):
+    """A model whose units NNI removes where it can; see :class:`nns_plugin.surgery.Surgery`.
+
+    Groups and compensation are those of torch-pruning: NNI has neither.
+    """
+
+    def keep(self, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
+        """See the protocol."""
+        off = {g.name: ~torch.isin(torch.arange(g.size), kept[g.name]) for g in groups if g.name in kept}
+        if not any(bool(units.any()) for units in off.values()):
+            return
+        inputs = self._graph.example_inputs
+        masks = silencing_masks(self.model, {group.name: group.producers for group in groups}, off)
+        planned = resolve_masks(self.model, inputs, masks)
+        masked = masked_copy(self.model, planned.masks)
+        small, reason = removed_by_nni(masked, inputs, planned, outputs_of(masked, inputs), TOLERANCE)
+        if small is None:
+            warnings.warn(f"torch-pruning removed the units, NNI did not: {reason}", NNIFallbackWarning, stacklevel=2)
+            super().keep(groups, kept)
+            return
+        for held in ("_parameters", "_buffers", "_modules"):
+            getattr(self.model, held).clear()
+            getattr(self.model, held).update(getattr(small, held))
+
+    def keep_and_compensate(
+        self,
+        groups: Sequence[UnitGroup],
+        kept: Mapping[str, Tensor],
+        statistics: Statistics,
+        how: Compensation,
+        loader: Iterable[Any] | None,
+        survivors: Mapping[str, Survivors] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """See the protocol."""
+        if how.method != "none":
+            super().keep_and_compensate(groups, kept, statistics, how, loader, survivors, progress)
+            return
+        how.check(loader)
+        self.keep(groups, kept)
+        if how.reestimate and loader is not None:
+            with torch.no_grad():
+                reestimate_batch_norms(self.model, loader)
+
+
+def kept_by_masks(
+    model: nn.Module,
+    example_inputs: Any,
+    groups: Sequence[UnitGroup],
+    scores: Mapping[str, Tensor],
+    config_list: Sequence[Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """The units that stay if NNI masks layers by scores, as a config list says.
+
+    Args:
+        model: Left as it is.
+        example_inputs: Inputs that it can run on.
+        groups: Its units.
+        scores: For each group's name ``[U]``.
+        config_list: NNI's; dependency groups are filled in.
+
+    Returns:
+        For each scored group ``[k]`` int64 ascending.
+
+    Raises:
+        PruningError: If the list is wrong, selects nothing or would empty a layer.
+        SelectionError: If no unit of any group is masked whole.
+    """
+    twin = copied(model)
+    configs = with_dependency_groups(config_list, twin, example_inputs)
+    pruner = _ScoredPruner(twin, configs, example_inputs=example_inputs, scores=scores)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    planned = resolve_masks(twin, example_inputs, masks)
+    scored = [group for group in groups if group.name in scores]
+    found = {group.name: planned.kept.get(group.name, torch.arange(group.size)) for group in scored}
+    if all(found[group.name].numel() == group.size for group in scored):
+        raise SelectionError("the config list masks no unit whole, so that nothing can be removed; ask for more of it")
+    return found
+
+
+class _ScoredPruner(CriterionPruner):
+    """A pruner whose scores are known."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        scores: Mapping[str, Tensor],
+        **options: Any,
+    ) -> None:
+        self._known = scores
+        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+
+    def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
+        return _Known(self._known)
+
+
+class _Known:
+    """Scores by name of the group."""
+
+    requires: ClassVar[tuple[str, ...]] = ("scores",)
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        self._scores = scores
+
+    def __call__(self, group: UnitGroup) -> Tensor | None:
+        return self._scores.get(group.name)

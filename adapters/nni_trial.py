@@ -1,0 +1,24 @@
+"""What a trial asks of NNI, and tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nns_plugin.errors import MissingExtraError
+
+try:
+    import nni
+except ImportError as error:
+    raise MissingExtraError("nni", "nni") from error
+
+
+def next_trial() -> tuple[dict[str, Any], int]:
+    """What the tuner chose, and the number of the trial."""
+    parameters = nni.get_next_parameter()
+    return dict(parameters), int(nni.get_sequence_id())
+
+
+def report(numbers: Mapping[str, float | None]) -> None:
+    """Give back numbers, of which the tuner goes by ``"default"``."""
+    nni.report_final_result(dict(numbers))

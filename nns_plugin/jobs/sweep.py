@@ -1,0 +1,255 @@
+"""Sweeps: a job many times over, on NNI's engine, and which of the results nothing beats."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import RecipeError, SweepError
+from nns_plugin.jobs.recipe import Recipe, SweepSection, load_recipe
+from nns_plugin.jobs.trial import PLAN, RECIPE
+
+FORMAT = "nns-plugin sweep 1"
+STATE, FIGURE = "sweep.json", "pareto.png"
+
+
+@dataclass(frozen=True)
+class SweepTrial:
+    """A trial of a sweep.
+
+    Attributes:
+        number: Names its folder ``trials/NNN``.
+        parameters: Values by field of the recipe.
+        numbers: What it measured, by name; ``None`` if it failed.
+        error: Why it failed.
+    """
+
+    number: int
+    parameters: dict[str, Any]
+    numbers: dict[str, float | None] | None
+    error: str | None = None
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """Balanced accuracy and latency in ms, if it has both."""
+        accuracy, latency = ((self.numbers or {}).get(name) for name in ("balanced_accuracy", "latency_ms"))
+        return None if accuracy is None or latency is None else (accuracy, latency)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep led to.
+
+    Attributes:
+        trials: All that ended, by number.
+        planned: How many there were to be.
+        metric: Name of the number that the tuner went by.
+    """
+
+    trials: tuple[SweepTrial, ...]
+    planned: int
+    metric: str
+
+    @property
+    def pareto(self) -> tuple[SweepTrial, ...]:
+        """Trials that no other beats: as accurate and as fast, and better in one; the fastest first."""
+        points = [(trial, trial.point) for trial in self.trials]
+        there = [(trial, point) for trial, point in points if point is not None]
+        front = [
+            (trial, point)
+            for trial, point in there
+            if not any(o[0] >= point[0] and o[1] <= point[1] and o != point for _, o in there)
+        ]
+        return tuple(trial for trial, point in sorted(front, key=lambda item: item[1][1]))
+
+
+def run_sweep(
+    file: Path,
+    output: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    nni_config: Path | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """Run the sweep of a recipe, or what is left of it.
+
+    Args:
+        file: The recipe, with a section ``sweep``.
+        output: Folder for ``sweep.json``, ``pareto.png`` and ``trials``. If it holds part of this very sweep, only the
+            rest is run.
+        overrides: Of the recipe's fields.
+        nni_config: NNI's experiment config, for remote machines or Kubernetes; the local machine by default.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        NNSError: If the recipe is wrong, the folder holds another sweep, no trial succeeds, or NNI fails.
+        KeyboardInterrupt: On Ctrl-C; what has ended by then is in the folder, and nothing runs any more.
+    """
+    from nns_plugin.adapters.nni_experiment import ended_trials
+
+    recipe = load_recipe(file, overrides)
+    section = recipe.sweep
+    if section is None:
+        raise RecipeError(
+            f"{file}: field 'sweep': found nothing; expected a search, such as {{search: {{ratio: [0.3, 0.5]}}}}"
+        )
+    planned = _planned(file, overrides, section)
+    count = section.trials if planned is None else len(planned)
+    state = _State(output, _described(recipe, planned))
+    done = state.trials
+    left = count - len(done)
+    if left > 0:
+        folder = state.prepare(recipe, planned, section)
+        todo = [] if planned is None else [number for number in range(count) if number not in done]
+        space = section.space() if planned is None else {"trial": {"_type": "choice", "_value": todo}}
+        python = "python3" if nni_config is not None else sys.executable
+        bar = tqdm(total=count, initial=len(done), desc="sweep", disable=not progress, leave=False)
+        with bar:
+            for ended in ended_trials(
+                f"{python} -m nns_plugin.jobs.trial",
+                folder,
+                space,
+                tuner=section.tuner,
+                trials=left,
+                concurrency=section.concurrency,
+                working_folder=state.working_folder,
+                max_minutes=section.max_minutes,
+                config_file=nni_config,
+            ):
+                state.add(ended.parameters, ended.numbers, ended.status, planned)
+                bar.update()
+    sweep = Sweep(tuple(state.all_trials()), count, section.metric)
+    if not any(trial.numbers for trial in sweep.trials):
+        first = next((trial.error for trial in sweep.trials if trial.error), "none was started")
+        raise SweepError(f"no trial succeeded: {first}")
+    _draw(sweep, output)
+    return sweep
+
+
+class _State:
+    """What of a sweep is on disk."""
+
+    def __init__(self, output: Path, described: Mapping[str, Any]) -> None:
+        self._output = output.resolve()
+        self._described = json.loads(json.dumps(described))
+        self._failed: dict[int, SweepTrial] = {}
+        self.trials: dict[int, SweepTrial] = {}
+        path = self._output / STATE
+        if path.exists():
+            try:
+                told = json.loads(path.read_text(encoding="utf-8"))
+                former = told["sweep"] if told["format"] == FORMAT else None
+                self.trials = {trial["number"]: SweepTrial(**trial) for trial in told["trials"] if trial["numbers"]}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SweepError(f"{str(path)!r} is damaged: {error}; remove it, or choose another folder") from error
+            if former != self._described:
+                raise SweepError(f"{str(output)!r} holds another sweep; choose another folder, or remove {STATE}")
+
+    @property
+    def working_folder(self) -> Path:
+        return self._output / ".nni"
+
+    def all_trials(self) -> list[SweepTrial]:
+        return sorted([*self.trials.values(), *self._failed.values()], key=lambda trial: trial.number)
+
+    def prepare(self, recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None, section: SweepSection) -> Path:
+        """Write what trials need; the folder."""
+        folder = self._output / ".plan"
+        try:
+            (self._output / "trials").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            content = recipe.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
+            for name in ("checkpoint", "initial"):
+                if content["model"].get(name) is not None:
+                    content["model"][name] = str(Path(content["model"][name]).resolve())
+            (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            plan = {
+                "trials": planned,
+                "metric": section.metric,
+                "maximize": section.maximize,
+                "output": str(self._output / "trials"),
+                "path": [str(Path.cwd())],
+            }
+            (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"output: {str(self._output)!r} cannot be written: {error.strerror}") from error
+        return folder
+
+    def add(
+        self,
+        parameters: Mapping[str, Any],
+        numbers: Mapping[str, Any] | None,
+        status: str,
+        planned: Sequence[Mapping[str, Any]] | None,
+    ) -> None:
+        """Note a trial that has ended, on disk as well."""
+        taken = self.trials.keys() | self._failed.keys()
+        number = (
+            int(parameters["trial"]) if planned is not None else next(n for n in itertools.count() if n not in taken)
+        )
+        chosen = dict(parameters) if planned is None else dict(planned[number])
+        if numbers is not None:
+            self.trials[number] = SweepTrial(number, chosen, dict(numbers))
+        else:
+            file = self._output / "trials" / f"{number:03d}.error"
+            text = file.read_text(encoding="utf-8").strip() if file.exists() else f"{status.lower()}, see .nni"
+            self._failed[number] = SweepTrial(number, chosen, None, " ".join(text.split()))
+        told = {"format": FORMAT, "sweep": self._described, "trials": [vars(trial) for trial in self.all_trials()]}
+        staging = self._output / f".{STATE}"
+        staging.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        os.replace(staging, self._output / STATE)
+
+
+def _planned(file: Path, overrides: Mapping[str, Any] | None, section: SweepSection) -> list[dict[str, Any]] | None:
+    """Every combination, or as many of them as are wanted; ``None`` if a tuner chooses. All are checked."""
+    if section.tuner != "GridSearch":
+        for name, values in section.search.items():
+            for value in values if isinstance(values, list) else ():
+                load_recipe(file, {**(overrides or {}), name: value})
+        return None
+    names, values = list(section.search), [list(value) for value in section.search.values()]
+    combinations = [dict(zip(names, found, strict=True)) for found in itertools.product(*values)]
+    if len(combinations) > section.trials:
+        chosen = random.Random(section.seed).sample(range(len(combinations)), section.trials)
+        combinations = [combinations[place] for place in sorted(chosen)]
+    for combination in combinations:
+        try:
+            load_recipe(file, {**(overrides or {}), **combination})
+        except RecipeError as error:
+            raise RecipeError(f"sweep.search: {combination} is no recipe: {error}") from error
+    return combinations
+
+
+def _described(recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+    """What has to be the same for a sweep to go on."""
+    content = recipe.model_dump(mode="json")
+    limits = ("trials", "concurrency", "max_minutes") if planned is None else ("concurrency", "max_minutes")
+    content["sweep"] = {name: value for name, value in content["sweep"].items() if name not in limits}
+    return {"recipe": content, "planned": planned}
+
+
+def _draw(sweep: Sweep, output: Path) -> None:
+    from nns_plugin.errors import MissingExtraError
+
+    try:
+        from nns_plugin.jobs.figures import pareto_figure
+    except MissingExtraError:
+        return
+    points = [(*trial.point, str(trial.number)) for trial in sweep.trials if trial.point is not None]
+    if points:
+        front = {str(trial.number) for trial in sweep.pareto}
+        staging = output / f".{FIGURE}"
+        pareto_figure(points, front).savefig(staging, dpi=150, format="png")
+        os.replace(staging, output / FIGURE)

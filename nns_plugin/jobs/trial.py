@@ -1,0 +1,95 @@
+"""A trial of a sweep, started by NNI: ``python -m nns_plugin.jobs.trial``, in the folder with the plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nns_plugin.errors import NNSError, RecipeError
+from nns_plugin.jobs.main_job import run_job
+from nns_plugin.jobs.recipe import load_recipe
+
+PLAN, RECIPE = "plan.json", "recipe.yaml"
+NUMBERS = {
+    "balanced_accuracy": "subnet.evaluation.mean_balanced_accuracy",
+    "lost": "balanced_accuracy_drop",
+    "latency_ms": "latency.candidate.p50_ms",
+    "speed_up": "latency.ratio",
+    "parameters": "subnet.parameters",
+    "macs": "subnet.macs",
+    "file_bytes": "subnet.file_bytes",
+}
+
+
+def number_of(report: Any, name: str) -> float:
+    """A number of a report by its dotted name, such as ``subnet.evaluation.mean_balanced_accuracy``.
+
+    Raises:
+        RecipeError: If there is no such number.
+    """
+    found = report
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            there = ", ".join(found) if isinstance(found, dict) else type(found).__name__
+            raise RecipeError(f"sweep.metric: the report has no {name!r}: instead of {part!r} there is {there}")
+        found = found[part]
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise RecipeError(f"sweep.metric: {name!r} is {found!r} in the report; expected a number")
+    return float(found)
+
+
+def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str, Any]:
+    """Do the job of a trial.
+
+    Args:
+        folder: With the plan and the recipe.
+        parameters: What the tuner chose: the number of a planned trial, or values by field of the recipe.
+        number: Of the trial, for the name of its folder.
+
+    Returns:
+        The numbers of its report; ``"default"`` is the metric.
+    """
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    if "trial" in parameters:
+        number = int(parameters["trial"])
+        parameters = plan["trials"][number]
+    for place in plan["path"]:
+        if place not in sys.path:
+            sys.path.insert(0, place)
+    output = Path(plan["output"])
+    output = output if output.is_dir() else folder  # on another machine
+    error_file = output / f"{number:03d}.error"
+    error_file.unlink(missing_ok=True)
+    try:
+        report = run_job(load_recipe(folder / RECIPE, parameters), output / f"{number:03d}").to_dict()
+        sign = 1.0 if plan["maximize"] else -1.0
+        metric = sign * number_of(report, plan["metric"])
+        return {"default": metric} | {short: _found(report, name) for short, name in NUMBERS.items()}
+    except NNSError as error:
+        error_file.write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+def _found(report: Any, name: str) -> float | None:
+    try:
+        return number_of(report, name)
+    except RecipeError:  # such as the accuracy of labels without test data
+        return None
+
+
+def main() -> None:
+    """Get parameters from NNI, and give numbers back; a known error is one line and exit code 2."""
+    from nns_plugin.adapters.nni_trial import next_trial, report
+
+    parameters, number = next_trial()
+    try:
+        report(run_trial(Path.cwd(), parameters, number))
+    except NNSError as error:
+        print(f"nns: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
