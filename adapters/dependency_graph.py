@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "build_graph",
     "carriers",
     "graph_groups",
+    "groups_with_parameters",
     "output_layers",
     "remove_units",
     "resolve_layers",
@@ -141,25 +142,40 @@ def carriers(graph: tp.DependencyGraph) -> dict[str, tuple[Port, ...]]:
     """Where the units of each group stand on out axes: at what writes them, and at what passes them on.
 
     Returns:
-        By name of the group the ports of producers, norms, depthwise convolutions and other layers with a weight an
-        out-position, in the order of the host.
+        By name of the group the ports of producers, norms, depthwise convolutions and other modules that have units on
+        their out axes, in the order of the host.
     """
     found: dict[str, tuple[Port, ...]] = {}
-    for host_group in _host_groups(graph):
-        if writes_output(host_group):
-            continue
-        try:
-            traced = trace_group(host_group)
-        except GroupError:
-            continue  # :func:`graph_groups` tells
+    for host_group, traced in _followed(graph):
         ports: dict[str, Port] = {}
         for item in host_group:
             name = graph._module2name.get(item.dep.target.module)
-            if name is not None and graph.is_out_channel_pruning_fn(item.dep.handler):
+            passes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            if name is not None and passes and not isinstance(item.dep.target.module, nn.Parameter):
                 roots = torch.tensor(item.root_idxs, dtype=torch.int64)
                 ports[name] = Port(name, torch.tensor(item.idxs, dtype=torch.int64), traced.unit_of_root[roots])
         found[traced.group.name] = tuple(ports.values())
     return found
+
+
+def groups_with_parameters(graph: tp.DependencyGraph) -> frozenset[str]:
+    """Names of the groups whose units meet a parameter that belongs to no layer: an embedding of positions, a gate."""
+    return frozenset(
+        traced.group.name
+        for host_group, traced in _followed(graph)
+        if any(isinstance(item.dep.target.module, nn.Parameter) for item in host_group)
+    )
+
+
+def _followed(graph: tp.DependencyGraph) -> Iterator[tuple[tp.dependency.Group, TracedGroup]]:
+    """The host's groups that can be followed; :func:`graph_groups` tells of the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnusableGroupWarning)
+        host_groups = _host_groups(graph)
+    for host_group in host_groups:
+        if not writes_output(host_group):
+            with suppress(GroupError):
+                yield host_group, trace_group(host_group)
 
 
 def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:

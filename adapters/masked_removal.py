@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups
+from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups, groups_with_parameters
 from nns_plugin.adapters.unit_masks import (
     Masks,
     apply_masks,
@@ -41,7 +41,8 @@ class MaskedUnits:
         extended: Names of the modules for which masks are more than was given: norms and others that pass units on.
         contradicted: Names of the modules whose masked positions stay, with weights of 0, because something else writes
             the same units.
-        exempt: Names of the groups that lose units and pass a layer or group norm, whose statistics then change.
+        exempt: Names of the groups that lose units and pass a layer or group norm, whose statistics then change, or a
+            parameter that belongs to no layer and cannot be masked.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -67,7 +68,7 @@ def resolve_masks(model: nn.Module, example_inputs: Any, masks: Masks) -> Masked
     """
     given = _checked(model, masks)
     graph = build_graph(model, example_inputs)
-    groups, ports = graph_groups(graph), carriers(graph)
+    groups, ports, bare = graph_groups(graph), carriers(graph), groups_with_parameters(graph)
     off = masked_units(model, groups, given)
     for group in groups:
         if bool(off[group.name].all()):
@@ -92,7 +93,7 @@ def resolve_masks(model: nn.Module, example_inputs: Any, masks: Masks) -> Masked
         silence,
         tuple(dict.fromkeys(extended)),
         _contradicted(model, groups, ports, given, off),
-        tuple(group.name for group in losing if _passes_norm(model, ports.get(group.name, ()))),
+        tuple(group.name for group in losing if group.name in bare or _passes_norm(model, ports.get(group.name, ()))),
     )
 
 
@@ -123,14 +124,14 @@ def largest_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return max(errors, default=0.0)
 
 
-def wider_than_planned(small: nn.Module, planned: MaskedUnits, model: nn.Module) -> list[str]:
-    """Layers of a small model that have more positions than the masks leave."""
-    wide = []
+def other_than_planned(small: nn.Module, planned: MaskedUnits, model: nn.Module) -> list[str]:
+    """Layers of a small model that have more or fewer positions than the masks leave."""
+    other = []
     for (side, name), gone in removed_positions(planned.groups, planned.kept).items():
         expected = axis_length(model.get_submodule(name), side, name) - gone.numel()
-        if axis_length(small.get_submodule(name), side, name) > expected:
-            wide.append(name)
-    return wide
+        if axis_length(small.get_submodule(name), side, name) != expected:
+            other.append(name)
+    return other
 
 
 def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
@@ -147,6 +148,8 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
         for target, mask in targets.items():
             if mask is None:
                 continue
+            if not isinstance(mask, Tensor):
+                raise PruningError(f"the mask of {target!r} of {name!r} is a {type(mask).__name__}; expected a tensor")
             if target.startswith(("_input_", "_output_")):
                 raise PruningError(
                     f"the masks of {name!r} are about {target!r}; only masks of parameters can make a model small: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from nni.compression.base.compressor import Compressor
-from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning.basic_pruner import _NormPruner
@@ -18,10 +18,9 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups
-from nns_plugin.adapters.nni_global import Metrics, Spaces, decided_globally
-from nns_plugin.adapters.nni_wrapped import held_masks, plain_copy, wrappers_of
-from nns_plugin.adapters.unit_masks import apply_masks, masked_units, silencing_masks, spread
-from nns_plugin.consumers import Transposed
+from nns_plugin.adapters.nni_global import Metrics, Spaces, changed, decided_globally
+from nns_plugin.adapters.nni_wrapped import check_config_list, held_masks, plain_copy, wrappers_of
+from nns_plugin.adapters.unit_masks import apply_masks, masked_units, out_axis, silencing_masks, spread
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
@@ -86,7 +85,7 @@ class CriterionPruner(_NormPruner):
                 f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
                 f"unwrap_model() of the pruner that wrapped them, or {type(self).__name__}.from_compressor(pruner, ...)"
             )
-        _check_selection(model, config_list)
+        check_config_list(model, config_list)
         if statistics is not None and statistics.fingerprint:
             differs = difference(statistics.fingerprint, fingerprint(model))
             if differs:
@@ -103,27 +102,34 @@ class CriterionPruner(_NormPruner):
             for wrapper in wrappers_of(model).values():
                 wrapper.unwrap()
             raise PruningError(f"NNI refuses the config list: {_first_line(error)}") from error
+        try:
+            self._check_targets()
+        except PruningError:
+            self.unwrap_model()
+            raise
         for name, spaces in self._target_spaces.items():
             bias = spaces.get("bias")
-            if bias is not None and isinstance(model.get_submodule(name), Transposed):
-                bias._setting["align"] = {**(bias.align or {}), "dims": [1]}  # where these layers have their outputs
+            if bias is not None and bias.align is not None and bias.align["module_name"] in (None, name):
+                bias._setting["align"] = {**bias.align, "dims": [out_axis(model.get_submodule(name))]}
 
     @classmethod
     def from_compressor(
         cls,
         compressor: Compressor,
         new_config_list: list[dict[str, Any]],
-        *args: Any,
         evaluator: Evaluator | None = None,
         **options: Any,
     ) -> CriterionPruner:
         """Go on from another compressor, with its wrappers and its evaluator; see the class for the options."""
         wrapped = compressor._is_wrapped
+        spaces = {name: dict(wrapper.pruning_target_spaces) for name, wrapper in compressor._module_wrappers.items()}
         try:
             made: CriterionPruner = super(_NormPruner, cls).from_compressor(
-                compressor, new_config_list, *args, evaluator=evaluator, **options
+                compressor, new_config_list, evaluator=evaluator, **options
             )
         except Exception:
+            for name, wrapper in compressor._module_wrappers.items():
+                wrapper.pruning_target_spaces = spaces[name]
             if wrapped and not compressor._is_wrapped:
                 compressor.wrap_model()
             raise
@@ -196,7 +202,7 @@ class CriterionPruner(_NormPruner):
             varying = _varying_axis(space, shape)
             if varying is None:
                 return self._weight_metric(name, space)
-            out = varying == int(isinstance(module, (Transposed, nn.Embedding))) if len(shape) > 1 else True
+            out = varying == out_axis(module) if len(shape) > 1 else True
             positions = self._positions(name, module, "out" if out else "in", scores)
             full = None if positions is None else spread(module, positions, "out" if out else "in", shape)
         else:
@@ -220,7 +226,12 @@ class CriterionPruner(_NormPruner):
         full = full.to(device, torch.float32 if device.type == "mps" else torch.float64)
         if space._scaler is None:
             return full
-        shrunk: Tensor = space._scaler.shrink(full, keepdim=True)
+        try:
+            shrunk: Tensor = space._scaler.shrink(full, keepdim=True)
+        except (AssertionError, RuntimeError) as error:
+            raise PruningError(
+                f"granularity {space.granularity} does not divide a weight of {list(full.shape)}"
+            ) from error
         return shrunk
 
     def _shape(self, name: str, space: PruningTargetSpace) -> list[int]:
@@ -258,18 +269,23 @@ class CriterionPruner(_NormPruner):
         spaces: Spaces = defaultdict(dict)
         for name, targets in self._target_spaces.items():
             for target, space in targets.items():
-                aligned = None if space.align is None else space.align["module_name"] or name
-                if aligned is not None and aligned not in self._target_spaces:
-                    raise PruningError(
-                        f"{target!r} of {name!r} is aligned with {aligned!r}, which the config list does not select"
-                    )
-                if target in metrics.get(name, {}) or (aligned in metrics and not is_active_target(space)):
+                if target in metrics.get(name, {}):
                     spaces[name][target] = space
-        masks: dict[str, dict[str, Tensor]] = generate_sparsity(*decided_globally(metrics, spaces))
+                elif not is_active_target(space) and space.align is not None:
+                    found = self._aligned(name, target, space)
+                    if found.align["target_name"] in metrics.get(found.align["module_name"], {}):
+                        spaces[name][target] = found
+        try:
+            masks: dict[str, dict[str, Tensor]] = generate_sparsity(*decided_globally(metrics, spaces))
+        except (AssertionError, KeyError, RuntimeError) as error:
+            raise PruningError(
+                f"NNI cannot make masks of this config list: {_first_line(error)}; layers that share a group id need the "
+                "same number of blocks, and aligned targets the same width"
+            ) from error
         for name, targets in spaces.items():
             for target, space in targets.items():
                 if space.align is not None and target in masks[name]:
-                    source = masks[space.align["module_name"] or name][space.align["target_name"]]
+                    source = masks[space.align["module_name"]][space.align["target_name"]]
                     if source.dim() == len(space.align["dims"]):  # NNI would sum over all axes where none is left
                         masks[name][target] = source
         for name, targets in masks.items():
@@ -283,11 +299,47 @@ class CriterionPruner(_NormPruner):
                     )
         return {name: {t: mask.float() for t, mask in targets.items()} for name, targets in masks.items()}
 
+    def _aligned(self, name: str, target: str, space: PruningTargetSpace) -> PruningTargetSpace:
+        """An aligned target as aligned with one that has a mask of its own: those between have the same."""
+        passed = [(name, target)]
+        align = {**space.align, "module_name": space.align["module_name"] or name}
+        while True:
+            source = self._target_spaces.get(align["module_name"], {}).get(align["target_name"])
+            if source is None:
+                raise PruningError(
+                    f"{target!r} of {name!r} is aligned with {align['target_name']!r} of {align['module_name']!r}, which "
+                    "the config list does not select"
+                )
+            here = align["module_name"], align["target_name"]
+            if is_active_target(source) or source.align is None or here in passed:
+                return changed(space, align=align)
+            passed.append(here)
+            align = {**source.align, "module_name": source.align["module_name"] or align["module_name"]}
+
+    def _check_targets(self) -> None:
+        """Refuse sparsity that is out of range, and a list that asks for none."""
+        active = []
+        for name, targets in self._target_spaces.items():
+            for target, space in targets.items():
+                active += [space] if is_active_target(space) else []
+                for rule in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio"):
+                    value = getattr(space, rule)
+                    if value is not None and not 0 <= value <= 1:
+                        raise PruningError(f"{rule} of {target!r} of {name!r} is {value}; expected a share in [0, 1]")
+                if space.sparse_threshold is not None and not math.isfinite(space.sparse_threshold):
+                    raise PruningError(f"sparse_threshold of {target!r} of {name!r} is {space.sparse_threshold}")
+                least, most = space.min_sparse_ratio or 0.0, space.max_sparse_ratio or 1.0
+                if least > most:
+                    raise PruningError(
+                        f"{name!r} has a min_sparse_ratio of {least} over its max_sparse_ratio of {most}"
+                    )
+        if not active:
+            raise PruningError("the config list asks for no sparsity; give a sparse_ratio or a sparse_threshold")
+
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> str | None:
         # NNI means axis 0 by "out_channel", and axis 1 by "in_channel".
         if target_space.type is TargetType.PARAMETER:
-            transposed = isinstance(target_space._wrapper.module, (Transposed, nn.Embedding))
-            return "in_channel" if transposed else "out_channel"
+            return "in_channel" if out_axis(target_space._wrapper.module) else "out_channel"
         return "per_channel"
 
     @classmethod
@@ -307,25 +359,6 @@ class CriterionPruner(_NormPruner):
             raise CriterionError(f"{cls.__name__} scores weights; leave calibration and statistics out")
         if calibration is not None and (not isinstance(calibration, Iterable) or isinstance(calibration, Iterator)):
             raise CriterionError("calibration has to yield batches anew each time; pass a loader or a list of batches")
-
-
-def _check_selection(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a config list that selects no layer."""
-    if not isinstance(config_list, Sequence) or not all(isinstance(config, Mapping) for config in config_list):
-        raise PruningError(f"config_list is {config_list!r}; expected a list of NNI's config dictionaries")
-    configs = trans_legacy_config_list([dict(config) for config in config_list])
-    known = {name for name, _ in model.named_modules()}
-    for config in configs:
-        if unknown := [name for name in config.get("op_names") or () if name not in known]:
-            raise PruningError(f"op_names has {unknown[0]!r}, which is no module of the model")
-    if not any(select_modules_by_config(model, config)[0] for config in configs):
-        types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
-        names = [name for name, module in model.named_modules() if name and not list(module.children())]
-        more = ", ..." if len(names) > 8 else ""
-        raise PruningError(
-            f"the config list selects no layer; the model has layers of types {', '.join(types)}, with names "
-            f"{', '.join(names[:8])}{more}"
-        )
 
 
 def _varying_axis(space: PruningTargetSpace, shape: Sequence[int]) -> int | None:

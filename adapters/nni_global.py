@@ -36,17 +36,18 @@ def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]
         for target in targets:
             space = spaces[name][target]
             if space.sparse_ratio is None:
+                told[name][target] = changed(space, dependency_group_id=None, global_group_id=None)
                 continue
             if space.dependency_group_id is not None:
                 ratio = min(_most(space), max(_least(space), space.sparse_ratio))
-                told[name][target] = _changed(space, sparse_ratio=ratio)
+                told[name][target] = changed(space, sparse_ratio=ratio)
             elif space.global_group_id is not None:
                 ranked[space.global_group_id].append((name, target))
     for places in ranked.values():
         found = [(metrics[name][target], spaces[name][target]) for name, target in places]
         for (name, target), kept in zip(places, _kept(found), strict=True):
             decided[name][target] = kept
-            told[name][target] = _changed(
+            told[name][target] = changed(
                 spaces[name][target],
                 sparse_threshold=0.5,
                 sparse_ratio=None,
@@ -89,7 +90,7 @@ def _most(space: PruningTargetSpace) -> float:
     return space.max_sparse_ratio or 1.0
 
 
-def _changed(space: PruningTargetSpace, **settings: Any) -> PruningTargetSpace:
+def changed(space: PruningTargetSpace, **settings: Any) -> PruningTargetSpace:
     """The same target with other settings."""
     other = copy.copy(space)
     other._setting = {**space.setting, **settings}

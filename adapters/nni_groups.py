@@ -14,6 +14,8 @@ from nni.compression.base.setting import PruningSetting, canonicalize_settings
 from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups
+from nns_plugin.adapters.nni_wrapped import check_config_list, wrappers_of
+from nns_plugin.adapters.unit_masks import out_axis
 from nns_plugin.consumers import Transposed
 from nns_plugin.errors import PruningError
 from nns_plugin.producers import rows_of
@@ -21,6 +23,8 @@ from nns_plugin.units import Port
 
 Config = dict[str, Any]
 SPARSE = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id")
+OURS = (*SPARSE, "dependency_group_id", "internal_metric_block")  # what aligned layers do not have
+WHOLE = ("default", "out_channel", "in_channel")
 
 
 class UngroupedLayersWarning(UserWarning):
@@ -53,6 +57,12 @@ def with_dependency_groups(
     Warns:
         UngroupedLayersWarning: If layers share units with others that the list leaves out, or share some only.
     """
+    if wrapped := list(wrappers_of(model)):
+        raise PruningError(
+            f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
+            "unwrap_model() of the pruner that wrapped them first"
+        )
+    check_config_list(model, config_list)
     graph = build_graph(model, example_inputs)
     groups, ports = graph_groups(graph), carriers(graph)
     order = [name for name, _ in model.named_modules()]
@@ -64,21 +74,35 @@ def with_dependency_groups(
     for group in groups:
         found = sorted(ports.get(group.name, ()), key=lambda port: order.index(port.name))
         writers = {port.name for port in group.producers}
-        for layers in _alike(model, found):
+        alike = _alike(model, found)
+        written = [layers for layers in alike if any(layer.name in writers & active for layer in layers)]
+        if len(written) > 1:
+            _warn(f"{' and '.join(repr(layers[0].name) for layers in written)} write the same units at other positions")
+        missing = [port.name for port in group.producers if port.name not in configs]
+        if missing and writers & active:
+            first = min(writers & active, key=order.index)
+            _warn(f"{first!r} shares its units with {', '.join(missing)}, which the config list leaves out")
+        for layers in alike:
             chosen = [layer for layer in layers if layer.name in active]
             if not chosen:
                 continue
             leader = next((layer for layer in chosen if layer.name in writers), chosen[0])
-            missing = [layer.name for layer in layers if layer.name in writers - configs.keys()]
-            if missing:
-                _warn(f"{leader.name!r} shares its units with {', '.join(missing)}, which the config list leaves out")
-            members = [layer for layer in chosen if layer.name in writers and layer.shape == leader.shape]
-            _join(group.name, leader, members, configs, settings)
-            followers = [layer for layer in layers if layer not in members and layer is not leader]
-            for layer in followers:
-                if type(model.get_submodule(layer.name)).__name__ in PruningSetting.registry:
-                    configs[layer.name] = _aligned(configs.get(layer.name, {"op_names": [layer.name]}), leader)
-        whole = {layer.name for layers in _alike(model, found) for layer in layers}
+            members = [leader] + [
+                layer
+                for layer in chosen
+                if layer is not leader and layer.name in writers and layer.shape == leader.shape
+            ]
+            split = [layer.name for layer in chosen if settings[layer.name]["weight"].get("granularity") not in WHOLE]
+            if split:
+                if len(layers) > 1:
+                    _warn(f"{split[0]!r} has a granularity of its own, and shares its units with other layers")
+                continue
+            _join(group.name, leader, members, model, configs, settings)
+            for layer in layers:
+                if layer not in members and type(model.get_submodule(layer.name)).__name__ in PruningSetting.registry:
+                    config = configs.get(layer.name, {"op_names": [layer.name]})
+                    configs[layer.name] = _aligned(config, leader, model.get_submodule(layer.name))
+        whole = {layer.name for layers in alike for layer in layers}
         for port in found:
             if port.name in active and port.name not in whole:
                 _warn(f"{port.name!r} shares some of its units only, those of group {group.name!r}")
@@ -104,7 +128,7 @@ class _Layer:
     @property
     def blocks(self) -> int:
         """Number of positions of a unit, if they lie side by side in blocks; 1 otherwise."""
-        count = self.unit.numel() // int(self.unit.max() + 1)
+        count = self.unit.numel() // self.unit.unique().numel()
         parts = self.unit.reshape(count, -1) if self.unit.numel() % count == 0 else self.unit[None]
         return count if bool((parts == parts[0]).all()) else 1
 
@@ -131,7 +155,7 @@ def _settings(module: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[st
 
 def _with_own_axis(module: nn.Module, config: Config, setting: Mapping[str, Any]) -> None:
     """Where outputs lie on axis 1 of the weight, have NNI look there: by default it prunes axis 0."""
-    if isinstance(module, (Transposed, nn.Embedding)) and setting.get("granularity") == "default":
+    if out_axis(module) and setting.get("granularity") == "default":
         targets = config.setdefault("target_settings", {})
         targets.setdefault("weight", {})["granularity"] = "in_channel"
         if isinstance(module, Transposed):
@@ -151,7 +175,7 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[_Layer]]:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or len(rows_of(module, weight)) != port.index.numel():
             continue
-        axis = int(isinstance(module, (Transposed, nn.Embedding)))
+        axis = out_axis(module)
         shape = tuple(length if place == axis else 1 for place, length in enumerate(weight.shape))
         layer = _Layer(port.name, port.unit[port.index.argsort()], shape, axis)
         for layers in found:
@@ -164,7 +188,12 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[_Layer]]:
 
 
 def _join(
-    group: str, leader: _Layer, members: Sequence[_Layer], configs: dict[str, Config], settings: Mapping[str, Any]
+    group: str,
+    leader: _Layer,
+    members: Sequence[_Layer],
+    model: nn.Module,
+    configs: dict[str, Config],
+    settings: Mapping[str, Any],
 ) -> None:
     """Give layers one mask: by an id, or by aligning all others with the leader."""
     wanted = {layer.name: {key: settings[layer.name]["weight"].get(key) for key in SPARSE} for layer in members}
@@ -178,7 +207,10 @@ def _join(
     for layer in members:
         if ranked:
             if layer is not leader:
-                configs[layer.name] = _aligned(configs[layer.name], leader)
+                configs[layer.name] = _aligned(configs[layer.name], leader, model.get_submodule(layer.name))
+            else:  # NNI would heed it alone
+                for place in (configs[layer.name], configs[layer.name].get("target_settings", {}).get("weight", {})):
+                    place.pop("dependency_group_id", None)
         elif len(members) > 1 or leader.blocks > 1:
             setting = configs[layer.name].setdefault("target_settings", {}).setdefault("weight", {})
             setting["dependency_group_id"] = f"units of {group}"
@@ -186,12 +218,12 @@ def _join(
                 setting["internal_metric_block"] = leader.blocks
 
 
-def _aligned(config: Mapping[str, Any], leader: _Layer) -> Config:
+def _aligned(config: Mapping[str, Any], leader: _Layer, module: nn.Module) -> Config:
     """A config whose masks are those of the leader."""
-    named = {key: deepcopy(value) for key, value in config.items() if key not in (*SPARSE, "target_names")}
+    named = {key: deepcopy(value) for key, value in config.items() if key not in (*OURS, "target_names")}
     settings = named.setdefault("target_settings", {})
-    for target in ("weight", "bias"):
-        kept = {key: value for key, value in settings.get(target, {}).items() if key not in SPARSE}
+    for target in PruningSetting.registry[type(module).__name__]:
+        kept = {key: value for key, value in settings.get(target, {}).items() if key not in OURS}
         settings[target] = {
             **kept,
             "align": {"module_name": leader.name, "target_name": "weight", "dims": [leader.axis]},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.masked_removal import masked_copy, outputs_of, resolve_masks
 from nns_plugin.adapters.nni_criterion import CriterionPruner
 from nns_plugin.adapters.nni_groups import with_dependency_groups
-from nns_plugin.adapters.nni_speedup import removed_by_nni
+from nns_plugin.adapters.nni_speedup import graft, removed_by_nni
 from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.adapters.unit_masks import silencing_masks
 from nns_plugin.batch_norm import reestimate_batch_norms
@@ -53,9 +53,7 @@ class NNISurgery(TorchPruningSurgery):
             warnings.warn(f"torch-pruning removed the units, NNI did not: {reason}", NNIFallbackWarning, stacklevel=2)
             super().keep(groups, kept)
             return
-        for held in ("_parameters", "_buffers", "_modules"):
-            getattr(self.model, held).clear()
-            getattr(self.model, held).update(getattr(small, held))
+        graft(self.model, small)
 
     def keep_and_compensate(
         self,

@@ -1,12 +1,20 @@
-"""Models inside NNI's wrappers: plain copies of them, and the masks that the wrappers hold."""
+"""What NNI is given and holds: config lists, wrapped models, plain copies of these, and the masks in their wrappers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.target_space import TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
 from nns_plugin.circle import copied
+from nns_plugin.errors import PruningError
+
+SELECTORS = ("op_names", "op_types", "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re")
 
 
 def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
@@ -38,3 +46,33 @@ def plain_copy(model: nn.Module) -> nn.Module:
         if getattr(wrapper.module_forward, "__func__", None) is type(wrapper.module).forward:
             vars(wrapper.module).pop("forward", None)  # NNI leaves the bound method there
     return twin
+
+
+def check_config_list(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a config list that is none, or selects no layer.
+
+    Raises:
+        PruningError: Says what was found, and what the model has.
+    """
+    if not isinstance(config_list, Sequence) or not all(isinstance(config, Mapping) for config in config_list):
+        raise PruningError(f"config_list is {config_list!r}; expected a list of NNI's config dictionaries")
+    known = {name for name, _ in model.named_modules()}
+    selected = 0
+    for config in trans_legacy_config_list([dict(config) for config in config_list]):
+        for key in SELECTORS:
+            if isinstance(config.get(key), str) or not isinstance(config.get(key, []), Sequence):
+                raise PruningError(f"{key} is {config[key]!r}; expected a list")
+        if unknown := [name for name in config.get("op_names") or () if name not in known]:
+            raise PruningError(f"op_names has {unknown[0]!r}, which is no module of the model")
+        try:
+            selected += len(select_modules_by_config(model, config)[0])
+        except re.error as error:
+            raise PruningError(f"op_names_re or exclude_op_names_re is no regular expression: {error}") from error
+    if not selected:
+        types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        names = [name for name, module in model.named_modules() if name and not list(module.children())]
+        more = ", ..." if len(names) > 8 else ""
+        raise PruningError(
+            f"the config list selects no layer; the model has layers of types {', '.join(types)}, with names "
+            f"{', '.join(names[:8])}{more}"
+        )

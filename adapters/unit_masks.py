@@ -79,13 +79,18 @@ def silencing_masks(
             gone = port.index[off[port.unit]]
             for target in ("weight", "bias"):
                 value = getattr(module, target, None)
-                if not isinstance(value, Tensor) or not gone.numel():
+                if not isinstance(value, Tensor) or not gone.numel() or value.numel() == 1:  # one slope for all
                     continue
                 mask = found.setdefault(port.name, {}).setdefault(target, torch.ones(value.shape, dtype=torch.bool))
                 rows = torch.ones(len(rows_of(module, value)) if target == "weight" else len(value), dtype=torch.bool)
                 rows[gone] = False
                 mask &= spread(module, rows, "out", value.shape) if target == "weight" else rows
     return found
+
+
+def out_axis(module: nn.Module) -> int:
+    """The axis of a module's weight that counts its out-positions."""
+    return int(isinstance(module, nn.Embedding) or (isinstance(module, Transposed) and module.groups == 1))
 
 
 def spread(module: nn.Module, values: Tensor, side: str, shape: Sequence[int]) -> Tensor:

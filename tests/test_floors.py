@@ -166,7 +166,9 @@ USES: dict[str, frozenset[str]] = {
             f"{ADAPTERS}.unit_masks",
         }
     ),
-    f"{ADAPTERS}.nni_groups": frozenset({f"{ADAPTERS}.dependency_graph"}),
+    f"{ADAPTERS}.nni_groups": frozenset(
+        {f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.nni_wrapped", f"{ADAPTERS}.unit_masks"}
+    ),
     f"{ADAPTERS}.nni_pruners": frozenset({f"{ADAPTERS}.nni_criterion", f"{ADAPTERS}.nni_wrapped"}),
     f"{ADAPTERS}.onnx_latency": frozenset({f"{ADAPTERS}.onnx_session"}),
     f"{ADAPTERS}.onnx_parity": frozenset({f"{ADAPTERS}.onnx_session"}),

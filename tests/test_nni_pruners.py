@@ -336,6 +336,66 @@ def test_a_failed_start_from_another_compressor_leaves_it_as_it_was() -> None:
         assert not hasattr(model.conv1, "_nni_wrapper")
 
 
+def test_masked_units_stay_masked_whatever_becomes_of_their_weights() -> None:
+    model = simple()
+    pruner = ours.MeanWeightPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.25}], example_inputs=IMAGES[:2])
+    _, masks = pruner.compress()
+    gone = ~masks["fc1"]["bias"].bool()
+    with torch.no_grad():
+        model.fc1._nni_wrapper.weight[gone] *= 100
+    again = pruner.generate_masks()["fc1"]["weight"].flatten()
+    assert again.bool().tolist() == (~gone).tolist()
+
+
+def test_equal_scores_do_not_count_for_more_than_they_are() -> None:
+    """At a threshold, ties are what they are; at a ratio they are told apart, the same way in every layer."""
+    model = simple()
+    with torch.no_grad():
+        model.fc1.weight.fill_(1.0)
+        model.conv2.weight.fill_(1.0)
+        model.conv3.weight.fill_(1.0)
+    above = float(np.nextafter(np.float64(1.0), 2.0))
+    pruner = ours.MeanWeightPruner(model, [{"op_names": ["fc1"], "sparse_threshold": above}], example_inputs=IMAGES[:2])
+    with pytest.raises(PruningError, match="would leave nothing"):
+        pruner.generate_masks()
+    pruner.unwrap_model()
+    masks = masks_of([{"op_names": ["conv2", "conv3"], "sparse_ratio": 0.5}], model)
+    assert masks["conv2"]["weight"].sum() == 6
+    assert torch.equal(masks["conv2"]["weight"], masks["conv3"]["weight"])
+
+
+def test_alignment_along_a_chain() -> None:
+    model = simple()
+
+    def aligned(name: str, target: str = "weight") -> dict[str, Any]:
+        return {"align": {"module_name": name, "target_name": target, "dims": [0]}}
+
+    config = [
+        {"op_names": ["conv2"], "sparse_ratio": 0.5},
+        {"op_names": ["conv3"], "target_settings": {"weight": aligned("conv2")}},
+        {"op_names": ["bn"], "target_settings": {"weight": aligned("conv3"), "bias": aligned("conv3", "bias")}},
+    ]
+    masks = masks_of(config, model)
+    kept = masks["conv2"]["weight"].flatten().tolist()
+    assert sum(kept) == 6
+    for name, target in (("conv3", "weight"), ("conv3", "bias"), ("bn", "weight"), ("bn", "bias")):
+        assert masks[name][target].flatten().tolist() == kept
+
+
+def test_the_evaluator_may_come_third() -> None:
+    model = simple()
+    first = host.L1NormPruner(model, [{"op_names": ["fc1"], "target_names": ["weight"], "sparse_ratio": 0.5}])
+    evaluator = evaluator_for(_unwrapped(first))
+    first.wrap_model()
+    wrong = [{"op_names": ["fc1"], "sparse_ratio": 0.25}, {"op_names": ["conv1"], "target_names": ["none"]}]
+    with pytest.raises(PruningError):
+        ours.MeanWeightPruner.from_compressor(first, wrong, evaluator, example_inputs=IMAGES[:2])
+    assert sorted(first.get_masks()["fc1"]) == ["weight"]
+    config = [{"op_names": ["conv1"], "sparse_ratio": 0.5}]
+    pruner = ours.MeanWeightPruner.from_compressor(first, config, evaluator, example_inputs=IMAGES[:2])
+    assert pruner.evaluator is evaluator
+
+
 def test_calibration_sees_the_masked_model_without_a_word_of_masked_units() -> None:
     """A masked unit is silent for its readers, although a batch norm would make a constant of it."""
     model = simple()
@@ -556,6 +616,17 @@ def test_a_layer_that_cannot_be_scored_stays_whole() -> None:
     [
         ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], r"selects no layer; .* types BatchNorm2d, Conv2d, Linear"),
         ([], "selects no layer"),
+        (None, "config_list is None"),
+        ([{"op_names": "conv1", "sparse_ratio": 0.5}], "op_names is 'conv1'; expected a list"),
+        ([{"op_names_re": ["conv["], "sparse_ratio": 0.5}], "no regular expression"),
+        ([{"op_names": ["conv1"]}], "asks for no sparsity"),
+        ([{"op_names": ["conv1"], "sparse_ratio": -0.5}], "is -0.5; expected a share"),
+        ([{"op_names": ["conv1"], "sparse_ratio": float("nan")}], "is nan; expected a share"),
+        ([{"op_names": ["conv1"], "sparse_threshold": float("inf")}], "sparse_threshold of 'weight' of 'conv1' is inf"),
+        (
+            [{"op_names": ["conv1"], "sparse_ratio": 0.5, "min_sparse_ratio": 0.8, "max_sparse_ratio": 0.2}],
+            "min_sparse_ratio of 0.8 over its max_sparse_ratio of 0.2",
+        ),
         ([{"op_names": ["conv1", "conv9"], "sparse_ratio": 0.5}], "op_names has 'conv9'"),
         ("conv1", "expected a list"),
         ([{"op_names": ["conv1"], "sparse_ratio": 2}], "NNI refuses the config list: Schema"),
@@ -577,14 +648,20 @@ def test_wrong_config_lists_are_told_before_anything_changes(config: Any, messag
         ({"op_names": ["fc1"], "sparse_ratio": 1.0}, "sparse_ratio 1.0 would leave nothing of 'weight' of 'fc1'"),
         ({"op_names": ["fc1"], "sparse_threshold": 9.0}, "sparse_threshold 9.0 would leave nothing"),
         ({"op_names": ["fc1"], "sparse_ratio": 0.5, "granularity": [1, 1]}, "asks for single weights"),
+        ({"op_names": ["fc1"], "sparse_ratio": 0.5, "granularity": [3, -1]}, r"\[3, -1\] does not divide"),
+        (
+            {"op_names": ["fc1", "conv1"], "sparse_ratio": 0.5, "dependency_group_id": 1},
+            "layers that share a group id need the same number of blocks",
+        ),
         (
             {
                 "op_names": ["fc1"],
+                "sparse_ratio": 0.5,
                 "target_settings": {
-                    "weight": {"align": {"module_name": "conv1", "target_name": "weight", "dims": [0]}},
+                    "bias": {"align": {"module_name": "conv1", "target_name": "weight", "dims": [0]}},
                 },
             },
-            "aligned with 'conv1', which the config list does not select",
+            "aligned with 'weight' of 'conv1', which the config list does not select",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 from typing import Any
 
@@ -22,7 +23,7 @@ from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
 from nns_plugin.adapters.nni import MeanWeightPruner, UngroupedLayersWarning, speedup, with_dependency_groups  # noqa: E402
 from nns_plugin.adapters.surgery import TorchPruningSurgery  # noqa: E402
-from nns_plugin.errors import PruningError  # noqa: E402
+from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.surgery import Compensation  # noqa: E402
 
 KINDS = ["Conv2d", "Linear", "ConvTranspose2d"]
@@ -260,12 +261,111 @@ def test_wrong_masks_and_options_are_told(zoo: Any) -> None:
         (masks, {"calibration": [inputs]}, "are for compensation"),
         (masks, {"compensation": "mean"}, "needs calibration=loader, or statistics"),
         (masks, {"compensation": "some"}, "method is 'some'"),
+        (masks, {"compensation": 5}, "compensation is 5"),
+        ({"fc1": {"weight": [1, 1]}}, {}, "is a list; expected a tensor"),
     ):
         with pytest.raises(PruningError, match=message):
             speedup(model, inputs, given, **options)  # type: ignore[arg-type]
     pruner = MeanWeightPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.5}], example_inputs=inputs)
     with pytest.raises(PruningError, match="1 layers of the model are inside NNI's wrappers"):
         speedup(model, inputs, pruner.get_masks())
+
+
+class Gated(nn.Module):
+    """A parameter that belongs to no layer, on the units' axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.gate = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x) + self.gate))))
+
+
+def test_parameters_of_no_layer_are_named() -> None:
+    torch.manual_seed(0)
+    model, inputs = Gated(), torch.randn(5, 4)
+    masks, _ = masked(model, inputs)
+    found = speedup(model, inputs, masks)
+    assert found.units.exempt == ("first",)
+    assert found.model.gate.shape == (4,)
+    only = {name: mask for name, mask in masks.items() if name == "second"}
+    assert speedup(model, inputs, only).units.exempt == ()
+    pruner = MeanWeightPruner(model, [{"op_names": ["first"], "sparse_ratio": 0.5}], example_inputs=inputs)
+    pruner.compress()
+    pruner.compress()
+
+
+def test_what_passes_a_norm_does_not_excuse_the_rest(zoo: Any) -> None:
+    class Sigmoidal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.sigmoid(self.b(torch.relu(self.n(self.a(x))))))
+
+    torch.manual_seed(0)
+    model, inputs = Sigmoidal(), torch.randn(5, 4)
+    masks, _ = masked(model, inputs)
+    for given in (masks, {"b": masks["b"]}):
+        with pytest.raises(PruningError, match="an activation that is not 0 at 0, such as a sigmoid"):
+            speedup(model, inputs, given)
+    assert speedup(model, inputs, {"a": masks["a"]}).units.exempt == ("a",)
+    assert speedup(model, inputs, masks, tolerance=math.inf).model.b.out_features == 3
+
+
+def test_one_slope_for_all_units_is_no_unit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.PReLU(), nn.Conv2d(8, 6, 1), nn.PReLU(8 - 2), nn.Flatten())
+    model.add_module("head", nn.Linear(6 * 9, 3))
+    inputs = torch.randn(4, 1, 3, 3)
+    masks, expected = masked(model, inputs)
+    for backend in BACKENDS:
+        found = speedup(model, inputs, masks, backend=backend)  # type: ignore[arg-type]
+        assert torch.allclose(run(found.model, inputs), expected, atol=1e-5)
+        assert found.model[1].weight.numel() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_layers_have_besides_weights_stays(zoo: Any, backend: Any) -> None:
+    model, inputs = made(zoo, "conv_norm")
+    masks, _ = masked(model, inputs)
+    model.conv2.weight.requires_grad_(False)
+    model.conv2.mark = 5
+    calls: list[int] = []
+    model.conv2.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        found = speedup(model, inputs, masks, backend=backend).model
+    calls.clear()
+    run(found, inputs)
+    assert calls == [1]
+    assert found.conv2.mark == 5
+    trainable = {name: value.requires_grad for name, value in model.named_parameters()}
+    assert {name: value.requires_grad for name, value in found.named_parameters()} == trainable
+
+
+def test_nni_may_not_remove_more_than_was_masked(zoo: Any) -> None:
+    """It does where nothing reads a unit; the units that are told to be kept would be others."""
+    model, inputs = made(zoo, "mlp")
+    masks: dict[str, Any] = {name: {"weight": torch.ones_like(getattr(model, name).weight)} for name in ("fc1", "fc2")}
+    masks["fc1"]["weight"][[0, 1]] = 0
+    masks["fc2"]["weight"][:, 5] = 0
+    found = speedup(model, inputs, masks)
+    assert found.model.fc1.out_features == found.units.kept["fc1"].numel() == 6
+    assert found.backend == "torch-pruning"
+    assert "other widths than the masks leave, at fc1" in (found.reason or "")
+
+
+def test_stale_statistics_are_told(zoo: Any) -> None:
+    model, inputs = made(zoo, "mlp")
+    masks, _ = masked(model, inputs)
+    statistics = calibrate(model, [inputs], unit_groups(model, inputs), gram=True)
+    with torch.no_grad():
+        model.fc1.weight.mul_(3)
+    with pytest.raises(StaleStatisticsError, match="'fc1.weight' has other values"):
+        speedup(model, inputs, masks, compensation="mean", statistics=statistics)
 
 
 # Dependency groups -----------------------------------------------------------------------------------------------
@@ -353,3 +453,102 @@ def test_what_cannot_be_one_mask_is_told(zoo: Any) -> None:
     model, inputs = made(zoo, "group_norm")
     with pytest.raises(PruningError, match="NNI cannot prune 'norm', a GroupNorm: GroupNorm is not registered"):
         with_dependency_groups([{"op_types": ["GroupNorm"], "sparse_ratio": 0.5}], model, inputs)
+
+
+class Summed(nn.Module):
+    """Layers that write into one sum."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = {name: layer(x) for name, layer in self.layers.items()}
+        if "left" in found:
+            found["joined"] = torch.cat([found.pop("left"), found.pop("right")], 1)
+        total: Tensor = sum(found.values())  # type: ignore[assignment]
+        return self.head(torch.relu(self.norm(total)))
+
+
+def test_a_concatenation_that_joins_a_sum_is_told() -> None:
+    torch.manual_seed(0)
+    model = lively(Summed(left=nn.Conv2d(3, 4, 1), right=nn.Conv2d(3, 4, 1), c=nn.Conv2d(3, 8, 1)).eval())
+    inputs = torch.randn(2, 3, 4, 4)
+    config = [{"op_types": ["Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+    with pytest.warns(UngroupedLayersWarning, match="'layers.c' shares some of its units only"):
+        config = with_dependency_groups(config, model, inputs)
+    pruner = MeanWeightPruner(model, config, example_inputs=inputs)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    found = speedup(model, inputs, masks)
+    assert found.error <= 1e-5
+    assert found.model.norm.num_features == sum(kept.numel() for kept in found.units.kept.values())
+
+
+@pytest.mark.parametrize("order", [("conv", "transposed"), ("transposed", "conv")])
+@pytest.mark.parametrize("kind", [MeanWeightPruner, host.L1NormPruner])
+def test_convolutions_of_both_kinds_in_one_sum(order: tuple[str, str], kind: Any) -> None:
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 8, 1), "transposed": nn.ConvTranspose2d(3, 8, 1)}
+    model = lively(Summed(**{name: layers[name] for name in order}).eval())
+    inputs = torch.randn(2, 3, 4, 4)
+    masks, expected = masked(model, inputs, kind=kind)
+    assert masks["layers.conv"]["bias"].tolist() == masks["layers.transposed"]["bias"].tolist()
+    found = speedup(model, inputs, masks)
+    assert found.units.extended == found.units.contradicted == ()
+    assert torch.allclose(run(found.model, inputs), expected, atol=1e-5)
+
+
+def test_embeddings_depthwise_transposed_and_norms_alone() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.table, self.head = nn.Linear(4, 8), nn.Embedding(10, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(torch.relu(self.line(x) + self.table(y)))
+
+    torch.manual_seed(0)
+    model, inputs = Embedded(), (torch.randn(5, 4), torch.arange(5))
+    for names in (["line"], ["line", "table"]):
+        if names == ["line"]:
+            with pytest.warns(UngroupedLayersWarning):
+                config = with_dependency_groups([{"op_names": names, "sparse_ratio": 0.5}], model, inputs)
+        else:
+            config = with_dependency_groups([{"op_names": names, "sparse_ratio": 0.5}], model, inputs)
+        pruner = MeanWeightPruner(model, config, example_inputs=inputs)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        assert speedup(model, inputs, masks).model.table.embedding_dim == 4
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.ReLU())
+    deep.add_module("head", nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 1, 8, 8)
+    masks, expected = masked(deep, x)
+    assert torch.allclose(run(speedup(deep, x, masks).model, x), expected, atol=1e-5)
+    norm = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    config = with_dependency_groups([{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}], norm, x)
+    assert [entry["op_names"] for entry in config] == [["0"], ["1"]]
+
+
+def test_group_ids_and_granularities_of_the_users_own(zoo: Any) -> None:
+    model, inputs = made(zoo, "residual")
+    for rule in ({"sparse_ratio": 0.5, "global_group_id": 1}, {"sparse_threshold": 1.0}):
+        config = [{"op_names": ["stem", "outer"], "dependency_group_id": "mine", **rule}]
+        found = with_dependency_groups(config, model, inputs)
+        assert weight_settings(found) == {"stem": {}, "outer": align("stem")}
+        for each in (found, config):
+            pruner = MeanWeightPruner(model, each, example_inputs=inputs)
+            masks = pruner.generate_masks()
+            pruner.unwrap_model()
+            assert torch.equal(masks["stem"]["weight"], masks["outer"]["weight"])
+    config = [{"op_names": ["stem"], "sparse_ratio": 0.5, "granularity": [2, -1, -1, -1]}]
+    config.append({"op_names": ["outer"], "sparse_ratio": 0.5})
+    with pytest.warns(UngroupedLayersWarning, match="'stem' has a granularity of its own"):
+        found = with_dependency_groups(config, model, inputs)
+    assert weight_settings(found) == {"stem": {}, "outer": {}}
+    pruner = MeanWeightPruner(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}], example_inputs=inputs)
+    with pytest.raises(PruningError, match="inside NNI's wrappers"):
+        with_dependency_groups(config, model, inputs)
+    pruner.unwrap_model()
