@@ -279,8 +279,8 @@ class CriterionPruner(_NormPruner):
             masks: dict[str, dict[str, Tensor]] = generate_sparsity(*decided_globally(metrics, spaces))
         except (AssertionError, KeyError, RuntimeError) as error:
             raise PruningError(
-                f"NNI cannot make masks of this config list: {_first_line(error)}; layers that share a group id need the "
-                "same number of blocks, and aligned targets the same width"
+                f"NNI cannot make masks of this config list: {_first_line(error)}; layers that share a group id need "
+                "the same number of blocks, and aligned targets the same width"
             ) from error
         for name, targets in spaces.items():
             for target, space in targets.items():
@@ -307,8 +307,8 @@ class CriterionPruner(_NormPruner):
             source = self._target_spaces.get(align["module_name"], {}).get(align["target_name"])
             if source is None:
                 raise PruningError(
-                    f"{target!r} of {name!r} is aligned with {align['target_name']!r} of {align['module_name']!r}, which "
-                    "the config list does not select"
+                    f"{target!r} of {name!r} is aligned with {align['target_name']!r} of {align['module_name']!r}, "
+                    "which the config list does not select"
                 )
             here = align["module_name"], align["target_name"]
             if is_active_target(source) or source.align is None or here in passed:

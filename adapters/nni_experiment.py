@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import socket
@@ -18,12 +19,13 @@ from typing import Any
 from nns_plugin.errors import MissingExtraError, SweepError
 
 try:
-    from nni.experiment import Experiment, ExperimentConfig
+    from nni.experiment import AlgorithmConfig, Experiment, ExperimentConfig
 except ImportError as error:
     raise MissingExtraError("nni", "nni") from error
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "USER_CANCELED", "SYS_CANCELED", "EARLY_STOPPED"})
 INTERVAL_SECONDS = 1.0
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -64,34 +66,48 @@ def ended_trials(
         concurrency: Trials at a time.
         working_folder: Where NNI keeps its database and logs.
         max_minutes: Most time; trials that run then are stopped.
-        config_file: NNI's experiment config in YAML, for other training services than the local one; what is said here
-            is filled in where it leaves it open.
+        config_file: NNI's experiment config in YAML, for other training services than the local one. Its training
+            service counts, and its trial command if it has one; all else is as said here.
 
     Raises:
         SweepError: If the experiment cannot be started, or fails.
     """
-    experiment = Experiment(_config(config_file))
+    experiment = Experiment("local" if config_file is None else experiment_config(config_file))
     config = experiment.config
     assert isinstance(config, ExperimentConfig)
     config.search_space = dict(space)
-    config.tuner.name = tuner
-    if tuner == "TPE":
-        config.tuner.class_args = {"optimize_mode": "maximize"}
+    config.tuner = AlgorithmConfig(name=tuner, class_args={"optimize_mode": "maximize"} if tuner == "TPE" else None)
     config.trial_command = getattr(config, "trial_command", None) or command
-    if config_file is None or str(config.trial_code_directory) in ("", "."):
-        config.trial_code_directory = str(folder)
+    config.trial_code_directory = str(folder)
     config.max_trial_number, config.trial_concurrency = trials, concurrency
     config.experiment_working_directory = str(working_folder)
     if max_minutes is not None:
         config.max_experiment_duration = f"{max(1, round(60 * max_minutes))}s"
-    with _quiet(), _stopped(experiment):
-        try:
-            experiment.start(_free_port())
-        except Exception as error:  # the host fails in any way
-            raise SweepError(f"NNI's experiment cannot be started: {type(error).__name__}: {error}") from error
-        assert experiment._proc is not None
-        with _guarded(experiment._proc.pid):
-            yield from _watched(experiment, trials)
+    with _guarded(working_folder), _quiet(), _stopped(experiment):
+        for attempt in itertools.count(1):
+            try:
+                experiment.start(_free_port())
+                break
+            except Exception as error:  # the host fails in any way, and now and then on a busy machine
+                if attempt == ATTEMPTS:
+                    raise SweepError(f"NNI's experiment cannot be started: {type(error).__name__}: {error}") from error
+                with contextlib.suppress(Exception):
+                    experiment.stop()
+                time.sleep(5 * INTERVAL_SECONDS)
+        yield from _watched(experiment, trials)
+
+
+def experiment_config(file: Path) -> ExperimentConfig:
+    """NNI's experiment config of a file.
+
+    Raises:
+        SweepError: If it is none.
+    """
+    try:
+        found: ExperimentConfig = ExperimentConfig.load(file)
+    except Exception as error:  # the host fails in any way
+        raise SweepError(f"{str(file)!r} is no experiment config of NNI: {type(error).__name__}: {error}") from error
+    return found
 
 
 def _watched(experiment: Experiment, trials: int) -> Iterator[Ended]:
@@ -120,15 +136,6 @@ def _ended(job: Any) -> Ended:
     return Ended(parameters, metrics if isinstance(metrics, Mapping) else None, job.status)
 
 
-def _config(file: Path | None) -> Any:
-    if file is None:
-        return "local"
-    try:
-        return ExperimentConfig.load(file)
-    except Exception as error:  # the host fails in any way
-        raise SweepError(f"{str(file)!r} is no experiment config of NNI: {type(error).__name__}: {error}") from error
-
-
 @contextlib.contextmanager
 def _stopped(experiment: Experiment) -> Iterator[None]:
     try:
@@ -139,10 +146,10 @@ def _stopped(experiment: Experiment) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _guarded(manager: int) -> Iterator[None]:
+def _guarded(working_folder: Path) -> Iterator[None]:
     """Have another process end NNI's and all of its children when this one is gone, killed or not."""
     guard = subprocess.Popen(
-        [sys.executable, "-m", "nns_plugin.adapters.nni_guard", str(manager)],
+        [sys.executable, "-m", "nns_plugin.adapters.nni_guard", str(working_folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -20,7 +20,6 @@ from nns_plugin.adapters.unit_masks import silencing_masks
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.circle import copied
 from nns_plugin.criteria.contract import Criterion
-from nns_plugin.errors import SelectionError
 from nns_plugin.statistics import Statistics
 from nns_plugin.surgery import Compensation
 from nns_plugin.survivors import Survivors
@@ -97,7 +96,6 @@ def kept_by_masks(
 
     Raises:
         PruningError: If the list is wrong, selects nothing or would empty a layer.
-        SelectionError: If no unit of any group is masked whole.
     """
     twin = copied(model)
     configs = with_dependency_groups(config_list, twin, example_inputs)
@@ -106,10 +104,7 @@ def kept_by_masks(
     pruner.unwrap_model()
     planned = resolve_masks(twin, example_inputs, masks)
     scored = [group for group in groups if group.name in scores]
-    found = {group.name: planned.kept.get(group.name, torch.arange(group.size)) for group in scored}
-    if all(found[group.name].numel() == group.size for group in scored):
-        raise SelectionError("the config list masks no unit whole, so that nothing can be removed; ask for more of it")
-    return found
+    return {group.name: planned.kept.get(group.name, torch.arange(group.size)) for group in scored}
 
 
 class _ScoredPruner(CriterionPruner):

@@ -50,6 +50,18 @@ def test_a_job_through_nni_keeps_the_same_units(tmp_path: Path, choice: Any, mon
         assert (tmp_path / "nni" / name).exists()
 
 
+@pytest.mark.filterwarnings("ignore::nns_plugin.jobs.main_job.CalibrationDataWarning")
+def test_a_budget_and_nothing_to_remove(tmp_path: Path) -> None:
+    found = job(tmp_path / "nni", framework="nni", max_balanced_accuracy_drop=0.3, confidence=0.5)
+    expected = job(tmp_path / "tp", max_balanced_accuracy_drop=0.3, confidence=0.5)
+    assert len(found["trials"]) > 1
+    assert found["trials"][0]["ratio"] == 0.0
+    assert found["subnet"]["parameters"] < found["baseline"]["parameters"]
+    assert abs(found["subnet"]["parameters"] / expected["subnet"]["parameters"] - 1) < 0.2  # shares round differently
+    whole = job(tmp_path / "whole", framework="nni", ratio=0.0)
+    assert {name: len(kept) for name, kept in whole["kept_units"].items()} == whole["units"]
+
+
 def test_a_config_list_in_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -83,11 +95,13 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ),
         ({"framework": "tensorflow"}, "field 'framework': found 'tensorflow'"),
         ({"framework": "nni", "config_list": []}, "field 'config_list'"),
+        ({"framework": "nni", "across_groups": True}, "across_groups ranks units, and NNI shares of weights"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(None, {"round_to": 1, **overrides})
     for config, kind, message in (
         ({"op_types": ["LSTM"], "sparse_ratio": 0.5}, PruningError, "selects no layer"),
+        ({"op_names": ["99"], "sparse_ratio": 0.5}, PruningError, "op_names has '99'"),
         ({"op_types": ["Conv2d"], "sparse_ratio": 1.0}, PruningError, "would leave nothing"),
         ({"op_types": ["Conv2d"], "sparse_ratio": 0.0}, SelectionError, "masks no unit whole"),
         ({"op_types": ["Conv2d"], "sparsity": 0.5, "exclude": True}, PruningError, "NNI|selects no layer"),

@@ -116,6 +116,7 @@ def test_trials_are_bounded_and_tuners_get_distributions(
     more = run_sweep(recipe, tmp_path / "free", free | {"sweep.trials": 5})
     assert engine.calls[-1]["trials"] == 3
     assert [trial.number for trial in more.trials] == [0, 1, 2, 3, 4]
+    assert engine.calls[-1]["plan"]["first"] == 2, "folders of trials go on where they ended"
 
 
 def test_the_pareto_front_by_hand() -> None:
@@ -143,6 +144,8 @@ def test_what_is_wrong_is_told_before_anything_runs(
         ({"sweep.search": {"ratio": {"_type": "uniform", "_value": [0, 1]}}}, "goes with tuner Random or TPE"),
         ({"sweep.search": {"criterion.name": ["none"]}, "sweep.tuner": "Random"}, "expected one of"),
         ({"sweep.trials": 0}, "field 'sweep.trials'"),
+        ({"sweep.metric": "accuracy"}, "sweep.metric: found 'accuracy'; instead of 'accuracy' a report has recipe"),
+        ({"sweep.metric": "subnet.parity"}, "'subnet.parity' is no number; it has passed"),
     ):
         with pytest.raises(RecipeError, match=message):
             run_sweep(recipe, tmp_path / "out", overrides)
@@ -151,6 +154,36 @@ def test_what_is_wrong_is_told_before_anything_runs(
     Engine(monkeypatch, fail={0, 1, 2, 3})
     with pytest.raises(SweepError, match="no trial succeeded: failed, see .nni"):
         run_sweep(recipe, tmp_path / "out")
+
+
+def test_configs_of_nni(recipe: Path, tmp_path: Path) -> None:
+    """Of a file of NNI's own the training service counts."""
+    with pytest.raises(SweepError, match="is no experiment config of NNI"):
+        run_sweep(recipe, tmp_path / "out", nni_config=tmp_path / "none.yaml")
+    assert not (tmp_path / "out").exists()
+    config = tmp_path / "nni.yaml"
+    config.write_text(
+        "trialCommand: python3 -c 'import nni; nni.get_next_parameter(); nni.report_final_result(0.5)'\n"
+        "trialConcurrency: 1\nsearchSpace: {x: {_type: choice, _value: [1]}}\n"
+        "tuner: {name: Evolution, classArgs: {population_size: 20}}\ntrainingService: {platform: local}\n"
+    )
+    found = nni_experiment.experiment_config(config)
+    assert found.training_service.platform == "local"
+    with pytest.raises(
+        SweepError, match="no trial succeeded: failed, see .nni|no trial succeeded: succeeded, see .nni"
+    ):
+        run_sweep(recipe, tmp_path / "out", {"sweep.trials": 1}, nni_config=config)
+
+
+def test_files_of_weights_are_found_from_everywhere(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(monkeypatch)
+    search = {"model.checkpoint": ["a.safetensors", "b.safetensors"]}
+    run_sweep(recipe, tmp_path / "out", {"sweep.search": search, "model.initial": "c.safetensors"})
+    files = [trial["model.checkpoint"] for trial in engine.calls[0]["plan"]["trials"]]
+    assert files == [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert str(tmp_path / "c.safetensors") in (tmp_path / "out" / ".plan" / "recipe.yaml").read_text()
 
 
 def test_numbers_of_reports() -> None:
@@ -163,6 +196,7 @@ def test_numbers_of_reports() -> None:
 
 def test_a_trial_does_the_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Engine(monkeypatch)
+    monkeypatch.chdir(tmp_path)
     run_sweep(recipe, tmp_path / "out", {"sweep.metric": "subnet.macs", "sweep.maximize": False})
     folder = tmp_path / "out" / ".plan"
     numbers = run_trial(folder, {"trial": 3}, 0)
@@ -170,11 +204,13 @@ def test_a_trial_does_the_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     assert report["recipe"]["ratio"] == 0.6
     assert report["recipe"]["criterion"]["name"] == "mean_weight"
     assert numbers["default"] == -report["subnet"]["macs"]
+    assert numbers["number"] == 3
+    assert Path.cwd() == tmp_path, "where nns sweep was called"
     assert numbers["balanced_accuracy"] == report["subnet"]["evaluation"]["mean_balanced_accuracy"]
     assert numbers["latency_ms"] == report["latency"]["candidate"]["p50_ms"]
-    with pytest.raises(RecipeError):
-        run_trial(folder, {"head": "none"}, 7)
-    assert "field 'head'" in (tmp_path / "out" / "trials" / "007.error").read_text()
+    with pytest.raises(SweepError, match="do not answer as their models do"):
+        run_trial(folder, {"measure.rtol": 0, "measure.atol": 0}, 5)
+    assert "do not answer" in (tmp_path / "out" / "trials" / "005.error").read_text()
 
 
 def start(recipe: Path, output: Path) -> subprocess.Popen[str]:
@@ -196,6 +232,35 @@ def descendants(process: subprocess.Popen[str]) -> list[Any]:
 def ended(output: Path) -> int:
     file = output / "sweep.json"
     return len(json.loads(file.read_text())["trials"]) if file.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["nni_node", "nns_plugin.jobs.trial"])
+def test_stopped_at_any_time_it_leaves_no_process(tmp_path: Path, number: int, moment: str) -> None:
+    """As soon as NNI's manager appears, and as soon as a trial does."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    process = start(recipe, tmp_path / "out")
+    seen: dict[int, Any] = {}
+    deadline = time.monotonic() + 300
+    while not any(moment in " ".join(command(each)) for each in seen.values()):
+        seen.update({each.pid: each for each in descendants(process)})
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+    process.send_signal(number)
+    told = process.communicate(timeout=120)[0]
+    _, alive = psutil.wait_procs(list(seen.values()), timeout=60)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    left = [each for each in psutil.process_iter() if str(tmp_path) in " ".join(command(each))]
+    assert left == []
+    assert "Traceback" not in told
+
+
+def command(process: Any) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+        return []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -16,7 +16,7 @@ from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.criteria.semantic import resolve_label
 from nns_plugin.cutting import Cut, Head, carry_out, prepare
-from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError
+from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.jobs.budget import smallest_within
@@ -216,7 +216,10 @@ def extract(
         kept, survivors = _by_angle(section, criterion, prepared)
         return finished(kept, survivors), ()
     if section.config_list is not None:
-        return finished(_by_masks(prepared, scores, section.config_list)), ()
+        by_list = _by_masks(prepared, scores, section.config_list)
+        if all(by_list[group.name].numel() == group.size for group in prepared.groups if group.name in by_list):
+            raise SelectionError("the config list masks no unit whole, so that nothing goes; ask for more of it")
+        return finished(by_list), ()
     if section.zeta is not None and section.framework == "nni":
         return finished(_by_masks(prepared, scores, [{"sparse_threshold": section.zeta}])), ()
     if section.zeta is not None:
@@ -224,8 +227,7 @@ def extract(
 
     def by_ratio(ratio: float) -> dict[str, Tensor]:
         if section.framework == "nni":
-            across = {"global_group_id": "all"} if section.across_groups else {}
-            return _by_masks(prepared, scores, [{"sparse_ratio": ratio, **across}])
+            return _by_masks(prepared, scores, [{"sparse_ratio": ratio}])
         return keep_by_ratio(scores, ratio, round_to=section.round_to, across_groups=section.across_groups)
 
     max_drop, confidence = section.max_balanced_accuracy_drop, section.effective_confidence

@@ -174,8 +174,10 @@ class CutSection(Section):
             raise ValueError("angle goes with framework torch_pruning, not with nni, whose masks know no survivors")
         if self.framework == "nni" and self.round_to != 1:
             raise ValueError(f"round_to is {self.round_to}; NNI's masks cannot be rounded: give 1")
-        if self.across_groups and self.config_list is not None:
-            raise ValueError("across_groups goes with ratio; in a config list, say global_group_id")
+        if self.framework == "nni" and self.across_groups:
+            raise ValueError(
+                "across_groups ranks units, and NNI shares of weights: say global_group_id in a config_list"
+            )
         if self.angle is not None and self.angle.similar > self.angle.complementary:
             raise ValueError("angle: similar must be at most complementary")
         if self.angle is not None and self.effective_criterion.name != "distinctiveness":

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import RecipeError, SweepError
 from nns_plugin.jobs.recipe import Recipe, SweepSection, load_recipe
-from nns_plugin.jobs.trial import PLAN, RECIPE
+from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
 
 FORMAT = "nns-plugin sweep 1"
 STATE, FIGURE = "sweep.json", "pareto.png"
+WEIGHTS = ("checkpoint", "initial")
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,17 @@ def run_sweep(
         NNSError: If the recipe is wrong, the folder holds another sweep, no trial succeeds, or NNI fails.
         KeyboardInterrupt: On Ctrl-C; what has ended by then is in the folder, and nothing runs any more.
     """
-    from nns_plugin.adapters.nni_experiment import ended_trials
+    from nns_plugin.adapters.nni_experiment import ended_trials, experiment_config
 
+    if nni_config is not None:
+        experiment_config(nni_config)
     recipe = load_recipe(file, overrides)
     section = recipe.sweep
     if section is None:
         raise RecipeError(
             f"{file}: field 'sweep': found nothing; expected a search, such as {{search: {{ratio: [0.3, 0.5]}}}}"
         )
+    check_metric(section.metric)
     planned = _planned(file, overrides, section)
     count = section.trials if planned is None else len(planned)
     state = _State(output, _described(recipe, planned))
@@ -157,6 +161,10 @@ class _State:
                 raise SweepError(f"{str(output)!r} holds another sweep; choose another folder, or remove {STATE}")
 
     @property
+    def _next(self) -> int:
+        return max((trial.number for trial in self.all_trials()), default=-1) + 1
+
+    @property
     def working_folder(self) -> Path:
         return self._output / ".nni"
 
@@ -171,7 +179,7 @@ class _State:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             content = recipe.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
-            for name in ("checkpoint", "initial"):
+            for name in WEIGHTS:
                 if content["model"].get(name) is not None:
                     content["model"][name] = str(Path(content["model"][name]).resolve())
             (folder / RECIPE).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -180,7 +188,8 @@ class _State:
                 "metric": section.metric,
                 "maximize": section.maximize,
                 "output": str(self._output / "trials"),
-                "path": [str(Path.cwd())],
+                "folder": str(Path.cwd()),
+                "first": self._next,
             }
             (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
         except OSError as error:
@@ -219,7 +228,8 @@ def _planned(file: Path, overrides: Mapping[str, Any] | None, section: SweepSect
             for value in values if isinstance(values, list) else ():
                 load_recipe(file, {**(overrides or {}), name: value})
         return None
-    names, values = list(section.search), [list(value) for value in section.search.values()]
+    names = list(section.search)
+    values = [[_absolute(file, name, value) for value in section.search[name]] for name in names]
     combinations = [dict(zip(names, found, strict=True)) for found in itertools.product(*values)]
     if len(combinations) > section.trials:
         chosen = random.Random(section.seed).sample(range(len(combinations)), section.trials)
@@ -230,6 +240,12 @@ def _planned(file: Path, overrides: Mapping[str, Any] | None, section: SweepSect
         except RecipeError as error:
             raise RecipeError(f"sweep.search: {combination} is no recipe: {error}") from error
     return combinations
+
+
+def _absolute(file: Path, name: str, value: Any) -> Any:
+    """Files of weights are relative to the recipe's folder, which is another for trials."""
+    is_file = name in {f"model.{weights}" for weights in WEIGHTS} and isinstance(value, str)
+    return str((file.parent / value).resolve()) if is_file else value
 
 
 def _described(recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from nns_plugin.errors import NNSError, RecipeError
+from nns_plugin.errors import NNSError, RecipeError, SweepError
 from nns_plugin.jobs.main_job import run_job
 from nns_plugin.jobs.recipe import load_recipe
+from nns_plugin.jobs.report import Report
 
 PLAN, RECIPE = "plan.json", "recipe.yaml"
 NUMBERS = {
@@ -21,6 +24,7 @@ NUMBERS = {
     "macs": "subnet.macs",
     "file_bytes": "subnet.file_bytes",
 }
+PARITY = "the ONNX files do not answer as their models do"
 
 
 def number_of(report: Any, name: str) -> float:
@@ -40,6 +44,24 @@ def number_of(report: Any, name: str) -> float:
     return float(found)
 
 
+def check_metric(name: str) -> None:
+    """Refuse a number that no report has, as far as can be told before there is one.
+
+    Raises:
+        RecipeError: If a part of its name is no field of a report.
+    """
+    kind: Any = Report
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return  # dictionaries and intervals: what is in them is seen in the report
+        hints = get_type_hints(kind)
+        if part not in hints:
+            raise RecipeError(f"sweep.metric: found {name!r}; instead of {part!r} a report has {', '.join(hints)}")
+        kind = hints[part]
+    if dataclasses.is_dataclass(kind):
+        raise RecipeError(f"sweep.metric: {name!r} is no number; it has {', '.join(get_type_hints(kind))}")
+
+
 def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str, Any]:
     """Do the job of a trial.
 
@@ -55,18 +77,24 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
     if "trial" in parameters:
         number = int(parameters["trial"])
         parameters = plan["trials"][number]
-    for place in plan["path"]:
-        if place not in sys.path:
-            sys.path.insert(0, place)
+    else:
+        number += plan["first"]
+    recipe = load_recipe(folder / RECIPE, parameters)
     output = Path(plan["output"])
-    output = output if output.is_dir() else folder  # on another machine
+    if not output.is_dir():  # on another machine
+        output = folder
+    elif Path(plan["folder"]).is_dir():  # where the user's own code and files are
+        os.chdir(plan["folder"])
+        sys.path.insert(0, plan["folder"])
     error_file = output / f"{number:03d}.error"
     error_file.unlink(missing_ok=True)
     try:
-        report = run_job(load_recipe(folder / RECIPE, parameters), output / f"{number:03d}").to_dict()
+        report = run_job(recipe, output / f"{number:03d}").to_dict()
+        if not (report["baseline"]["parity"]["passed"] and report["subnet"]["parity"]["passed"]):
+            raise SweepError(PARITY)
         sign = 1.0 if plan["maximize"] else -1.0
-        metric = sign * number_of(report, plan["metric"])
-        return {"default": metric} | {short: _found(report, name) for short, name in NUMBERS.items()}
+        numbers = {"default": sign * number_of(report, plan["metric"]), "number": number}
+        return numbers | {short: _found(report, name) for short, name in NUMBERS.items()}
     except NNSError as error:
         error_file.write_text(f"{error}\n", encoding="utf-8")
         raise
