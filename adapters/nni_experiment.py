@@ -49,6 +49,7 @@ def ended_trials(
     space: Mapping[str, Any],
     *,
     tuner: str,
+    seed: int,
     trials: int,
     concurrency: int,
     working_folder: Path,
@@ -61,7 +62,8 @@ def ended_trials(
         command: Starts a trial, in a copy of the folder.
         folder: What a trial needs.
         space: NNI's search space.
-        tuner: Name of one of NNI's tuners.
+        tuner: ``"GridSearch"``, ``"Random"`` or ``"TPE"``.
+        seed: Of the tuners that sample.
         trials: Most trials.
         concurrency: Trials at a time.
         working_folder: Where NNI keeps its database and logs.
@@ -76,7 +78,8 @@ def ended_trials(
     config = experiment.config
     assert isinstance(config, ExperimentConfig)
     config.search_space = dict(space)
-    config.tuner = AlgorithmConfig(name=tuner, class_args={"optimize_mode": "maximize"} if tuner == "TPE" else None)
+    arguments = {"GridSearch": None, "Random": {"seed": seed}, "TPE": {"seed": seed, "optimize_mode": "maximize"}}
+    config.tuner = AlgorithmConfig(name=tuner, class_args=arguments[tuner])
     config.trial_command = getattr(config, "trial_command", None) or command
     config.trial_code_directory = str(folder)
     config.max_trial_number, config.trial_concurrency = trials, concurrency

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,26 @@ def test_where_nni_cannot_torch_pruning_removes_and_it_is_told(zoo: Any) -> None
         surgery.keep(groups, {groups[0].name: torch.arange(groups[0].size - 1)})
     assert isinstance(model.first, nn.Linear)
     assert model.first.out_features == groups[0].size - 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import nns_plugin.adapters.nni",
+        "import nns_plugin.adapters.nni_experiment",
+        "import nns_plugin.adapters.nni_trial",
+        "from nns_plugin.cli import main; main(['run', '--set=framework=nni', '--round-to=1', '--output=out'])",
+        "from nns_plugin.cli import main; main(['sweep', 'recipe.yaml', '--output', 'out'])",
+    ],
+)
+def test_without_nni_the_extra_is_named(tmp_path: Path, statement: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("sweep: {search: {ratio: [0.5]}}")
+    code = f"import sys; sys.modules['nni'] = None; {statement}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert found.returncode != 0
+    assert "'nni' is not installed" in found.stderr
+    assert 'pip install "nns-plugin[nni]"' in found.stderr
+    if "main" in statement:
+        assert found.returncode == 2
+        assert len(found.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

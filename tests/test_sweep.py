@@ -115,6 +115,7 @@ def test_trials_are_bounded_and_tuners_get_distributions(
     assert engine.calls[-1]["tuner"] == "TPE"
     more = run_sweep(recipe, tmp_path / "free", free | {"sweep.trials": 5})
     assert engine.calls[-1]["trials"] == 3
+    assert [call["seed"] for call in engine.calls[-2:]] == [0, 2]
     assert [trial.number for trial in more.trials] == [0, 1, 2, 3, 4]
     assert engine.calls[-1]["plan"]["first"] == 2, "folders of trials go on where they ended"
 

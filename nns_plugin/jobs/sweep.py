@@ -125,6 +125,7 @@ def run_sweep(
                 folder,
                 space,
                 tuner=section.tuner,
+                seed=section.seed + len(done),  # or a sweep that goes on would begin with the same
                 trials=left,
                 concurrency=section.concurrency,
                 working_folder=state.working_folder,
