@@ -110,7 +110,7 @@ def with_dependency_groups(
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class Layer:
     """A layer whose out axis is of one group.
 
     Attributes:
@@ -167,9 +167,9 @@ def _is_active(setting: Mapping[str, Any]) -> bool:
     return setting.get("sparse_ratio") is not None or setting.get("sparse_threshold") is not None
 
 
-def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[_Layer]]:
+def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[Layer]]:
     """Layers that the group owns whole, those with the same units at the same positions together."""
-    found: list[list[_Layer]] = []
+    found: list[list[Layer]] = []
     for port in ports:
         module = model.get_submodule(port.name)
         weight = getattr(module, "weight", None)
@@ -177,7 +177,7 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[_Layer]]:
             continue
         axis = out_axis(module)
         shape = tuple(length if place == axis else 1 for place, length in enumerate(weight.shape))
-        layer = _Layer(port.name, port.unit[port.index.argsort()], shape, axis)
+        layer = Layer(port.name, port.unit[port.index.argsort()], shape, axis)
         for layers in found:
             if torch.equal(layers[0].unit, layer.unit):
                 layers.append(layer)
@@ -189,8 +189,8 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[_Layer]]:
 
 def _join(
     group: str,
-    leader: _Layer,
-    members: Sequence[_Layer],
+    leader: Layer,
+    members: Sequence[Layer],
     model: nn.Module,
     configs: dict[str, Config],
     settings: Mapping[str, Any],
@@ -218,7 +218,7 @@ def _join(
                 setting["internal_metric_block"] = leader.blocks
 
 
-def _aligned(config: Mapping[str, Any], leader: _Layer, module: nn.Module) -> Config:
+def _aligned(config: Mapping[str, Any], leader: Layer, module: nn.Module) -> Config:
     """A config whose masks are those of the leader."""
     named = {key: deepcopy(value) for key, value in config.items() if key not in (*OURS, "target_names")}
     settings = named.setdefault("target_settings", {})

@@ -22,6 +22,7 @@ import nni.compression.pruning as host  # noqa: E402
 from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
 from nns_plugin.adapters.nni import MeanWeightPruner, UngroupedLayersWarning, speedup, with_dependency_groups  # noqa: E402
+from nns_plugin.adapters.nni_groups import Layer  # noqa: E402
 from nns_plugin.adapters.surgery import TorchPruningSurgery  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.surgery import Compensation  # noqa: E402
@@ -530,6 +531,13 @@ def test_embeddings_depthwise_transposed_and_norms_alone() -> None:
     norm = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
     config = with_dependency_groups([{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}], norm, x)
     assert [entry["op_names"] for entry in config] == [["0"], ["1"]]
+
+
+@pytest.mark.parametrize(
+    ("units", "blocks"), [([0, 1, 2, 3], 1), ([0, 1, 0, 1], 2), ([4, 5, 6], 1), ([0, 0, 1, 1], 1), ([0, 1, 1, 0], 1)]
+)
+def test_blocks_that_lie_side_by_side(units: list[int], blocks: int) -> None:
+    assert Layer("layer", torch.tensor(units), (len(units),), 0).blocks == blocks
 
 
 def test_group_ids_and_granularities_of_the_users_own(zoo: Any) -> None:
