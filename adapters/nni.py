@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from nns_plugin.errors import CriterionError, MissingExtraError
+from nns_plugin.errors import MissingExtraError
 
 try:
     import nni.compression.pruning as host
 except ImportError as error:
     raise MissingExtraError("nni", "nni") from error
 
+from nns_plugin.adapters.by_name import put, take
 from nns_plugin.adapters.masked_removal import MaskedUnits
 from nns_plugin.adapters.nni_criterion import CriterionPruner
 from nns_plugin.adapters.nni_groups import UngroupedLayersWarning, with_dependency_groups
@@ -56,15 +57,9 @@ def install() -> None:
     Raises:
         CriterionError: If something else has one of the names already; nothing is added then.
     """
-    for name, pruner in PRUNERS.items():
-        if getattr(host, name, pruner) is not pruner:
-            raise CriterionError(f"nni.compression.pruning has a {name!r} of its own already; it is left alone")
-    for name, pruner in PRUNERS.items():
-        setattr(host, name, pruner)
+    put(host, "nni.compression.pruning", PRUNERS)
 
 
 def uninstall() -> None:
     """Undo :func:`install`; does nothing where it was not called."""
-    for name, pruner in PRUNERS.items():
-        if getattr(host, name, None) is pruner:
-            delattr(host, name)
+    take(host, PRUNERS)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups
 from nns_plugin.adapters.nni_global import Metrics, Spaces, changed, decided_globally
-from nns_plugin.adapters.nni_wrapped import check_config_list, held_masks, plain_copy, wrappers_of
+from nns_plugin.adapters.nni_wrapped import check_config_list, check_unwrapped, held_masks, plain_copy, wrappers_of
 from nns_plugin.adapters.unit_masks import apply_masks, masked_units, out_axis, silencing_masks, spread
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
-from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.forward import run_model
 from nns_plugin.observe import axis_length, calibrate
 from nns_plugin.preserve import preserved
@@ -80,16 +79,10 @@ class CriterionPruner(_NormPruner):
         labels: Sequence[int | str] | None = None,
     ) -> None:
         self._check_given(calibration, statistics, labels)
-        if wrapped := list(wrappers_of(model)):
-            raise PruningError(
-                f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
-                f"unwrap_model() of the pruner that wrapped them, or {type(self).__name__}.from_compressor(pruner, ...)"
-            )
+        check_unwrapped(model)
         check_config_list(model, config_list)
-        if statistics is not None and statistics.fingerprint:
-            differs = difference(statistics.fingerprint, fingerprint(model))
-            if differs:
-                raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; {ADVICE}")
+        if statistics is not None and (differs := statistics.differ_from(model)):
+            raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; {ADVICE}")
         graph = build_graph(model, example_inputs)
         self._groups, self._carriers = graph_groups(graph), carriers(graph)
         self._example_inputs = example_inputs
@@ -148,9 +141,7 @@ class CriterionPruner(_NormPruner):
         if not self._observes:
             return self._criterion(model, None)
         if self._statistics is not None:
-            expected = self._statistics.fingerprint
-            differs = difference(expected, fingerprint(model)) if expected else ""
-            if differs:
+            if differs := self._statistics.differ_from(model):
                 raise StaleStatisticsError(f"weights have changed since the statistics: {differs}; {ADVICE}")
             return self._criterion(model, self._statistics)
         assert self._calibration is not None

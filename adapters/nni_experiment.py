@@ -33,11 +33,13 @@ class Ended:
     """A trial that has ended.
 
     Attributes:
+        number: In the experiment, from 0 on; the trial knows it as well.
         parameters: What the tuner gave it.
         numbers: What it reported; ``None`` if it failed.
         status: In NNI's words.
     """
 
+    number: int
     parameters: Mapping[str, Any]
     numbers: Mapping[str, Any] | None
     status: str
@@ -136,7 +138,7 @@ def _ended(job: Any) -> Ended:
     metrics = job.finalMetricData[0].data if job.status == "SUCCEEDED" and job.finalMetricData else None
     if isinstance(metrics, str):
         metrics = json.loads(metrics)
-    return Ended(parameters, metrics if isinstance(metrics, Mapping) else None, job.status)
+    return Ended(int(job.sequenceId), parameters, metrics if isinstance(metrics, Mapping) else None, job.status)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from nni.compression.base.setting import PruningSetting, canonicalize_settings
 from torch import Tensor, nn
 
 from nns_plugin.adapters.dependency_graph import build_graph, carriers, graph_groups
-from nns_plugin.adapters.nni_wrapped import check_config_list, wrappers_of
+from nns_plugin.adapters.nni_wrapped import check_config_list, check_unwrapped
 from nns_plugin.adapters.unit_masks import out_axis
 from nns_plugin.consumers import Transposed
 from nns_plugin.errors import PruningError
@@ -57,11 +57,7 @@ def with_dependency_groups(
     Warns:
         UngroupedLayersWarning: If layers share units with others that the list leaves out, or share some only.
     """
-    if wrapped := list(wrappers_of(model)):
-        raise PruningError(
-            f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
-            "unwrap_model() of the pruner that wrapped them first"
-        )
+    check_unwrapped(model)
     check_config_list(model, config_list)
     graph = build_graph(model, example_inputs)
     groups, ports = graph_groups(graph), carriers(graph)

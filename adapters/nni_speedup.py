@@ -22,12 +22,11 @@ from nns_plugin.adapters.masked_removal import (
     outputs_of,
     resolve_masks,
 )
-from nns_plugin.adapters.nni_wrapped import wrappers_of
+from nns_plugin.adapters.nni_wrapped import check_unwrapped
 from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.adapters.unit_masks import Masks
 from nns_plugin.circle import copied
 from nns_plugin.errors import PruningError, StaleStatisticsError
-from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.forward import map_tensors
 from nns_plugin.observe import calibrate
 from nns_plugin.preserve import preserved_rng
@@ -94,11 +93,7 @@ def speedup(
     """
     if backend not in get_args(Backend):
         raise PruningError(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}")
-    if wrapped := list(wrappers_of(model)):
-        raise PruningError(
-            f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
-            "pruner.unwrap_model() first"
-        )
+    check_unwrapped(model)
     how = Compensation(method=compensation) if isinstance(compensation, str) else compensation
     if not isinstance(how, (Compensation, type(None))):
         raise PruningError(f"compensation is {compensation!r}; expected a method, or nns_plugin.surgery.Compensation")
@@ -110,12 +105,8 @@ def speedup(
         how.check(calibration)
         if statistics is None and calibration is None:
             raise PruningError("compensation needs calibration=loader, or statistics with Gram matrices")
-    if statistics is not None and statistics.fingerprint:
-        differs = difference(statistics.fingerprint, fingerprint(model))
-        if differs:
-            raise StaleStatisticsError(
-                f"the statistics belong to another state of the model: {differs}; calibrate again"
-            )
+    if statistics is not None and (differs := statistics.differ_from(model)):
+        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
     planned = resolve_masks(model, example_inputs, masks)
     masked = masked_copy(model, planned.masks)
     expected = outputs_of(masked, example_inputs)

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from nni.compression.base.wrapper import ModuleWrapper
-from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nns_plugin.adapters.masked_removal import masked_copy, outputs_of, resolve_masks
@@ -110,18 +108,9 @@ def kept_by_masks(
 class _ScoredPruner(CriterionPruner):
     """A pruner whose scores are known."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
-        scores: Mapping[str, Tensor],
-        **options: Any,
-    ) -> None:
+    def __init__(self, *arguments: Any, scores: Mapping[str, Tensor], **options: Any) -> None:
         self._known = scores
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         return _Known(self._known)

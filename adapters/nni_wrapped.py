@@ -23,6 +23,19 @@ def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
     return {name: wrapper for name, wrapper in found.items() if isinstance(wrapper, ModuleWrapper)}
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model inside NNI's wrappers, which cannot be traced.
+
+    Raises:
+        PruningError: Names a layer.
+    """
+    if wrapped := list(wrappers_of(model)):
+        raise PruningError(
+            f"{len(wrapped)} layers of the model are inside NNI's wrappers, such as {wrapped[0]!r}; call "
+            "unwrap_model() of the pruner that wrapped them, or start a new one by from_compressor(pruner, ...)"
+        )
+
+
 def held_masks(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Masks of parameters, by name of the module and of the parameter."""
     return {

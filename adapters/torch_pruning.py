@@ -11,6 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nns_plugin.adapters.by_name import put, take
 from nns_plugin.adapters.compensated import compensated_step
 from nns_plugin.adapters.dependency_graph import (
     UnusableGroupWarning,
@@ -28,7 +29,7 @@ from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
 from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF, Reduction
-from nns_plugin.errors import CriterionError, GroupError
+from nns_plugin.errors import GroupError
 from nns_plugin.forward import device_of
 from nns_plugin.observe import calibrate
 from nns_plugin.operations import layer_operations, unit_operations
@@ -356,15 +357,9 @@ def install() -> None:
     Raises:
         CriterionError: If something else has one of the names already; nothing is added then.
     """
-    for name, importance in IMPORTANCES.items():
-        if getattr(tp.importance, name, importance) is not importance:
-            raise CriterionError(f"torch_pruning.importance has a {name!r} of its own already; it is left alone")
-    for name, importance in IMPORTANCES.items():
-        setattr(tp.importance, name, importance)
+    put(tp.importance, "torch_pruning.importance", IMPORTANCES)
 
 
 def uninstall() -> None:
     """Undo :func:`install`; does nothing where it was not called."""
-    for name, importance in IMPORTANCES.items():
-        if getattr(tp.importance, name, None) is importance:
-            delattr(tp.importance, name)
+    take(tp.importance, IMPORTANCES)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from data import torchvision_models
 from resnet20 import ResNet20
 from rich.console import Console
 from rich.table import Table
@@ -64,21 +65,14 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]]:
         "concatenation": (Concat, (2, 3, 16, 16), "head"),
         "depthwise": (depthwise, (2, 3, 16, 16), "9"),
     }
-    for operator in ("nms", "qnms"):  # torchvision's own do not load beside a CPU build of torch
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        LIBRARIES.append(library)
     try:
-        from torchvision import models as vision
+        vision = torchvision_models()
     except ImportError:
         print("torchvision is not installed; its models are left out")
         return found
     for name, head in VISION.items():
         found[name] = (getattr(vision, name), (2, 3, 64, 64), head)
     return found
-
-
-LIBRARIES: list[torch.library.Library] = []
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nns_plugin.circle import copied
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
-from nns_plugin.fingerprint import difference, fingerprint
+from nns_plugin.fingerprint import fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.heads import OTHER, balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
 from nns_plugin.observe import calibrate
@@ -233,7 +233,7 @@ def _features(model: nn.Module, name: str, loader: Iterable[Any], progress: bool
 
 
 def _check(statistics: Statistics, dense: nn.Module, groups: Sequence[UnitGroup], gram: bool) -> None:
-    differs = difference(statistics.fingerprint, fingerprint(dense)) if statistics.fingerprint else ""
+    differs = statistics.differ_from(dense)
     if differs:
         raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
     for group in groups:

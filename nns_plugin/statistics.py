@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.errors import StaleStatisticsError, StatisticsError
-from nns_plugin.fingerprint import difference
+from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.units import Port, UnitGroup, check_port, narrow_groups, removed_positions
 
 Key = tuple[str, str]  # side ("in" or "out") and module name
@@ -177,6 +177,10 @@ class Statistics:
                 f"collected for {known.size} at {', '.join(mine)}, or for other positions there; calibrate again"
             )
         return True
+
+    def differ_from(self, model: nn.Module) -> str:
+        """What of a model's weights is not as it was at calibration, in words; empty for narrowed statistics, too."""
+        return difference(self.fingerprint, fingerprint(model)) if self.fingerprint else ""
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both calibrations together, whatever their order.

@@ -87,6 +87,7 @@ CLI = JOBS | {"rich", "typer"}
 HOSTS: dict[str, frozenset[str]] = {
     ADAPTERS: frozenset(),
     f"{ADAPTERS}.angle_pruning": frozenset(),
+    f"{ADAPTERS}.by_name": frozenset(),
     f"{ADAPTERS}.compensated": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.dependency_graph": frozenset({"torch_pruning"}),
     f"{ADAPTERS}.followed_snapshot": frozenset({"torch_pruning"}),
@@ -128,6 +129,7 @@ USES: dict[str, frozenset[str]] = {
     ),
     f"{ADAPTERS}.torch_pruning": frozenset(
         {
+            f"{ADAPTERS}.by_name",
             f"{ADAPTERS}.compensated",
             f"{ADAPTERS}.dependency_graph",
             f"{ADAPTERS}.followed_snapshot",
@@ -136,6 +138,7 @@ USES: dict[str, frozenset[str]] = {
     ),
     f"{ADAPTERS}.nni": frozenset(
         {
+            f"{ADAPTERS}.by_name",
             f"{ADAPTERS}.masked_removal",
             f"{ADAPTERS}.nni_criterion",
             f"{ADAPTERS}.nni_groups",

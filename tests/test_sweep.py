@@ -62,7 +62,7 @@ class Engine:
             parameters = {"trial": number} if "trial" in space else {"ratio": 0.1 * (number + 1)}
             failed = number in self.fail
             numbers = {"default": 0.9, "balanced_accuracy": 0.9 - 0.1 * number, "latency_ms": 1.0 - 0.2 * number}
-            yield Ended(parameters, None if failed else numbers, "FAILED" if failed else "SUCCEEDED")
+            yield Ended(place, parameters, None if failed else numbers, "FAILED" if failed else "SUCCEEDED")
 
 
 def test_a_grid_is_planned_run_and_drawn(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +118,25 @@ def test_trials_are_bounded_and_tuners_get_distributions(
     assert [call["seed"] for call in engine.calls[-2:]] == [0, 2]
     assert [trial.number for trial in more.trials] == [0, 1, 2, 3, 4]
     assert engine.calls[-1]["plan"]["first"] == 2, "folders of trials go on where they ended"
+
+
+def test_trials_of_a_tuner_are_numbered_as_their_folders(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order in which they end, and whatever failed before."""
+    free = {"sweep.search": {"ratio": [0.1, 0.2]}, "sweep.tuner": "Random"}
+    Engine(monkeypatch, fail={0})
+    run_sweep(recipe, tmp_path / "out", free | {"sweep.trials": 2})
+
+    def ended(command: str, folder: Path, space: Any, **options: Any) -> Any:
+        plan = json.loads((folder / "plan.json").read_text())
+        for number in (1, 0):  # as with two at a time
+            yield Ended(number, {"ratio": 0.3}, {"balanced_accuracy": 0.5, "latency_ms": plan["first"] + number}, "")
+
+    monkeypatch.setattr(nni_experiment, "ended_trials", ended)
+    found = run_sweep(recipe, tmp_path / "out", free | {"sweep.trials": 3})
+    assert [trial.number for trial in found.trials] == [1, 2, 3]
+    assert [trial.numbers["latency_ms"] for trial in found.trials[1:] if trial.numbers] == [2, 3]
 
 
 def test_the_pareto_front_by_hand() -> None:
@@ -206,7 +225,6 @@ def test_a_trial_does_the_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     assert report["recipe"]["ratio"] == 0.6
     assert report["recipe"]["criterion"]["name"] == "mean_weight"
     assert numbers["default"] == -report["subnet"]["macs"]
-    assert numbers["number"] == 3
     assert Path.cwd() == tmp_path, "where nns sweep was called"
     assert numbers["balanced_accuracy"] == report["subnet"]["evaluation"]["mean_balanced_accuracy"]
     assert numbers["latency_ms"] == report["latency"]["candidate"]["p50_ms"]

@@ -27,6 +27,7 @@ from nns_plugin.selection import Complement
 from nns_plugin.surgery import Compensation, Method, Recalibrate
 
 CONFIDENCE = 0.95
+WEIGHTS = ("checkpoint", "initial")  # fields of the section model that name files
 SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list")
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
@@ -369,7 +370,7 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     if all(getattr(recipe, name) is None for name in SELECTIONS):
         recipe = recipe.model_copy(update={"ratio": 0.5})
     if path is not None:
-        files = {name: getattr(recipe.model, name) for name in ("checkpoint", "initial")}
+        files = {name: getattr(recipe.model, name) for name in WEIGHTS}
         found = {name: path.parent / file for name, file in files.items() if file is not None}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=found)})
     return recipe

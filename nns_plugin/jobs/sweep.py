@@ -11,18 +11,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import RecipeError, SweepError
-from nns_plugin.jobs.recipe import Recipe, SweepSection, load_recipe
+from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection, load_recipe
 from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
+
+if TYPE_CHECKING:  # needs the extra nni
+    from nns_plugin.adapters.nni_experiment import Ended
 
 FORMAT = "nns-plugin sweep 1"
 STATE, FIGURE = "sweep.json", "pareto.png"
-WEIGHTS = ("checkpoint", "initial")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def run_sweep(
                 max_minutes=section.max_minutes,
                 config_file=nni_config,
             ):
-                state.add(ended.parameters, ended.numbers, ended.status, planned)
+                state.add(ended, planned)
                 bar.update()
     sweep = Sweep(tuple(state.all_trials()), count, section.metric)
     if not any(trial.numbers for trial in sweep.trials):
@@ -160,10 +162,7 @@ class _State:
                 raise SweepError(f"{str(path)!r} is damaged: {error}; remove it, or choose another folder") from error
             if former != self._described:
                 raise SweepError(f"{str(output)!r} holds another sweep; choose another folder, or remove {STATE}")
-
-    @property
-    def _next(self) -> int:
-        return max((trial.number for trial in self.all_trials()), default=-1) + 1
+        self._first = max(self.trials, default=-1) + 1  # of those that a tuner is going to choose
 
     @property
     def working_folder(self) -> Path:
@@ -190,31 +189,22 @@ class _State:
                 "maximize": section.maximize,
                 "output": str(self._output / "trials"),
                 "folder": str(Path.cwd()),
-                "first": self._next,
+                "first": self._first,
             }
             (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"output: {str(self._output)!r} cannot be written: {error.strerror}") from error
         return folder
 
-    def add(
-        self,
-        parameters: Mapping[str, Any],
-        numbers: Mapping[str, Any] | None,
-        status: str,
-        planned: Sequence[Mapping[str, Any]] | None,
-    ) -> None:
+    def add(self, ended: Ended, planned: Sequence[Mapping[str, Any]] | None) -> None:
         """Note a trial that has ended, on disk as well."""
-        taken = self.trials.keys() | self._failed.keys()
-        number = (
-            int(parameters["trial"]) if planned is not None else next(n for n in itertools.count() if n not in taken)
-        )
-        chosen = dict(parameters) if planned is None else dict(planned[number])
-        if numbers is not None:
-            self.trials[number] = SweepTrial(number, chosen, dict(numbers))
+        number = self._first + ended.number if planned is None else int(ended.parameters["trial"])
+        chosen = dict(ended.parameters if planned is None else planned[number])
+        if ended.numbers is not None:
+            self.trials[number] = SweepTrial(number, chosen, dict(ended.numbers))
         else:
             file = self._output / "trials" / f"{number:03d}.error"
-            text = file.read_text(encoding="utf-8").strip() if file.exists() else f"{status.lower()}, see .nni"
+            text = file.read_text(encoding="utf-8").strip() if file.exists() else f"{ended.status.lower()}, see .nni"
             self._failed[number] = SweepTrial(number, chosen, None, " ".join(text.split()))
         told = {"format": FORMAT, "sweep": self._described, "trials": [vars(trial) for trial in self.all_trials()]}
         staging = self._output / f".{STATE}"

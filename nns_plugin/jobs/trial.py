@@ -93,8 +93,9 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
         if not (report["baseline"]["parity"]["passed"] and report["subnet"]["parity"]["passed"]):
             raise SweepError(PARITY)
         sign = 1.0 if plan["maximize"] else -1.0
-        numbers = {"default": sign * number_of(report, plan["metric"]), "number": number}
-        return numbers | {short: _found(report, name) for short, name in NUMBERS.items()}
+        return {"default": sign * number_of(report, plan["metric"])} | {
+            short: _found(report, name) for short, name in NUMBERS.items()
+        }
     except NNSError as error:
         error_file.write_text(f"{error}\n", encoding="utf-8")
         raise
