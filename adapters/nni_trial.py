@@ -19,6 +19,6 @@ def next_trial() -> tuple[dict[str, Any], int]:
     return dict(parameters), int(nni.get_sequence_id())
 
 
-def report(numbers: Mapping[str, float | None]) -> None:
+def report(numbers: Mapping[str, Any]) -> None:
     """Give back numbers, of which the tuner goes by ``"default"``."""
     nni.report_final_result(dict(numbers))

@@ -139,6 +139,29 @@ def test_trials_of_a_tuner_are_numbered_as_their_folders(
     assert [trial.numbers["latency_ms"] for trial in found.trials[1:] if trial.numbers] == [2, 3]
 
 
+@pytest.mark.parametrize("tuner", ["GridSearch", "Random"])
+def test_what_a_trial_says_of_itself_counts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuner: str
+) -> None:
+    """NNI may list the parameters of one trial with another, if several run at a time."""
+    ratios = [0.1, 0.2, 0.3, 0.4]
+
+    def ended(command: str, folder: Path, space: Any, **options: Any) -> Any:
+        for listed, number in ((0, 1), (1, 0), (2, 2)):
+            parameters = {"trial": listed} if tuner == "GridSearch" else {"ratio": ratios[listed]}
+            told = {"number": number, "chosen": {"ratio": ratios[number]}, "parameters": 7, "latency_ms": number}
+            yield Ended(listed, parameters, told, "SUCCEEDED")
+        (folder.parent / "trials" / "003.error").write_text("it is so\n")
+        yield Ended(0, {"trial": 0} if tuner == "GridSearch" else {"ratio": ratios[3]}, None, "FAILED")
+
+    monkeypatch.setattr(nni_experiment, "ended_trials", ended)
+    options = {"sweep.search": {"ratio": ratios}, "sweep.tuner": tuner, "sweep.trials": 4}
+    found = run_sweep(recipe, tmp_path / "out", options)
+    assert [(trial.number, trial.parameters) for trial in found.trials] == [(n, {"ratio": ratios[n]}) for n in range(4)]
+    assert [trial.numbers for trial in found.trials[:3]] == [{"parameters": 7, "latency_ms": n} for n in range(3)]
+    assert found.trials[3].error == "it is so"
+
+
 def test_the_pareto_front_by_hand() -> None:
     points = [(0.9, 1.0), (0.8, 0.5), (0.8, 0.6), (0.95, 2.0), (0.7, 0.5), (0.9, 1.0), (0.6, 0.4)]
     trials = [
@@ -225,6 +248,8 @@ def test_a_trial_does_the_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     assert report["recipe"]["ratio"] == 0.6
     assert report["recipe"]["criterion"]["name"] == "mean_weight"
     assert numbers["default"] == -report["subnet"]["macs"]
+    assert numbers["number"] == 3
+    assert numbers["chosen"] == {"ratio": 0.6, "criterion.name": "mean_weight"}
     assert Path.cwd() == tmp_path, "where nns sweep was called"
     assert numbers["balanced_accuracy"] == report["subnet"]["evaluation"]["mean_balanced_accuracy"]
     assert numbers["latency_ms"] == report["latency"]["candidate"]["p50_ms"]

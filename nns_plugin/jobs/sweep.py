@@ -168,6 +168,9 @@ class _State:
     def working_folder(self) -> Path:
         return self._output / ".nni"
 
+    def _errors(self) -> list[Path]:
+        return list((self._output / "trials").glob("*.error"))
+
     def all_trials(self) -> list[SweepTrial]:
         return sorted([*self.trials.values(), *self._failed.values()], key=lambda trial: trial.number)
 
@@ -178,6 +181,8 @@ class _State:
             (self._output / "trials").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            for file in self._errors():
+                file.unlink()
             content = recipe.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
             for name in WEIGHTS:
                 if content["model"].get(name) is not None:
@@ -198,10 +203,16 @@ class _State:
 
     def add(self, ended: Ended, planned: Sequence[Mapping[str, Any]] | None) -> None:
         """Note a trial that has ended, on disk as well."""
-        number = self._first + ended.number if planned is None else int(ended.parameters["trial"])
-        chosen = dict(ended.parameters if planned is None else planned[number])
+        told = dict(ended.numbers or {})
+        # NNI hands parameters to whichever trial asks first, and may list them with another: the trial knows its own.
+        number, chosen = told.pop("number", None), told.pop("chosen", dict(ended.parameters))
+        if number is None:
+            failed = (int(path.stem) for path in self._errors() if int(path.stem) not in self._failed)
+            listed = self._first + ended.number if planned is None else int(ended.parameters["trial"])
+            number = min(failed, default=listed)
+        chosen = chosen if planned is None else dict(planned[number])
         if ended.numbers is not None:
-            self.trials[number] = SweepTrial(number, chosen, dict(ended.numbers))
+            self.trials[number] = SweepTrial(number, chosen, told)
         else:
             file = self._output / "trials" / f"{number:03d}.error"
             text = file.read_text(encoding="utf-8").strip() if file.exists() else f"{ended.status.lower()}, see .nni"

@@ -71,7 +71,7 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
         number: Of the trial, for the name of its folder.
 
     Returns:
-        The numbers of its report; ``"default"`` is the metric.
+        The numbers of its report, the metric as ``"default"``; and the trial's ``"number"``, and what was ``"chosen"``.
     """
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if "trial" in parameters:
@@ -93,9 +93,8 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
         if not (report["baseline"]["parity"]["passed"] and report["subnet"]["parity"]["passed"]):
             raise SweepError(PARITY)
         sign = 1.0 if plan["maximize"] else -1.0
-        return {"default": sign * number_of(report, plan["metric"])} | {
-            short: _found(report, name) for short, name in NUMBERS.items()
-        }
+        told = {"default": sign * number_of(report, plan["metric"]), "number": number, "chosen": parameters}
+        return told | {short: _found(report, name) for short, name in NUMBERS.items()}
     except NNSError as error:
         error_file.write_text(f"{error}\n", encoding="utf-8")
         raise
