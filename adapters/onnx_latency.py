@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.onnx_session import Arguments, Floats, Inputs, create_session, feed_of, run_session
+from nns_plugin.adapters.onnx_feeds import Array, feeds_of, values_of
+from nns_plugin.adapters.onnx_file import read_file
+from nns_plugin.adapters.onnx_session import Floats, Inputs, create_session, run_session
 from nns_plugin.errors import ExportError
 
+SESSIONS = 10
 _WARMUP_WINDOW = 10  # rounds whose median is compared with the median of as many before them
 _WARMUP_CHANGE = 0.05
 _RESAMPLES = 2000
+_LEVELS = (2.5, 97.5)
+
+Interval = tuple[float, float]
+Run = Callable[[], object]
+Opener = Callable[[], tuple[Run, str]]
+"""Opens a session; returns what runs it once, and the provider that it got."""
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Latency of one ONNX file, copies of inputs and outputs between host and device included.
+    """Latency of one ONNX file, copies of inputs and outputs between host and device included unless they are bound.
 
     Attributes:
         name: The name under which the file was given.
@@ -30,6 +39,9 @@ class LatencyReport:
         p50_ms: Median, in milliseconds.
         p90_ms: 90th percentile, in milliseconds; None below 100 samples.
         p99_ms: 99th percentile, in milliseconds; None below 1000 samples.
+        p50_interval_ms: 95 % bootstrap interval of the median.
+        p90_interval_ms: 95 % bootstrap interval of the 90th percentile, where there is one.
+        times_ms: The timed runs, in order.
     """
 
     name: str
@@ -37,6 +49,9 @@ class LatencyReport:
     p50_ms: float
     p90_ms: float | None
     p99_ms: float | None
+    p50_interval_ms: Interval
+    p90_interval_ms: Interval | None
+    times_ms: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -49,11 +64,14 @@ class LatencyComparison:
         ratio: Median of the baseline over median of the candidate; above 1, the candidate is faster.
         ratio_low: Lower end of the ratio's 95 % bootstrap interval.
         ratio_high: Upper end of the interval.
-        provider: Execution provider of both sessions.
+        provider: Execution provider of all sessions.
         threads: Threads within an operator, in each session.
+        spinning: Whether idle threads spin.
+        io_binding: Whether inputs and outputs were bound to the device once, so that copies are not timed.
         batch: Inputs in one run.
         samples: Number of timed runs of each file.
-        warmup_rounds: Untimed runs of each file before.
+        sessions: Pairs of sessions that they were taken in.
+        warmup_rounds: Untimed runs of each file before, in the first pair.
         warmup_stable: Whether the medians had settled by then.
         seed: Seed of the order of runs and of the bootstrap.
     """
@@ -65,8 +83,11 @@ class LatencyComparison:
     ratio_high: float
     provider: str
     threads: int
+    spinning: bool
+    io_binding: bool
     batch: int
     samples: int
+    sessions: int
     warmup_rounds: int
     warmup_stable: bool
     seed: int
@@ -74,25 +95,35 @@ class LatencyComparison:
 
 def measure_latency(
     paths: Mapping[str, str | os.PathLike[str]],
-    inputs: Inputs,
+    inputs: Inputs | Mapping[str, Array],
     *,
-    samples: int = 200,
+    samples: int = 300,
     warmup: int = 200,
+    sessions: int = SESSIONS,
     threads: int = 1,
     provider: str = "CPUExecutionProvider",
+    allow_spinning: bool = False,
+    io_binding: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> LatencyComparison:
     """Measure two ONNX files against each other, in one process and in turns of random order.
 
+    Two sessions of one and the same file differ by a per cent or so, for as long as they live, by where their weights
+    happen to lie in memory. The runs are therefore taken in several pairs of sessions, and the interval counts pairs as
+    well as runs.
+
     Args:
         paths: The baseline's name and file, then the candidate's.
         inputs: Inputs that both accept, ``[N, ...]``; every run takes all of them.
-        samples: Timed runs of each file.
+        samples: Timed runs of each file, at least; as many in each pair of sessions.
         warmup: Untimed runs of each file at most; they end once the median of 10 runs is within 5 % of that of the 10
-            before, for both files.
+            before, for both files. Each further pair of sessions has 10, or as many as that if it is less.
+        sessions: Pairs of sessions; fewer if there are less than 10 samples for each.
         threads: Threads within an operator, in each session.
-        provider: Execution provider of both sessions.
+        provider: Execution provider of all sessions.
+        allow_spinning: Whether idle threads spin, see :func:`create_session`.
+        io_binding: Whether to bind inputs and outputs to the provider's device once, before the timed runs.
         seed: Seed of the order of runs and of the bootstrap.
         progress: Whether to show a progress bar.
 
@@ -105,47 +136,92 @@ def measure_latency(
     """
     if len(paths) != 2:
         raise ExportError(f"paths holds {list(paths)}; expected two files, the baseline and then the candidate")
-    if samples < 2 or warmup < 0 or threads < 1:
-        raise ExportError(f"samples is {samples}, warmup {warmup} and threads {threads}; expected at least 2, 0 and 1")
-    arguments = Arguments.of(inputs)
-    runs = []
+    if samples < 2 or warmup < 0 or threads < 1 or sessions < 1:
+        raise ExportError(
+            f"samples is {samples}, warmup {warmup}, sessions {sessions} and threads {threads}; expected at least 2, "
+            "0, 1 and 1"
+        )
+    openers: list[Opener] = []
+    batches = []
     for path in paths.values():
-        session = create_session(path, provider, threads=threads)
-        feed = feed_of(session, arguments, path)
-        run_session(session, feed, path)
-        runs.append((session, feed))
+        file = read_file(path)
+        feeds = feeds_of(file, values_of(inputs, file))
+        batches.append(feeds.inputs)
+        feed = feeds.batch(feeds.inputs)
+
+        def opener(path: str | os.PathLike[str] = path, feed: dict[str, Array] = feed) -> tuple[Run, str]:
+            session = create_session(path, provider, threads=threads, allow_spinning=allow_spinning)
+            run_session(session, feed, path)
+            return _runner(session, feed, io_binding), session.get_providers()[0]
+
+        openers.append(opener)
     rng = np.random.default_rng(seed)
-    rounds = [_time_round(runs, rng) for _ in range(min(warmup, 2 * _WARMUP_WINDOW))]
-    while len(rounds) < warmup and not _is_stable(rounds):
-        rounds.append(_time_round(runs, rng))
-    bar = tqdm(range(samples), desc="measuring", disable=not progress, leave=False)
-    timed = [_time_round(runs, rng) for _ in bar]
+    pairs = min(sessions, max(1, samples // 10))
+    each = -(-samples // pairs)
+    timed, warm = [], 0
+    stable, found_provider = False, ""
+    with tqdm(total=pairs * each, desc="measuring", disable=not progress, leave=False) as bar:
+        for pair in range(pairs):
+            runs, found_provider = _opened(openers, rng)
+            rounds = [_time_round(runs, rng) for _ in range(min(warmup, (1 if pair else 2) * _WARMUP_WINDOW))]
+            if pair == 0:
+                while len(rounds) < warmup and not _is_stable(rounds):
+                    rounds.append(_time_round(runs, rng))
+                warm, stable = len(rounds), _is_stable(rounds)
+            for _ in range(each):
+                timed.append(_time_round(runs, rng))
+                bar.update()
     baseline_ms, candidate_ms = np.array(timed).T / 1e6
-    ratio, low, high = median_ratio(baseline_ms, candidate_ms, seed=seed)
+    ratio, low, high = median_ratio(baseline_ms, candidate_ms, sessions=pairs, seed=seed)
     baseline_name, candidate_name = paths
     return LatencyComparison(
-        baseline=latency_report(baseline_name, baseline_ms),
-        candidate=latency_report(candidate_name, candidate_ms),
+        baseline=latency_report(baseline_name, baseline_ms, sessions=pairs, seed=seed),
+        candidate=latency_report(candidate_name, candidate_ms, sessions=pairs, seed=seed),
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,
-        provider=session.get_providers()[0],
+        provider=found_provider,
         threads=threads,
-        batch=arguments.batch,
-        samples=samples,
-        warmup_rounds=len(rounds),
-        warmup_stable=_is_stable(rounds),
+        spinning=allow_spinning,
+        io_binding=io_binding,
+        batch=batches[0],
+        samples=len(timed),
+        sessions=pairs,
+        warmup_rounds=warm,
+        warmup_stable=stable,
         seed=seed,
     )
 
 
-def _time_round(runs: Sequence[tuple[Any, Mapping[str, npt.NDArray[Any]]]], rng: np.random.Generator) -> list[int]:
+def _opened(openers: Sequence[Opener], rng: np.random.Generator) -> tuple[list[Run], str]:
+    """One session each, opened in random order, for the first has the pick of the memory; and their provider."""
+    opened: dict[int, tuple[Run, str]] = {}
+    for turn in rng.permutation(len(openers)):
+        opened[int(turn)] = openers[turn]()
+    return [opened[place][0] for place in range(len(openers))], opened[0][1]
+
+
+def _runner(session: Any, feed: Mapping[str, Array], io_binding: bool) -> Run:
+    """What runs a session once on a feed."""
+    if not io_binding:
+        return lambda: session.run(None, feed)
+    device = "cuda" if session.get_providers()[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider") else "cpu"
+    binding = session.io_binding()
+    for name, values in feed.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(values))
+    for put in session.get_outputs():
+        binding.bind_output(put.name, device)
+    binding.synchronize_inputs()
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _time_round(runs: Sequence[Run], rng: np.random.Generator) -> list[int]:
     """Run every session once, in random order; returns nanoseconds, in the order of the sessions."""
     times = [0] * len(runs)
     for turn in rng.permutation(len(runs)):
-        session, feed = runs[turn]
+        run = runs[turn]
         start = time.perf_counter_ns()
-        session.run(None, feed)
+        run()
         times[turn] = time.perf_counter_ns() - start
     return times
 
@@ -159,39 +235,51 @@ def _is_stable(rounds: Sequence[Sequence[float]]) -> bool:
     return bool((np.abs(after - before) <= _WARMUP_CHANGE * before).all())
 
 
-def latency_report(name: str, times_ms: Floats) -> LatencyReport:
+def latency_report(name: str, times_ms: Floats, *, sessions: int = 1, seed: int = 0) -> LatencyReport:
     """Summarise measured times with no percentile that the number of samples cannot carry.
 
     Args:
         name: Name of what was measured.
         times_ms: ``[samples]``, times of single runs in milliseconds.
+        sessions: How many sessions they were taken in, as many in each and one session after the other.
+        seed: Seed of the bootstrap.
 
     Returns:
         The report.
 
     Example:
-        >>> latency_report("dense", np.arange(1.0, 102.0))
-        LatencyReport(name='dense', samples=101, p50_ms=51.0, p90_ms=91.0, p99_ms=None)
+        >>> latency_report("dense", np.arange(1.0, 102.0)).p90_ms
+        91.0
     """
     samples = len(times_ms)
+    percents = (50, 90) if samples >= 100 else (50,)
+    drawn = [np.percentile(times_ms[rows], percents, axis=1) for rows in _resamples(samples, sessions, seed)]
+    intervals = np.percentile(np.concatenate(drawn, axis=1), _LEVELS, axis=1).T
     return LatencyReport(
         name=name,
         samples=samples,
         p50_ms=float(np.median(times_ms)),
         p90_ms=float(np.percentile(times_ms, 90)) if samples >= 100 else None,
         p99_ms=float(np.percentile(times_ms, 99)) if samples >= 1000 else None,
+        p50_interval_ms=(float(intervals[0, 0]), float(intervals[0, 1])),
+        p90_interval_ms=(float(intervals[1, 0]), float(intervals[1, 1])) if len(percents) > 1 else None,
+        times_ms=tuple(times_ms.tolist()),
     )
 
 
-def median_ratio(baseline_ms: Floats, candidate_ms: Floats, *, seed: int = 0) -> tuple[float, float, float]:
+def median_ratio(
+    baseline_ms: Floats, candidate_ms: Floats, *, sessions: int = 1, seed: int = 0
+) -> tuple[float, float, float]:
     """Ratio of the medians of two interleaved measurements, with a 95 % bootstrap interval.
 
     Whole rounds are drawn, so that what slowed down both runs of a round does not widen the interval, and the interval
-    is taken of the logarithm, so that exchanging the two inverts it.
+    is taken of the logarithm, so that exchanging the two inverts it. Of rounds that were taken in several pairs of
+    sessions, pairs are drawn first, and then rounds within each.
 
     Args:
         baseline_ms: ``[samples]``, times of the baseline, one a round.
         candidate_ms: ``[samples]``, times of the candidate in the same rounds.
+        sessions: How many pairs of sessions they were taken in, as many in each and one pair after the other.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -203,11 +291,21 @@ def median_ratio(baseline_ms: Floats, candidate_ms: Floats, *, seed: int = 0) ->
         (2.0, 2.0, 2.0)
     """
     times = np.stack([baseline_ms, candidate_ms])
-    rounds, rng = times.shape[1], np.random.default_rng(seed)
     logs: list[Floats] = []
-    for size in np.diff(np.linspace(0, _RESAMPLES, 1 + -(-_RESAMPLES * rounds // 2**20)).astype(int)):
-        medians = np.log(np.median(times[:, rng.integers(rounds, size=(size, rounds))], axis=2))
+    for rows in _resamples(times.shape[1], sessions, seed):
+        medians = np.log(np.median(times[:, rows], axis=2))
         logs.append(medians[0] - medians[1])
     ratio = float(np.median(baseline_ms) / np.median(candidate_ms))
-    low, high = np.exp(np.percentile(np.concatenate(logs), (2.5, 97.5)))
+    low, high = np.exp(np.percentile(np.concatenate(logs), _LEVELS))
     return ratio, min(float(low), ratio), max(float(high), ratio)  # logarithms may miss the ratio by a rounding
+
+
+def _resamples(rounds: int, sessions: int, seed: int) -> Iterator[npt.NDArray[np.intp]]:
+    """Rounds that are drawn for the bootstrap, ``[b, rounds]`` in parts of bounded size."""
+    rng, each = np.random.default_rng(seed), rounds // sessions
+    for size in np.diff(np.linspace(0, _RESAMPLES, 1 + -(-_RESAMPLES * rounds // 2**20)).astype(int)):
+        if sessions == 1:
+            yield rng.integers(rounds, size=(size, rounds))
+        else:
+            pairs = rng.integers(sessions, size=(size, sessions, 1))
+            yield (pairs * each + rng.integers(each, size=(size, sessions, each))).reshape(size, rounds)

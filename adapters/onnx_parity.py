@@ -1,20 +1,17 @@
-"""Parity: how far an ONNX file's outputs are from the model's."""
+"""Parity with a torch model: of an ONNX file that was exported from it, and of a smaller model cut out of it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from nns_plugin.adapters.onnx_session import (
     Arguments,
-    Floats,
     Inputs,
     create_session,
     evaluating,
@@ -23,50 +20,9 @@ from nns_plugin.adapters.onnx_session import (
     reason,
     run_session,
 )
+from nns_plugin.adapters.output_errors import Comparing, ParityReport, check_tolerances, top1_agreement
 from nns_plugin.errors import ExportError
 from nns_plugin.forward import device_of
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """How far an ONNX file's outputs are from the model's.
-
-    Attributes:
-        passed: Whether every value differs by at most ``atol + rtol * |model's value|``; a NaN never passes.
-        max_absolute_error: Largest absolute difference, NaN if an output holds one.
-        max_relative_error: Largest difference relative to the model's value, over values larger than ``atol``.
-        p50_absolute_error: Median of the absolute differences.
-        p90_absolute_error: Their 90th percentile.
-        p99_absolute_error: Their 99th percentile.
-        top1_agreement: Share of inputs (and positions) whose largest first-output label is the same, in [0, 1];
-            None if the first output is not ``[N, L, ...]`` with at least two labels.
-        worst_output: Name of the output that is furthest from passing.
-        inputs: Number of inputs, N.
-        batch_sizes: Batch sizes that were compared.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        provider: Execution provider of the file's session.
-    """
-
-    passed: bool
-    max_absolute_error: float
-    max_relative_error: float
-    p50_absolute_error: float
-    p90_absolute_error: float
-    p99_absolute_error: float
-    top1_agreement: float | None
-    worst_output: str
-    inputs: int
-    batch_sizes: tuple[int, int]
-    rtol: float
-    atol: float
-    provider: str
-
-
-class _Errors(NamedTuple):
-    absolute: Floats
-    relative: Floats
-    excess: float  # largest share of the tolerance that is used up; above 1 fails, NaN counts as infinite
 
 
 def check_parity(
@@ -99,12 +55,10 @@ def check_parity(
         ProviderError: If the session does not get the provider.
     """
     arguments = Arguments.of(inputs)
-    if not (rtol >= 0 and atol >= 0):
-        raise ExportError(f"rtol is {rtol} and atol is {atol}; expected numbers from 0 on")
+    check_tolerances(rtol, atol)
     session = create_session(path, provider, threads=torch.get_num_threads())
-    names = [put.name for put in session.get_outputs()]
+    comparing = Comparing([put.name for put in session.get_outputs()], rtol, atol)
     other = arguments.map(lambda tensor: tensor[:1]) if arguments.batch > 1 else arguments.doubled()
-    errors: list[tuple[str, _Errors]] = []
     agreement = None
     for batch in (other, arguments):
         feed = feed_of(session, batch, path)
@@ -116,25 +70,50 @@ def check_parity(
                 f"{str(path)!r} gives outputs {shapes[1]} for a batch of {batch.batch}, {type(model).__name__} gives "
                 f"{shapes[0]}; export this model, and keep the batch in dimension 0"
             )
-        errors += [(n, _errors(e, f, rtol, atol)) for n, e, f in zip(names, expected, found, strict=True)]
-        agreement = _top1_agreement(expected[0], found[0])
-    worst_output, worst = max(errors, key=lambda named: named[1].excess)
-    absolute = np.concatenate([error.absolute for _, error in errors])
-    p50, p90, p99 = (float(value) for value in np.percentile(absolute, (50, 90, 99)))
-    return ParityReport(
-        passed=worst.excess <= 1,
-        max_absolute_error=float(absolute.max()),
-        max_relative_error=float(np.concatenate([error.relative for _, error in errors]).max()),
-        p50_absolute_error=p50,
-        p90_absolute_error=p90,
-        p99_absolute_error=p99,
-        top1_agreement=agreement,
-        worst_output=worst_output,
+        comparing.add(expected, found)
+        agreement = top1_agreement(expected[0], found[0])
+    return comparing.report(
+        "torch against ONNX",
+        (type(model).__name__, os.path.basename(path)),
         inputs=arguments.batch,
         batch_sizes=(other.batch, arguments.batch),
-        rtol=rtol,
-        atol=atol,
+        top1=agreement,
         provider=session.get_providers()[0],
+    )
+
+
+def check_removal(
+    masked: nn.Module, removed: nn.Module, inputs: Inputs, *, rtol: float = 1e-3, atol: float = 1e-5
+) -> ParityReport:
+    """Compare the outputs of a model without some units with those of the model in which they are masked.
+
+    Where a group passes a layer or group norm, whose statistics masks change, the two do differ.
+
+    Args:
+        masked: The wide model with masks; left exactly as it was, like the other.
+        removed: The small model.
+        inputs: Inputs of both, ``[N, ...]``; they are run as one batch.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+
+    Raises:
+        ExportError: If a model cannot run, or their outputs do not correspond.
+    """
+    arguments = Arguments.of(inputs)
+    expected, found = (_model_outputs(model, arguments) for model in (masked, removed))
+    shapes = [list(value.shape) for value in expected], [list(value.shape) for value in found]
+    if shapes[0] != shapes[1] or not expected:
+        raise ExportError(
+            f"the masked model gives outputs {shapes[0]}, the one without those units {shapes[1]}; expected the same"
+        )
+    comparing = Comparing([f"output {place}" for place in range(len(expected))], rtol, atol)
+    comparing.add(expected, found)
+    return comparing.report(
+        "masked against removed",
+        (f"masked {type(masked).__name__}", f"small {type(removed).__name__}"),
+        inputs=arguments.batch,
+        batch_sizes=(arguments.batch,),
+        top1=top1_agreement(expected[0], found[0]),
     )
 
 
@@ -160,20 +139,3 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
     elif isinstance(outputs, (list, tuple)):
         for output in outputs:
             yield from _tensors(output)
-
-
-def _errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, atol: float) -> _Errors:
-    """Element-wise differences of one output; equal infinities do not differ."""
-    expected, found = (array.astype(np.float64).ravel() for array in (expected, found))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        absolute = np.where(expected == found, 0.0, np.abs(found - expected))
-        size = np.abs(expected)
-        relative = np.divide(absolute, size, out=np.zeros_like(size), where=~(size <= atol) & (absolute != 0))
-        excess = np.divide(absolute, atol + rtol * size, out=np.zeros_like(size), where=absolute != 0).max(initial=0)
-    return _Errors(absolute, relative, float(np.nan_to_num(excess, nan=np.inf, posinf=np.inf)))
-
-
-def _top1_agreement(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float | None:
-    if expected.ndim < 2 or expected.shape[1] < 2 or not np.issubdtype(expected.dtype, np.floating):
-        return None
-    return float(np.mean(expected.argmax(1) == found.argmax(1)))

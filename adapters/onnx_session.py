@@ -40,9 +40,11 @@ __all__ = [
     "feed_of",
     "ieee_float32",
     "onnx_checker",
+    "provider_name",
     "quiet",
     "reason",
     "run_session",
+    "runtime_build",
     "session_providers",
 ]
 
@@ -51,7 +53,8 @@ Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NOT_KNOWN = re.compile(r"Opset (\d+) is under development.* domain (\S+) is till opset (\d+)")
+_PLACE_IN_SOURCE = re.compile(r"\S*onnxruntime_src/\S+:\d+ .*?\) (?=[A-Z])")
 
 
 class Arguments(NamedTuple):
@@ -140,10 +143,28 @@ def reason(error: BaseException) -> str:
     """The error at the root of a chain, in one line: exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__module__.startswith("onnxruntime"):
+        return _runtime_reason(" ".join(str(error).split()))
     first, _, rest = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")
     if first.endswith(":"):  # a heading
         first += " " + rest.strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def _runtime_reason(text: str) -> str:
+    """What ONNX Runtime says, without places in its sources."""
+    if found := _NOT_KNOWN.search(text):
+        opset, domain, known = found.groups()
+        return f"it asks for opset {opset} of {domain}, and this ONNX Runtime knows those up to {known}"
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ([A-Z_]+) : (Load model from .*? failed: ?)?", r"\1: ", text)
+    return _PLACE_IN_SOURCE.sub("", text)[:300]
+
+
+def provider_name(provider: str) -> str:
+    """ONNX Runtime's name of an execution provider, for it in any case or without its ending: ``cpu``, ``cuda``."""
+    names = {name.lower(): name for name in onnxruntime.get_all_providers()}
+    short = provider.lower()
+    return names.get(short) or names.get(f"{short}executionprovider") or provider
 
 
 def create_session(
@@ -152,6 +173,7 @@ def create_session(
     *,
     threads: int | None = 1,
     allow_spinning: bool = False,
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX file with the execution provider that was asked for, or fail.
 
@@ -159,10 +181,12 @@ def create_session(
 
     Args:
         path: The ONNX file.
-        provider: Name of an execution provider; ``"cpu"`` and ``"cuda"`` will do.
+        provider: Name of an execution provider; ``"cpu"``, ``"cuda"`` and so on will do.
         threads: Threads within an operator; None leaves the number to ONNX Runtime.
         allow_spinning: Whether idle threads spin. That is faster for one session with a machine of its own, and slows
             down every other session of the process.
+        profile: How the name of a file begins into which ONNX Runtime writes what each node took, at the session's
+            ``end_profiling``; ``None`` for none.
 
     Returns:
         The session.
@@ -171,25 +195,30 @@ def create_session(
         ExportError: If the file is missing or is not a valid ONNX model, or threads is out of range.
         ProviderError: If the session does not get the provider.
     """
-    provider = _PROVIDERS.get(provider.lower(), provider)
+    provider = provider_name(provider)
     if threads is not None and threads < 1:
         raise ExportError(f"threads is {threads}; expected at least 1, or None to leave it to ONNX Runtime")
     if not Path(path).is_file():
         raise ExportError(f"there is no file {str(path)!r}; expected an ONNX model, export one first")
     if provider not in onnxruntime.get_available_providers():
         raise ProviderError(_no_provider(provider, "nothing"))
-    session = _open(os.fspath(path), provider, threads, allow_spinning)
+    session = _open(os.fspath(path), provider, threads, allow_spinning, profile)
     if session.get_providers()[0] != provider:
         raise ProviderError(_no_provider(provider, session.get_providers()[0]))
     return session
 
 
-def _open(model: str | bytes, provider: str, threads: int | None, allow_spinning: bool) -> Any:
+def _open(
+    model: str | bytes, provider: str, threads: int | None, allow_spinning: bool, profile: Path | None = None
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its errors are raised as well
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(allow_spinning)))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     settings = {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {}
     try:
         return onnxruntime.InferenceSession(model, options, providers=[(provider, settings)], enable_fallback=0)
@@ -206,7 +235,10 @@ def _no_provider(provider: str, found: str) -> str:
     available = ", ".join(onnxruntime.get_available_providers())
     advice = "choose one of these"
     if provider == "CUDAExecutionProvider":
-        advice = "run pip uninstall onnxruntime, then pip install onnxruntime-gpu, and install its CUDA and cuDNN"
+        advice = (
+            'run pip uninstall onnxruntime, then pip install "nns-plugin[gpu]" for onnxruntime-gpu, and install its '
+            "CUDA and cuDNN"
+        )
     return f"asked ONNX Runtime for {provider}, got {found}; this build offers {available}: {advice}"
 
 
@@ -216,7 +248,7 @@ def check_provider(provider: str) -> None:
     Raises:
         ProviderError: If they do not.
     """
-    provider = _PROVIDERS.get(provider.lower(), provider)
+    provider = provider_name(provider)
     if provider not in onnxruntime.get_available_providers():
         raise ProviderError(_no_provider(provider, "nothing"))
     got = _open(_tiny_model(), provider, 1, False).get_providers()[0]
@@ -258,6 +290,16 @@ def session_providers() -> dict[str, list[str]]:
     return found
 
 
+def runtime_build() -> dict[str, str]:
+    """Which build of ONNX Runtime this is, what it says of itself, and the providers that it offers."""
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "build": onnxruntime.get_build_info().removeprefix("ORT Build Info: "),
+        "device": onnxruntime.get_device(),
+        "providers": ", ".join(onnxruntime.get_available_providers()),
+    }
+
+
 def feed_of(session: Any, arguments: Arguments, path: object) -> dict[str, npt.NDArray[Any]]:
     """The inputs as a session takes them; positional ones by order, named ones by name."""
     names = [put.name for put in session.get_inputs()]
@@ -271,10 +313,12 @@ def feed_of(session: Any, arguments: Arguments, path: object) -> dict[str, npt.N
         raise ExportError(f"the inputs cannot be converted to NumPy ({reason(error)}); convert them first") from error
 
 
-def run_session(session: Any, feed: Mapping[str, npt.NDArray[Any]], path: object) -> list[npt.NDArray[Any]]:
-    """Outputs of one run, in the order of the session; raises ExportError if it cannot run on the inputs."""
+def run_session(
+    session: Any, feed: Mapping[str, npt.NDArray[Any]], path: object, outputs: Sequence[str] | None = None
+) -> list[npt.NDArray[Any]]:
+    """Outputs of one run, all in order or some by name; raises ExportError if it cannot run on the inputs."""
     try:
-        return list(session.run(None, feed))
+        return list(session.run(outputs, feed))
     except Exception as error:
         shapes = {name: f"{array.dtype}{list(array.shape)}" for name, array in feed.items()}
         raise ExportError(

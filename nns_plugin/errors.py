@@ -88,6 +88,10 @@ class ProviderError(NNSError, RuntimeError):
     """A session did not get the execution provider that was asked for."""
 
 
+class GateError(NNSError, ValueError):
+    """A threshold of a gate is out of range, or what it is about was not measured."""
+
+
 class RecipeError(NNSError, ValueError):
     """A recipe is wrong: the message names the field, what was found and what is allowed."""
 

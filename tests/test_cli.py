@@ -113,7 +113,7 @@ def test_doctor_asks_a_real_session(capsys: pytest.CaptureFixture[str], monkeypa
 def test_doctor_names_the_extra_that_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nns_plugin.jobs import environment
+    from nns_plugin import environment
 
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(environment, "_version", lambda name, module: None if name == "nni" else "1.0")

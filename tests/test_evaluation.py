@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("sklearn", reason="the extra cli is not installed")
 
+from nns_plugin.adapters.evaluation import evaluate, predict
 from nns_plugin.errors import CalibrationError, LabelError
-from nns_plugin.jobs.evaluation import evaluate, predict
 
 NAMES = ("ant", "bee", "cat")
 

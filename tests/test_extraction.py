@@ -18,6 +18,7 @@ pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin import Statistics, Subnet, calibrate  # noqa: E402
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.evaluation import evaluate, predict  # noqa: E402
 from nns_plugin.cutting import Cut  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CalibrationError,
@@ -31,7 +32,6 @@ from nns_plugin.errors import (  # noqa: E402
 )
 from nns_plugin.heads import cross_calibrated  # noqa: E402
 from nns_plugin.jobs.budget import smallest_within  # noqa: E402
-from nns_plugin.jobs.evaluation import evaluate, predict  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
 from nns_plugin.snapshot import WeightSnapshot  # noqa: E402

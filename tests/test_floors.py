@@ -28,8 +28,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "nns_plugin.comparison",
             "nns_plugin.compensation",
             "nns_plugin.consumers",
+            "nns_plugin.environment",
             "nns_plugin.group_mixing",
             "nns_plugin.heads",
+            "nns_plugin.intervals",
             "nns_plugin.observe",
             "nns_plugin.operations",
             "nns_plugin.producers",
@@ -110,11 +112,29 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.nni_surgery": frozenset({"nni"}),
     f"{ADAPTERS}.nni_wrapped": frozenset({"nni"}),
     f"{ADAPTERS}.unit_masks": frozenset(),
-    f"{ADAPTERS}.onnxruntime": frozenset({"onnx", "onnxruntime", "onnxscript"}),
+    f"{ADAPTERS}.evaluation": frozenset({"sklearn"}),
+    f"{ADAPTERS}.onnxruntime": frozenset(),
+    f"{ADAPTERS}.onnx_accuracy": frozenset(),
+    f"{ADAPTERS}.onnx_answers": frozenset(),
+    f"{ADAPTERS}.onnx_compare": frozenset(),
+    f"{ADAPTERS}.onnx_export": frozenset(),
+    f"{ADAPTERS}.onnx_feeds": frozenset(),
+    f"{ADAPTERS}.onnx_file": frozenset({"onnx"}),
+    f"{ADAPTERS}.onnx_gate": frozenset(),
     f"{ADAPTERS}.onnx_latency": frozenset(),
+    f"{ADAPTERS}.onnx_memory": frozenset({"onnxruntime", "psutil"}),
     f"{ADAPTERS}.onnx_parity": frozenset(),
+    f"{ADAPTERS}.onnx_profile": frozenset(),
     f"{ADAPTERS}.onnx_session": frozenset({"onnx", "onnxruntime"}),
+    f"{ADAPTERS}.output_errors": frozenset(),
 }
+
+
+def onnx_modules(*names: str) -> frozenset[str]:
+    """Import names of modules for ONNX."""
+    return frozenset(f"{ADAPTERS}.onnx_{name}" for name in names)
+
+
 # The only adapters that may use other ones, and which.
 USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.angle_pruning": frozenset(
@@ -173,11 +193,22 @@ USES: dict[str, frozenset[str]] = {
         {f"{ADAPTERS}.dependency_graph", f"{ADAPTERS}.nni_wrapped", f"{ADAPTERS}.unit_masks"}
     ),
     f"{ADAPTERS}.nni_pruners": frozenset({f"{ADAPTERS}.nni_criterion", f"{ADAPTERS}.nni_wrapped"}),
-    f"{ADAPTERS}.onnx_latency": frozenset({f"{ADAPTERS}.onnx_session"}),
-    f"{ADAPTERS}.onnx_parity": frozenset({f"{ADAPTERS}.onnx_session"}),
-    f"{ADAPTERS}.onnxruntime": frozenset(
-        {f"{ADAPTERS}.onnx_latency", f"{ADAPTERS}.onnx_parity", f"{ADAPTERS}.onnx_session"}
-    ),
+    f"{ADAPTERS}.onnx_accuracy": onnx_modules("answers") | {f"{ADAPTERS}.evaluation"},
+    f"{ADAPTERS}.onnx_answers": onnx_modules("feeds", "file", "session") | {f"{ADAPTERS}.output_errors"},
+    f"{ADAPTERS}.onnx_compare": onnx_modules(
+        "accuracy", "answers", "export", "feeds", "file", "latency", "memory", "parity", "profile", "session"
+    )
+    | {f"{ADAPTERS}.output_errors"},
+    f"{ADAPTERS}.onnx_export": onnx_modules("file", "session"),
+    f"{ADAPTERS}.onnx_feeds": onnx_modules("file"),
+    f"{ADAPTERS}.onnx_gate": onnx_modules("accuracy", "compare", "latency") | {f"{ADAPTERS}.output_errors"},
+    f"{ADAPTERS}.onnx_latency": onnx_modules("feeds", "file", "session"),
+    f"{ADAPTERS}.onnx_parity": onnx_modules("session") | {f"{ADAPTERS}.output_errors"},
+    f"{ADAPTERS}.onnx_profile": onnx_modules("feeds", "session"),
+    f"{ADAPTERS}.onnxruntime": onnx_modules(
+        "accuracy", "compare", "export", "feeds", "file", "gate", "latency", "memory", "parity", "profile", "session"
+    )
+    | {f"{ADAPTERS}.output_errors"},
 }
 
 FOREIGN = (
@@ -304,7 +335,8 @@ SOUND = {
     "nns_plugin.adapters.dependency_graph": "import torch_pruning as tp\nfrom nns_plugin import UnitGroup\n",
     "nns_plugin.adapters.nni": "import nni.compression\nfrom nns_plugin.adapters import nni_groups\n",
     "nns_plugin.adapters.nni_groups": "import nni.compression\nfrom nns_plugin.adapters import dependency_graph\n",
-    "nns_plugin.adapters.onnxruntime": "def export():\n    import onnx, onnxruntime\n",
+    "nns_plugin.adapters.onnx_session": "def export():\n    import onnx, onnxruntime\n",
+    "nns_plugin.adapters.onnxruntime": "from nns_plugin.adapters.onnx_session import export\n",
     "nns_plugin.jobs.budget": "import sklearn, yaml\nfrom nns_plugin.adapters.nni import Pruner\n",
     "nns_plugin.cli": "import rich, typer\nfrom nns_plugin.jobs.budget import search\n",
 }

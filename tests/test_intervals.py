@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 metrics = pytest.importorskip("sklearn.metrics", reason="the extra cli is not installed")
 
-from nns_plugin.jobs import intervals  # noqa: E402
-from nns_plugin.jobs.evaluation import drops, evaluate  # noqa: E402
-from nns_plugin.jobs.intervals import bootstrap, interval, label_metrics, resampled  # noqa: E402
+from nns_plugin import intervals  # noqa: E402
+from nns_plugin.adapters.evaluation import drops, evaluate  # noqa: E402
+from nns_plugin.intervals import bootstrap, interval, label_metrics, resampled  # noqa: E402
 
 NAMES = ("ant", "bee", "cat")
 

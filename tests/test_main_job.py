@@ -239,8 +239,8 @@ def pruned(
     recipe: Any, chosen: list[int] | None = None, factory: str = "user_factories:data", **changes: Any
 ) -> tuple[Any, Any]:
     """The pruned model of a recipe and its evaluation, without the cost of exporting it."""
+    from nns_plugin.adapters.evaluation import evaluate, predict
     from nns_plugin.jobs.datasets import Datasets
-    from nns_plugin.jobs.evaluation import evaluate, predict
     from nns_plugin.jobs.main_job import cut_model
     from nns_plugin.jobs.recipe import call_factory
     from nns_plugin.jobs.training import train_classifier
@@ -383,9 +383,9 @@ def test_turns_go_on_until_accuracy_falls(recipe: Any) -> None:
 @pytest.mark.parametrize("turns", [False, True])
 def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns: bool, rejected: bool) -> None:
     """On the data that decides there is nothing left to gain, whatever came last."""
+    from nns_plugin.adapters.evaluation import predict
     from nns_plugin.heads import balancing_shift
     from nns_plugin.jobs.datasets import Datasets
-    from nns_plugin.jobs.evaluation import predict
     from nns_plugin.jobs.recipe import call_factory
 
     changes: dict[str, Any] = {"ratio": 0.96 if rejected else 0.6, "calibrate_head": True}

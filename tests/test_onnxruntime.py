@@ -23,10 +23,11 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from nns_plugin.adapters import onnx_export as exporting  # noqa: E402
 from nns_plugin.adapters import onnx_latency as latency  # noqa: E402
-from nns_plugin.adapters import onnx_parity as parity  # noqa: E402
 from nns_plugin.adapters import onnx_session as session_module  # noqa: E402
 from nns_plugin.adapters import onnxruntime as adapter  # noqa: E402
+from nns_plugin.adapters import output_errors  # noqa: E402
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError  # noqa: E402
 from nns_plugin.input_selection import InputSelection  # noqa: E402
 
@@ -198,15 +199,15 @@ def test_a_single_example_is_traced_as_two(tmp_path: Path) -> None:
 
 def test_large_weights_go_into_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
-    replace = adapter.os.replace
+    replace = exporting.os.replace
 
     def record(source: str | Path, target: str | Path) -> None:
         if Path(target).parent == tmp_path:
             moved.append(Path(target).name)
         replace(source, target)
 
-    monkeypatch.setattr(adapter, "_SINGLE_FILE_BYTES", 10_000)
-    monkeypatch.setattr(adapter.os, "replace", record)
+    monkeypatch.setattr(exporting, "_SINGLE_FILE_BYTES", 10_000)
+    monkeypatch.setattr(exporting.os, "replace", record)
     model = nn.Sequential(nn.Linear(100, 25), nn.ReLU(), nn.Linear(25, 2))
     path = adapter.export(model, torch.randn(2, 100), tmp_path / "model.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -292,7 +293,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(
     if step == "check":
         monkeypatch.setattr(onnx.checker, "check_model", fail)
     else:
-        monkeypatch.setattr(adapter.os, "replace", fail)
+        monkeypatch.setattr(exporting.os, "replace", fail)
     with pytest.raises(ExportError, match=r"model\.onnx.*OSError: no space left\)") as failure:
         adapter.export(nn.Linear(3, 2), torch.randn(2, 3), tmp_path / "model.onnx")
     one_line(failure)
@@ -442,7 +443,9 @@ def test_the_runtime_does_not_talk(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_cuda_on_a_cpu_build_is_an_error(provider: str, exported: tuple[nn.Module, Path]) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this build of ONNX Runtime has CUDA")
-    message = "CUDAExecutionProvider, got nothing; this build offers .*CPUExecutionProvider.*install onnxruntime-gpu"
+    message = (
+        r"CUDAExecutionProvider, got nothing; this build offers .*CPUExecutionProvider.*install \"nns-plugin\[gpu\]\""
+    )
     with pytest.raises(ProviderError, match=message) as failure:
         adapter.create_session(exported[1], provider)
     one_line(failure)
@@ -613,7 +616,7 @@ def test_a_nan_fails_even_if_both_sides_agree_on_it(tmp_path: Path) -> None:
     ],
 )
 def test_errors_by_hand(expected: float, found: float, absolute: float, relative: float, excess: float) -> None:
-    errors = parity._errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
+    errors = output_errors.errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
     np.testing.assert_allclose(errors.absolute, [absolute], atol=1e-12)
     np.testing.assert_allclose(errors.relative, [relative], atol=1e-12)
     np.testing.assert_allclose(errors.excess, excess, atol=1e-12)
@@ -621,18 +624,18 @@ def test_errors_by_hand(expected: float, found: float, absolute: float, relative
 
 def test_errors_without_tolerance() -> None:
     same, other = np.array([0.0, 3.0]), np.array([0.0, 3.0 + 1e-9])
-    assert parity._errors(same, same, rtol=0, atol=0).excess == 0
-    assert parity._errors(same, other, rtol=0, atol=0).excess == np.inf
-    assert parity._errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
+    assert output_errors.errors(same, same, rtol=0, atol=0).excess == 0
+    assert output_errors.errors(same, other, rtol=0, atol=0).excess == np.inf
+    assert output_errors.errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
 
 
 def test_top1_agreement_by_hand() -> None:
     expected = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [5.0, 4.0]])
     found = np.array([[1.0, 2.0], [2.0, 3.0], [0.0, 1.0], [5.0, 4.0]])
-    assert parity._top1_agreement(expected, found) == 0.75
-    assert parity._top1_agreement(expected[:, 0], found[:, 0]) is None
-    assert parity._top1_agreement(expected[:, :1], found[:, :1]) is None
-    assert parity._top1_agreement(expected.astype(int), found.astype(int)) is None
+    assert output_errors.top1_agreement(expected, found) == 0.75
+    assert output_errors.top1_agreement(expected[:, 0], found[:, 0]) is None
+    assert output_errors.top1_agreement(expected[:, :1], found[:, :1]) is None
+    assert output_errors.top1_agreement(expected.astype(int), found.astype(int)) is None
 
 
 def test_a_fixed_batch_axis_is_found_out(tmp_path: Path) -> None:
@@ -761,6 +764,7 @@ class Clock:
 
     def session(self, name: str, times_ms: Iterator[float]) -> Any:
         def run(outputs: None, feed: dict[str, Any]) -> list[Any]:
+            assert outputs is None
             assert feed["x"].shape == (5, 3)
             self.runs.append(name)
             self.now_ns += round(next(times_ms) * 1e6)
@@ -779,7 +783,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[adapter.Lat
     ) -> tuple[adapter.LatencyComparison, list[str]]:
         clock = Clock()
         sessions = {"dense.onnx": clock.session("dense", baseline), "small.onnx": clock.session("small", candidate)}
-        monkeypatch.setattr(latency, "create_session", lambda path, provider, threads: sessions[str(path)])
+        monkeypatch.setattr(latency, "create_session", lambda path, provider, **options: sessions[str(path)])
+        spec = adapter.TensorSpec("x", "float32", ("batch", 3))
+        monkeypatch.setattr(
+            latency, "read_file", lambda path: SimpleNamespace(path=path, inputs=[spec], selection=None)
+        )
         monkeypatch.setattr(latency, "time", clock)
         paths = {"dense": Path("dense.onnx"), "small": Path("small.onnx")}
         return adapter.measure_latency(paths, torch.ones(5, 3), **options), clock.runs
@@ -788,31 +796,53 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[adapter.Lat
 
 
 def test_the_baseline_is_measured_against_the_candidate(measured: Any) -> None:
-    found, runs = measured(itertools.repeat(4.0), itertools.repeat(2.0), samples=100, threads=3, seed=7)
+    found, runs = measured(itertools.repeat(4.0), itertools.repeat(2.0), samples=95, threads=3, seed=7)
     assert found == adapter.LatencyComparison(
-        baseline=adapter.LatencyReport("dense", 100, 4, 4, None),
-        candidate=adapter.LatencyReport("small", 100, 2, 2, None),
+        baseline=adapter.LatencyReport("dense", 99, 4, None, None, (4, 4), None, (4.0,) * 99),
+        candidate=adapter.LatencyReport("small", 99, 2, None, None, (2, 2), None, (2.0,) * 99),
         ratio=2,
         ratio_low=2,
         ratio_high=2,
         provider="CPUExecutionProvider",
         threads=3,
+        spinning=False,
+        io_binding=False,
         batch=5,
-        samples=100,
+        samples=99,
+        sessions=9,
         warmup_rounds=20,
         warmup_stable=True,
         seed=7,
     )
-    assert len(runs) == 2 * (1 + 20 + 100)
+    assert len(runs) == 2 * (9 * (1 + 11) + 20 + 8 * 10)
+    assert json.loads(json.dumps(asdict(found)))["candidate"]["p50_ms"] == 2
+
+
+def test_the_order_of_runs_is_random(measured: Any) -> None:
+    _, runs = measured(itertools.repeat(4.0), itertools.repeat(2.0), samples=100, sessions=1)
     rounds = [tuple(runs[start : start + 2]) for start in range(0, len(runs), 2)]
     assert set(rounds) == {("dense", "small"), ("small", "dense")}
     assert 30 < sum(first == "dense" for first, _ in rounds[21:]) < 70
-    assert json.loads(json.dumps(asdict(found)))["candidate"]["p50_ms"] == 2
+
+
+def test_pairs_of_sessions_that_differ_widen_the_interval(measured: Any) -> None:
+    rng = np.random.default_rng(0)
+
+    def times() -> Iterator[float]:
+        while True:
+            yield from [rng.lognormal(0, 0.05)] * 21  # each session has a speed of its own: opened, 10 warm, 10 timed
+
+    found, _ = measured(times(), itertools.repeat(1.0), samples=100, warmup=10)
+    assert found.sessions == 10
+    baseline, candidate = (np.array(report.times_ms) for report in (found.baseline, found.candidate))
+    assert (found.ratio, found.ratio_low, found.ratio_high) == adapter.median_ratio(baseline, candidate, sessions=10)
+    _, low, high = adapter.median_ratio(baseline, candidate)
+    assert np.log(found.ratio_high / found.ratio_low) > 3 * np.log(high / low)
 
 
 def test_warm_up_is_not_timed_and_lasts_until_the_times_have_settled(measured: Any) -> None:
     falling = [100 * 0.9**run for run in range(30)] + [4.0] * 1000
-    found, _ = measured(iter(falling), itertools.repeat(2.0), samples=50)
+    found, _ = measured(iter(falling), itertools.repeat(2.0), samples=50, sessions=1)
     assert 40 < found.warmup_rounds < 60
     assert found.warmup_stable
     assert (found.baseline.p50_ms, found.ratio) == (4, 2)
@@ -821,6 +851,7 @@ def test_warm_up_is_not_timed_and_lasts_until_the_times_have_settled(measured: A
 def test_warm_up_is_bounded(measured: Any) -> None:
     growing = (1.1**round for round in range(1000))
     found, runs = measured(itertools.repeat(1.0), growing, samples=10, warmup=35)
+    assert found.sessions == 1
     assert found.warmup_rounds == 35
     assert not found.warmup_stable
     assert len(runs) == 2 * (1 + 35 + 10)
@@ -852,6 +883,7 @@ def test_real_files_are_measured(exported: tuple[nn.Module, Path], capfd: pytest
         (["a", "b"], {"samples": 1}, "samples is 1"),
         (["a", "b"], {"warmup": -1}, "warmup -1"),
         (["a", "b"], {"threads": 0}, "threads 0"),
+        (["a", "b"], {"sessions": 0}, "sessions 0"),
     ],
 )
 def test_latency_arguments_are_checked(
@@ -863,7 +895,9 @@ def test_latency_arguments_are_checked(
 
 def test_latency_of_files_that_do_not_run(exported: tuple[nn.Module, Path], tmp_path: Path) -> None:
     _, path = exported
-    with pytest.raises(ExportError, match=r"cannot run on .*\[2, 3, 9, 9\]") as failure:
+    with pytest.raises(
+        ExportError, match=r"takes input float32\[batch, 3, 8, 8\], found float32\[2, 3, 9, 9\]"
+    ) as failure:
         adapter.measure_latency({"a": path, "b": path}, torch.randn(2, 3, 9, 9))
     one_line(failure)
     with pytest.raises(ExportError, match="there is no file"):

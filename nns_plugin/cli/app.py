@@ -157,13 +157,15 @@ def sweep(
 def doctor() -> None:
     """Show versions, missing extras and the execution providers that a session really gets."""
     from nns_plugin.criteria import available, broken
+    from nns_plugin.environment import hosts
     from nns_plugin.errors import MissingExtraError
-    from nns_plugin.jobs.environment import hosts, providers
 
     console = Console()
     console.print(tables.hosts(hosts()))
     try:
-        console.print(tables.providers(providers()))
+        from nns_plugin.adapters.onnxruntime import session_providers
+
+        console.print(tables.providers(session_providers()))
     except MissingExtraError as error:
         console.print(str(error), highlight=False, markup=False)
     failures = broken()

@@ -11,7 +11,7 @@ from rich.table import Table
 from nns_plugin.jobs.recipe import CONFIDENCE
 
 if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
-    from nns_plugin.jobs.environment import Host
+    from nns_plugin.environment import Host
     from nns_plugin.jobs.report import Report
     from nns_plugin.jobs.sweep import Sweep
 

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nns_plugin.adapters.evaluation import drops, evaluate, judged, log_probabilities, predict
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.heads import cross_calibrated
-from nns_plugin.jobs.evaluation import drops, evaluate, judged, log_probabilities, predict
-from nns_plugin.jobs.intervals import percentile
+from nns_plugin.intervals import percentile
 from nns_plugin.jobs.recipe import CONFIDENCE
 from nns_plugin.subnet import Trial
 
@@ -132,7 +132,7 @@ def drop_bound(
     """How much a subnet loses of the mean balanced accuracy at most, with a confidence.
 
     Args:
-        dense: Logits and outputs of the dense model, as for :func:`nns_plugin.jobs.evaluation.evaluate`.
+        dense: Logits and outputs of the dense model, as for :func:`nns_plugin.adapters.evaluation.evaluate`.
         subnet: The same of the subnet.
         truth: ``[N]`` true labels.
         chosen: The labels of the set.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.adapters.dependency_graph import unit_groups
+from nns_plugin.adapters.evaluation import evaluate, judged, predict
 from nns_plugin.criteria import Semantic, score_groups
 from nns_plugin.integration import integrate
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.evaluation import evaluate, judged, predict
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, provenance, stage
 from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
 from nns_plugin.jobs.recipe import Recipe

@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nns_plugin.adapters.evaluation import drops, evaluate, judged, predict
 from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_operations
 from nns_plugin.cutting import Cut, calibrate_head
+from nns_plugin.environment import versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+from nns_plugin.intervals import Interval, interval
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.environment import versions
-from nns_plugin.jobs.evaluation import drops, evaluate, judged, predict
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
 from nns_plugin.jobs.figures import new_figure
-from nns_plugin.jobs.intervals import Interval, interval
 from nns_plugin.jobs.job_figures import job_figures
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory

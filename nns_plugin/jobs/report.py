@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nns_plugin.adapters.evaluation import Evaluation
 from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
-from nns_plugin.jobs.evaluation import Evaluation
-from nns_plugin.jobs.intervals import Interval
+from nns_plugin.intervals import Interval
 from nns_plugin.subnet import Trial
 
 

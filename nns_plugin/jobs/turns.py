@@ -9,12 +9,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from nns_plugin.adapters.evaluation import evaluate, predict
 from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.circle import train_prune_circle
 from nns_plugin.cutting import Cut, carry_out, finish_head, prepare
 from nns_plugin.errors import LabelError
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.evaluation import evaluate, predict
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
 from nns_plugin.jobs.recipe import CircleSection, Recipe, SynapsesSection
 from nns_plugin.surgery import Compensation

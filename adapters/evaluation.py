@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.errors import CalibrationError, LabelError
+from nns_plugin.errors import CalibrationError, LabelError, MissingExtraError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
-from nns_plugin.jobs.intervals import Array, Interval, bootstrap, interval, label_metrics, rates
+from nns_plugin.intervals import Array, Interval, bootstrap, interval, label_metrics, rates
 from nns_plugin.preserve import preserved
+
+try:
+    from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+except ModuleNotFoundError as error:
+    raise MissingExtraError(error.name or "sklearn", "cli") from error
 
 
 @dataclass(frozen=True)
@@ -187,13 +191,40 @@ def drops(
     Returns:
         ``[resamples]``, as shares; NaN where a label was not drawn.
     """
+    lost = paired_drops(dense, subnet, labels, chosen, names, resamples, seed)
+    return np.asarray(np.mean([lost[names[label]] for label in chosen], axis=0))
+
+
+ACCURACY = ""  # in the drops of all metrics the key of the accuracy, beside the names of labels
+
+
+def paired_drops(
+    dense: tuple[Tensor, Sequence[int | None]],
+    subnet: tuple[Tensor, Sequence[int | None]],
+    labels: Tensor,
+    chosen: Sequence[int],
+    names: Sequence[str],
+    resamples: int,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """What a subnet loses of its accuracy, and of each label's balanced accuracy, in resamples that both share.
+
+    Arguments as for :func:`drops`.
+
+    Returns:
+        By name of the label ``[resamples]``, as shares, and as :data:`ACCURACY` that of all inputs: of the open-set
+        accuracy, or of the closed-set accuracy where the outputs can answer nothing else than the set.
+    """
     answered = [_answered(logits, labels, outputs, chosen, names) for logits, outputs in (dense, subnet)]
 
     def metrics(weights: Array) -> dict[str, Array]:
-        left, right = (each.mean_balanced_accuracy(chosen, weights) for each in answered)
-        return {"drop": left - right}
+        left, right = (
+            np.column_stack([each.accuracy(chosen, weights), each.balanced_accuracies(chosen, weights)])
+            for each in answered
+        )
+        return dict(zip([ACCURACY, *(names[label] for label in chosen)], (left - right).T, strict=True))
 
-    return bootstrap(metrics, len(labels), resamples, seed)["drop"]
+    return bootstrap(metrics, len(labels), resamples, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +257,18 @@ class _Answered:
         seen = np.where(self.inside, self.truth, -1)
         return np.asarray(seen == np.where(np.isin(self.said, chosen), self.said, -1))
 
-    def mean_balanced_accuracy(self, chosen: Sequence[int], weights: Array) -> Array:
-        """``[b]`` for ``[b, N]`` weights of all inputs."""
+    def balanced_accuracies(self, chosen: Sequence[int], weights: Array) -> Array:
+        """``[b, L]`` for ``[b, N]`` weights of all inputs."""
         rows, labels = self.rows, np.asarray(chosen)
         found = rates(weights[:, rows], self.truth[rows, None] == labels, self.said[rows, None] == labels)
-        return np.asarray(found["balanced_accuracy"].mean(1))
+        return found["balanced_accuracy"]
+
+    def accuracy(self, chosen: Sequence[int], weights: Array) -> Array:
+        """``[b]`` for ``[b, N]`` weights of all inputs: open-set where something else can be answered."""
+        rows = self.rows
+        right = self.is_right(chosen) if self.is_open else self.among == self.truth
+        with np.errstate(invalid="ignore"):
+            return np.asarray(weights[:, rows] @ right[rows].astype(np.float64) / weights[:, rows].sum(1))
 
     def resampled(self, chosen: Sequence[int], resamples: int, seed: int) -> dict[str, Array]:
         """Metrics over resamples of all inputs: each label's by ``"label.name"``, and those of the whole set."""

@@ -1,0 +1,226 @@
+"""How far outputs are from those that were expected: errors, the tolerance that they need, and where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nns_plugin.errors import ExportError
+
+Kind = Literal["masked against removed", "torch against ONNX", "dense against pruned"]
+
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first value that differs by more than is allowed.
+
+    Attributes:
+        output: Name of the output.
+        position: Its place in it; the first number is that of the input.
+        expected: The value of the reference.
+        found: The value of the candidate.
+    """
+
+    output: str
+    position: tuple[int, ...]
+    expected: float
+    found: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far a candidate's outputs are from its reference's.
+
+    Attributes:
+        kind: What is compared.
+        reference: Name of the model or file whose outputs are expected.
+        candidate: Name of the one whose outputs are judged.
+        passed: Whether every value differs by at most ``atol + rtol * |reference's value|``; a NaN never passes.
+        max_absolute_error: Largest absolute difference, NaN if an output holds one.
+        max_relative_error: Largest difference relative to the reference's value, over values larger than ``atol``.
+        p50_absolute_error: Median of the absolute differences.
+        p90_absolute_error: Their 90th percentile.
+        p99_absolute_error: Their 99th percentile.
+        passing_rtol: The smallest relative tolerance that would pass, with ``atol`` as it is; ``None`` if none would.
+        passing_atol: The smallest absolute tolerance that would pass, with ``rtol`` as it is; ``None`` if none would.
+        top1_agreement: Share of inputs (and positions) whose largest first-output label is the same, in [0, 1];
+            None if the first output is not ``[N, L, ...]`` with at least two labels.
+        worst_output: Name of the output that is furthest from passing.
+        outputs: Names of the outputs that are compared.
+        incomparable: What of the reference's outputs cannot be compared, and why; nothing passes with any.
+        first_divergence: The first value, in order of outputs and inputs, that differs by more than is allowed.
+        inputs: Number of inputs, N.
+        batch_sizes: Batch sizes that were compared.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        provider: Execution provider of the file's session; ``None`` without a file.
+    """
+
+    kind: Kind
+    reference: str
+    candidate: str
+    passed: bool
+    max_absolute_error: float
+    max_relative_error: float
+    p50_absolute_error: float
+    p90_absolute_error: float
+    p99_absolute_error: float
+    passing_rtol: float | None
+    passing_atol: float | None
+    top1_agreement: float | None
+    worst_output: str
+    outputs: tuple[str, ...]
+    incomparable: tuple[str, ...]
+    first_divergence: Divergence | None
+    inputs: int
+    batch_sizes: tuple[int, ...]
+    rtol: float
+    atol: float
+    provider: str | None
+
+
+class Errors(NamedTuple):
+    """Element-wise differences of one output.
+
+    Attributes:
+        absolute: Absolute differences, flat.
+        relative: Largest difference relative to the expected value, over values larger than ``atol``.
+        excess: Largest share of the tolerance that is used up; above 1 fails, a NaN counts as infinite.
+        rtol: Smallest relative tolerance that passes, with ``atol`` as it is; infinite if none does.
+        atol: Smallest absolute tolerance that passes, with ``rtol`` as it is; infinite if none does.
+        place: Flat place of the first value that differs by more than is allowed; ``None`` if none does.
+    """
+
+    absolute: npt.NDArray[np.float64]
+    relative: float
+    excess: float
+    rtol: float
+    atol: float
+    place: int | None
+
+
+def errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, atol: float) -> Errors:
+    """Compare one output element by element; equal infinities do not differ.
+
+    Example:
+        >>> errors(np.array([1.0, 2.0]), np.array([1.0, 2.5]), rtol=0.0, atol=0.1).rtol
+        0.2
+    """
+    expected, found = (array.astype(np.float64).ravel() for array in (expected, found))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        absolute = np.where(expected == found, 0.0, np.abs(found - expected))
+        size = np.abs(expected)
+        differs = absolute != 0  # a NaN differs
+        relative = np.divide(absolute, size, out=np.zeros_like(size), where=~(size <= atol) & differs)
+        excess = np.divide(absolute, atol + rtol * size, out=np.zeros_like(size), where=differs)
+        rounded = absolute * (1 + _ROUNDING)  # so that what is told passes in spite of rounding
+        needed_rtol = np.divide(rounded - atol, size, out=np.zeros_like(size), where=~(absolute <= atol))
+        needed_atol = np.where(differs, rounded - rtol * size, 0.0)
+    excess = np.where(np.isfinite(excess), excess, np.inf)
+    over = np.flatnonzero(excess > 1)
+    return Errors(
+        absolute=absolute,
+        relative=float(relative.max(initial=0)),
+        excess=float(excess.max(initial=0)),
+        rtol=_largest(needed_rtol),
+        atol=_largest(needed_atol),
+        place=int(over[0]) if over.size else None,
+    )
+
+
+def _largest(values: npt.NDArray[np.float64]) -> float:
+    return float(np.where(np.isnan(values), np.inf, values).max(initial=0))
+
+
+def top1_agreement(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float | None:
+    """Share of inputs and positions with the same largest label; ``None`` unless both are float ``[N, L > 1, ...]``."""
+    if expected.ndim < 2 or expected.shape[1] < 2 or not np.issubdtype(expected.dtype, np.floating):
+        return None
+    return float(np.mean(expected.argmax(1) == found.argmax(1)))
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raises ExportError unless both are numbers from 0 on."""
+    if not (0 <= rtol < np.inf and 0 <= atol < np.inf):
+        raise ExportError(f"rtol is {rtol} and atol is {atol}; expected numbers from 0 on")
+
+
+class Comparing:
+    """Collects the differences of outputs, batch by batch.
+
+    Args:
+        names: Of the outputs that are compared.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+
+    Raises:
+        ExportError: If a tolerance is out of range.
+    """
+
+    def __init__(self, names: Sequence[str], rtol: float, atol: float) -> None:
+        check_tolerances(rtol, atol)
+        self.names, self.rtol, self.atol = tuple(names), rtol, atol
+        self._found: list[tuple[str, Errors]] = []
+        self._first: dict[str, Divergence] = {}
+
+    def add(
+        self, expected: Sequence[npt.NDArray[Any]], found: Sequence[npt.NDArray[Any]], first_input: int = 0
+    ) -> None:
+        """Compare the outputs of a batch whose first input has a number."""
+        for name, reference, candidate in zip(self.names, expected, found, strict=True):
+            of = errors(reference, candidate, self.rtol, self.atol)
+            self._found.append((name, of))
+            if of.place is not None and name not in self._first:
+                index = tuple(int(axis) for axis in np.unravel_index(of.place, reference.shape))
+                position = (index[0] + first_input, *index[1:]) if index else ()
+                self._first[name] = Divergence(name, position, float(reference[index]), float(candidate[index]))
+
+    def report(
+        self,
+        kind: Kind,
+        names: tuple[str, str],
+        *,
+        inputs: int,
+        batch_sizes: tuple[int, ...],
+        top1: float | None,
+        provider: str | None = None,
+        incomparable: tuple[str, ...] = (),
+    ) -> ParityReport:
+        """All that was compared."""
+        absolute = np.concatenate([of.absolute for _, of in self._found] or [np.zeros(0)])
+        if not absolute.size and not incomparable:
+            raise ExportError(f"{names[0]} and {names[1]} give no values to compare; pass inputs that they answer")
+        worst, of_worst = max(self._found, key=lambda named: named[1].excess, default=("", None))
+        p50, p90, p99 = map(float, np.percentile(absolute, (50, 90, 99)) if absolute.size else (0, 0, 0))
+        rtol = max((of.rtol for _, of in self._found), default=0.0)
+        atol = max((of.atol for _, of in self._found), default=0.0)
+        firsts = [self._first[name] for name in self.names if name in self._first]
+        return ParityReport(
+            kind=kind,
+            reference=names[0],
+            candidate=names[1],
+            passed=not incomparable and of_worst is not None and of_worst.excess <= 1,
+            max_absolute_error=float(absolute.max(initial=0)),
+            max_relative_error=float(np.max([of.relative for _, of in self._found], initial=0)),
+            p50_absolute_error=p50,
+            p90_absolute_error=p90,
+            p99_absolute_error=p99,
+            passing_rtol=rtol if np.isfinite(rtol) and not incomparable else None,
+            passing_atol=atol if np.isfinite(atol) and not incomparable else None,
+            top1_agreement=top1,
+            worst_output=worst,
+            outputs=self.names,
+            incomparable=incomparable,
+            first_divergence=firsts[0] if firsts else None,
+            inputs=inputs,
+            batch_sizes=batch_sizes,
+            rtol=self.rtol,
+            atol=self.atol,
+            provider=provider,
+        )

@@ -1,0 +1,134 @@
+"""What a measurement ran on: versions of the hosts, missing extras, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+# Distribution, the module it provides, and the extra that brings it ("" for a base dependency).
+HOSTS = (
+    ("torch", "torch", ""),
+    ("torch-pruning", "torch_pruning", ""),
+    ("numpy", "numpy", ""),
+    ("safetensors", "safetensors", ""),
+    ("onnx", "onnx", "onnx"),
+    ("onnxruntime", "onnxruntime", "onnx"),
+    ("onnxscript", "onnxscript", "onnx"),
+    ("psutil", "psutil", "onnx"),
+    ("scikit-learn", "sklearn", "cli"),
+    ("pydantic", "pydantic", "cli"),
+    ("typer", "typer", "cli"),
+    ("rich", "rich", "cli"),
+    ("PyYAML", "yaml", "cli"),
+    ("matplotlib", "matplotlib", "figures"),
+    ("nni", "nni", "nni"),
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One package that nns-plugin works with.
+
+    Attributes:
+        name: Of the distribution.
+        version: Installed version, or ``None`` if it is missing.
+        extra: The extra that brings it; empty for a base dependency.
+    """
+
+    name: str
+    version: str | None
+    extra: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs it; empty where it is there."""
+        if self.version is not None:
+            return ""
+        return f'pip install "nns-plugin[{self.extra}]"' if self.extra else "pip install nns-plugin"
+
+
+def hosts() -> tuple[Host, ...]:
+    """Every host with its version; a GPU build of ONNX Runtime counts as ``onnxruntime``."""
+    return tuple(Host(name, _version(name, module), extra) for name, module, extra in HOSTS)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, nns-plugin and every host; "not installed" where missing."""
+    found = {host.name: host.version or "not installed" for host in hosts()}
+    return {
+        "python": platform.python_version(),
+        "nns-plugin": _version("nns-plugin", "nns_plugin") or "source",
+        **found,
+    }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measurement ran on.
+
+    Attributes:
+        system: Operating system and architecture.
+        cpu: Model of the processor, as the system calls it.
+        cpu_flags: What it can do, as Linux tells; empty elsewhere.
+        cores: Logical cores.
+        usable_cores: Those that this process may run on.
+        cpu_quota: Cores' worth of time that the control group allows, where it limits that.
+        governor: How the first core's frequency is governed, where that can be read.
+        memory_bytes: Of the machine, where that can be read.
+    """
+
+    system: str
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    cores: int
+    usable_cores: int
+    cpu_quota: float | None
+    governor: str | None
+    memory_bytes: int | None
+
+
+def machine() -> Machine:
+    """The machine that this process runs on."""
+    facts = dict(_fields(_read("/proc/cpuinfo").partition("\n\n")[0]))
+    cores = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    memory = dict(_fields(_read("/proc/meminfo"))).get("MemTotal", "").removesuffix(" kB")
+    return Machine(
+        system=platform.platform(),
+        cpu=facts.get("model name") or platform.processor() or platform.machine(),
+        cpu_flags=tuple(sorted((facts.get("flags") or facts.get("Features") or "").split())),
+        cores=cores,
+        usable_cores=len(affinity(0)) if affinity else cores,
+        cpu_quota=int(quota) / int(period) if quota.isdigit() and period.isdigit() else None,
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        memory_bytes=1024 * int(memory) if memory.isdigit() else None,
+    )
+
+
+def _read(path: str) -> str:
+    """A file of the system; empty where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _fields(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()
+
+
+def _version(name: str, module: str) -> str | None:
+    for distribution in (name, f"{name}-gpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown" if find_spec(module) is not None else None
