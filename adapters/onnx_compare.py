@@ -89,6 +89,8 @@ def compare(
     inputs: Any = None,
     labels: Any = None,
     *,
+    baseline_model: nn.Module | None = None,
+    candidate_model: nn.Module | None = None,
     masked: nn.Module | None = None,
     label_names: Sequence[str] | None = None,
     candidate_labels: Sequence[str] | None = None,
@@ -117,7 +119,9 @@ def compare(
         inputs: Tensors or arrays ``[N, ...]``, one, several in order, or by name; random ones by default. Torch models
             need some.
         labels: ``[N]`` indices of the inputs' true labels, among the baseline's outputs.
-        masked: A torch model in which the units are masked that a candidate in torch has not: they must agree.
+        baseline_model: The torch model that a baseline's file was exported from: they must agree.
+        candidate_model: The same of the candidate.
+        masked: A torch model in which the units are masked that the candidate in torch has not: they must agree.
         label_names: Names of the baseline's labels; by default those in its file, or numbers.
         candidate_labels: Names of the candidate's, in order; by default those in its file, or the baseline's if they
             are as many.
@@ -157,8 +161,12 @@ def compare(
     check_tolerances(rtol, atol)
     check_provider(provider)
     models = {"baseline": baseline, "candidate": candidate}
-    if masked is not None and not isinstance(candidate, nn.Module):
-        raise ExportError("masked is compared with a candidate in torch, found a file; pass the small model")
+    in_torch = [
+        model if isinstance(model, nn.Module) else other
+        for model, other in ((baseline, baseline_model), (candidate, candidate_model))
+    ]
+    if masked is not None and in_torch[1] is None:
+        raise ExportError("masked is compared with a candidate in torch, found a file; pass candidate_model as well")
     with _as_files(models, inputs, (label_names, candidate_labels), opset) as paths:
         files = [read_file(path) for path in paths]
         given = inputs is not None
@@ -166,12 +174,12 @@ def compare(
         values = values_of(inputs, files[0]) if given else random_values(files[0], count, seed)
         feeds = [feeds_of(file, values) for file in files]
         reports: list[ParityReport] = []
-        for model, path in zip(models.values(), paths, strict=True):
-            if isinstance(model, nn.Module):
-                some = _some(inputs, _CHUNK)
+        some = _some(list(values.values()) if inputs is None else inputs, _CHUNK)
+        for model, path in zip(in_torch, paths, strict=True):
+            if model is not None:
                 reports.append(check_parity(model, path, some, rtol=rtol, atol=atol, provider=provider))
-        if masked is not None and isinstance(candidate, nn.Module):
-            reports.append(check_removal(masked, candidate, _some(inputs, _CHUNK), rtol=rtol, atol=atol))
+        if masked is not None and in_torch[1] is not None:
+            reports.append(check_removal(masked, in_torch[1], some, rtol=rtol, atol=atol))
         answers = answers_of(files, feeds, (label_names, candidate_labels), provider, rtol=rtol, atol=atol)
         reports.append(answers.parity)
         accuracy, fault = None, None

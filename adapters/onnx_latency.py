@@ -92,6 +92,15 @@ class LatencyComparison:
     warmup_stable: bool
     seed: int
 
+    @property
+    def conditions(self) -> str:
+        """How it was measured, in words."""
+        return (
+            f"{self.provider}, {self.threads} thread(s), spinning {'on' if self.spinning else 'off'}, inputs and "
+            f"outputs {'bound' if self.io_binding else 'copied'}, {self.samples} samples each in {self.sessions} "
+            "pair(s) of sessions, in turns"
+        )
+
 
 def measure_latency(
     paths: Mapping[str, str | os.PathLike[str]],
@@ -134,6 +143,57 @@ def measure_latency(
         ExportError: If the arguments are out of range or a file cannot be loaded or run.
         ProviderError: If a session does not get the provider.
     """
+    feeds = []
+    for path in paths.values():
+        file = read_file(path)
+        feeds.append(feeds_of(file, values_of(inputs, file)))
+    return measure_feeds(
+        paths,
+        [feed.batch(feed.inputs) for feed in feeds],
+        batch=feeds[0].inputs if feeds else 0,
+        samples=samples,
+        warmup=warmup,
+        sessions=sessions,
+        threads=threads,
+        provider=provider,
+        allow_spinning=allow_spinning,
+        io_binding=io_binding,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def measure_feeds(
+    paths: Mapping[str, str | os.PathLike[str]],
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    batch: int,
+    samples: int = 300,
+    warmup: int = 200,
+    sessions: int = SESSIONS,
+    threads: int = 1,
+    provider: str = "CPUExecutionProvider",
+    allow_spinning: bool = False,
+    io_binding: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> LatencyComparison:
+    """The same for files that take different inputs.
+
+    Args:
+        paths: The baseline's name and file, then the candidate's.
+        feeds: Arrays by name of the input, of the baseline and of the candidate.
+        batch: Inputs in each feed.
+        samples: As for :func:`measure_latency`, like all that follow.
+        warmup: Untimed runs.
+        sessions: Pairs of sessions.
+        threads: Threads within an operator.
+        provider: Execution provider.
+        allow_spinning: Whether idle threads spin.
+        io_binding: Whether to bind inputs and outputs.
+        seed: Of the order of runs and the bootstrap.
+        progress: Whether to show a progress bar.
+    """
     if len(paths) != 2:
         raise ExportError(f"paths holds {list(paths)}; expected two files, the baseline and then the candidate")
     if samples < 2 or warmup < 0 or threads < 1 or sessions < 1:
@@ -142,14 +202,9 @@ def measure_latency(
             "0, 1 and 1"
         )
     openers: list[Opener] = []
-    batches = []
-    for path in paths.values():
-        file = read_file(path)
-        feeds = feeds_of(file, values_of(inputs, file))
-        batches.append(feeds.inputs)
-        feed = feeds.batch(feeds.inputs)
+    for path, feed in zip(paths.values(), feeds, strict=True):
 
-        def opener(path: str | os.PathLike[str] = path, feed: dict[str, Array] = feed) -> tuple[Run, str]:
+        def opener(path: str | os.PathLike[str] = path, feed: Mapping[str, Array] = feed) -> tuple[Run, str]:
             session = create_session(path, provider, threads=threads, allow_spinning=allow_spinning)
             run_session(session, feed, path)
             return _runner(session, feed, io_binding), session.get_providers()[0]
@@ -184,7 +239,7 @@ def measure_latency(
         threads=threads,
         spinning=allow_spinning,
         io_binding=io_binding,
-        batch=batches[0],
+        batch=batch,
         samples=len(timed),
         sessions=pairs,
         warmup_rounds=warm,

@@ -1,7 +1,7 @@
 """ONNX Runtime: export a model, compare a candidate with its baseline, and judge whether it may be shipped."""
 
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport, LabelDrop
-from nns_plugin.adapters.onnx_compare import Comparison, compare
+from nns_plugin.adapters.onnx_compare import Comparison, compare, jsonable
 from nns_plugin.adapters.onnx_export import export
 from nns_plugin.adapters.onnx_feeds import Feeds, feeds_of, random_values, read_values, values_of
 from nns_plugin.adapters.onnx_file import FEATURES_KEY, LABELS_KEY, SELECTION_KEY, OnnxFile, TensorSpec, read_file
@@ -10,6 +10,7 @@ from nns_plugin.adapters.onnx_latency import (
     LatencyComparison,
     LatencyReport,
     latency_report,
+    measure_feeds,
     measure_latency,
     median_ratio,
 )
@@ -23,7 +24,8 @@ from nns_plugin.adapters.onnx_profile import (
     compare_profiles,
     profile,
 )
-from nns_plugin.adapters.onnx_session import check_provider, create_session, session_providers
+from nns_plugin.adapters.onnx_rounding import RoundingGain, rounding_gains
+from nns_plugin.adapters.onnx_session import check_provider, create_session, runtime_build, session_providers
 from nns_plugin.adapters.output_errors import Divergence, ParityReport
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ParityReport",
     "Profile",
     "ProfileComparison",
+    "RoundingGain",
     "SessionMemory",
     "TensorSpec",
     "Verdict",
@@ -56,13 +59,17 @@ __all__ = [
     "create_session",
     "export",
     "feeds_of",
+    "jsonable",
     "latency_report",
+    "measure_feeds",
     "measure_latency",
     "median_ratio",
     "profile",
     "random_values",
     "read_file",
     "read_values",
+    "rounding_gains",
+    "runtime_build",
     "session_memory",
     "session_providers",
     "values_of",

@@ -125,6 +125,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_memory": frozenset({"onnxruntime", "psutil"}),
     f"{ADAPTERS}.onnx_parity": frozenset(),
     f"{ADAPTERS}.onnx_profile": frozenset(),
+    f"{ADAPTERS}.onnx_rounding": frozenset({"onnx"}),
     f"{ADAPTERS}.onnx_session": frozenset({"onnx", "onnxruntime"}),
     f"{ADAPTERS}.output_errors": frozenset(),
 }
@@ -205,8 +206,20 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_latency": onnx_modules("feeds", "file", "session"),
     f"{ADAPTERS}.onnx_parity": onnx_modules("session") | {f"{ADAPTERS}.output_errors"},
     f"{ADAPTERS}.onnx_profile": onnx_modules("feeds", "session"),
+    f"{ADAPTERS}.onnx_rounding": onnx_modules("compare", "feeds", "latency", "profile"),
     f"{ADAPTERS}.onnxruntime": onnx_modules(
-        "accuracy", "compare", "export", "feeds", "file", "gate", "latency", "memory", "parity", "profile", "session"
+        "accuracy",
+        "compare",
+        "export",
+        "feeds",
+        "file",
+        "gate",
+        "latency",
+        "memory",
+        "parity",
+        "profile",
+        "rounding",
+        "session",
     )
     | {f"{ADAPTERS}.output_errors"},
 }

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from nns_plugin import __version__
-from nns_plugin.cli import tables
+from nns_plugin.cli import ACCURACY, LATENCY, PARITY, PROVIDER, tables
+from nns_plugin.errors import RecipeError
 
 app = typer.Typer(
     name="nns",
@@ -79,7 +80,7 @@ def run(
     from nns_plugin.jobs.recipe import load_recipe, parse_settings
 
     given: dict[str, Any] = {
-        "labels": None if labels is None else [part.strip() for part in labels.split(",")],
+        "labels": None if labels is None else _names(labels),
         "ratio": ratio,
         "zeta": zeta,
         "max_balanced_accuracy_drop": max_drop,
@@ -108,7 +109,7 @@ def run(
     console.print(f"written to {output}: {written}", highlight=False, markup=False)
     if not (report.baseline.parity.passed and report.subnet.parity.passed):
         console.print("parity FAILED: an ONNX file does not answer as its model does", style="bold red")
-        raise typer.Exit(3)
+        raise typer.Exit(PARITY)
 
 
 @app.command()
@@ -151,6 +152,125 @@ def sweep(
         raise typer.Exit(130) from None
     console.print(tables.sweep(found))
     console.print(f"written to {output}: {STATE}, pareto.png, trials", highlight=False, markup=False)
+
+
+@app.command()
+def validate(
+    baseline: Annotated[Path, typer.Argument(help="The ONNX file that is in use, or the dense one.")],
+    candidate: Annotated[Path, typer.Argument(help="The ONNX file that is to take its place.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Inputs by name, and 'labels' if known, in an .npz file; else random inputs."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="In place of data: a recipe, whose test data to take.")] = None,
+    subnet: Annotated[
+        Path | None,
+        typer.Option(help="With a recipe: the candidate's subnet.safetensors, to compare in torch, too."),
+    ] = None,
+    provider: Annotated[str | None, typer.Option(help="Execution provider: cpu, cuda and so on.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads within an operator, in each session.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes at which to measure: 1,8,32.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Timed runs of each file: 100 for p90, 1000 for p99.", show_default="300")
+    ] = None,
+    io_binding: Annotated[
+        bool, typer.Option("--io-binding/--no-io-binding", help="Bind inputs and outputs to the device once.")
+    ] = False,
+    spinning: Annotated[bool, typer.Option("--spinning/--no-spinning", help="Let idle threads spin.")] = False,
+    min_speedup: Annotated[float | None, typer.Option(help="Least ratio of medians, at each batch size.")] = None,
+    max_p90_ms: Annotated[float | None, typer.Option(help="Most that p90 may be, at each batch size.")] = None,
+    max_accuracy_drop: Annotated[float | None, typer.Option(help="Most that accuracy may fall: 0.01.")] = None,
+    max_label_drop: Annotated[
+        float | None, typer.Option(help="Most that each label's balanced accuracy may fall: 0.03.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of the outputs for the kept labels.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance of them.")] = None,
+    min_top1_agreement: Annotated[
+        float | None, typer.Option(help="Least share of inputs that both answer alike: 0.99.")
+    ] = None,
+    candidate_labels: Annotated[
+        str | None, typer.Option(help="Labels of the candidate, in order, if its file does not tell: 3,5,other.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="How sure to be of what accuracy loses.")] = 0.95,
+    suggest_rounding: Annotated[
+        bool, typer.Option("--suggest-rounding", help="Measure what more channels would gain, layer by layer.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write the checks there, as tests in XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write a summary there.")] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw both distributions of latency there.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and of the order of runs.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Compare an ONNX file with the one that it is to replace, and judge it by thresholds.
+
+    Every threshold is optional, and only those given can fail. Exit codes: 0 pass, 2 bad input, 3 parity, 4 accuracy,
+    5 latency, 6 provider; of several failures the first of provider, parity, accuracy, latency.
+    """
+    from nns_plugin.adapters.onnxruntime import Gate
+    from nns_plugin.cli import validation_tables
+    from nns_plugin.jobs.recipe import load_recipe
+    from nns_plugin.jobs.validation import Reports
+    from nns_plugin.jobs.validation import validate as validate_files
+
+    gate = Gate(
+        min_speedup=min_speedup,
+        max_p90_ms=max_p90_ms,
+        max_accuracy_drop=max_accuracy_drop,
+        max_label_drop=max_label_drop,
+        rtol=rtol,
+        atol=atol,
+        min_top1_agreement=min_top1_agreement,
+    )
+    given = {
+        "provider": provider,
+        "threads": threads,
+        "batches": None if batch is None else _numbers("--batch", batch),
+        "samples": samples,
+        "candidate_labels": None if candidate_labels is None else _names(candidate_labels),
+    }
+    sys.path.insert(0, "")
+    console = Console()
+    with _notes(console):
+        found = validate_files(
+            baseline,
+            candidate,
+            gate,
+            data=data,
+            recipe=None if recipe is None else load_recipe(recipe),
+            subnet=subnet,
+            reports=Reports(json, junit, markdown, figure),
+            suggest_rounding=suggest_rounding,
+            io_binding=io_binding,
+            allow_spinning=spinning,
+            confidence=confidence,
+            seed=seed,
+            progress=not quiet,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    for table in validation_tables.tables(found):
+        console.print(table)
+    for failure in found.verdict.failures:
+        print(f"nns: {failure.subject} FAILED: {' '.join(failure.text.split())}", file=sys.stderr)
+    if found.verdict.failures:
+        codes = {"provider": PROVIDER, "parity": PARITY, "accuracy": ACCURACY, "latency": LATENCY}
+        failed = {failure.subject for failure in found.verdict.failures}
+        raise typer.Exit(next(code for subject, code in codes.items() if subject in failed))
+
+
+def _names(text: str) -> list[str]:
+    """Names that are separated by commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers that are separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise RecipeError(
+            f"{option}: found {text!r}; expected whole numbers separated by commas, such as 1,8"
+        ) from error
 
 
 @app.command()

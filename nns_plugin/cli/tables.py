@@ -57,8 +57,7 @@ def comparison(report: Report) -> Table:
     )
     table.add_row("parity", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
     table.caption = (
-        f"latency: ONNX Runtime, {latency.provider}, batch {latency.batch}, {latency.threads} thread(s), "
-        f"{latency.samples} samples each, interleaved; [95 % interval], accuracies over resampled inputs"
+        f"latency: batch {latency.batch}, {latency.conditions}; [95 % interval], accuracies over resampled inputs"
     )
     return table
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,6 +27,7 @@ from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.job_figures import job_figures
+from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
@@ -252,7 +251,7 @@ def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> tuple[nn.Mod
             f"model.factory: {section.factory} returned a {type(model).__name__}; expected a torch module"
         )
     if section.checkpoint is not None:
-        _load_checkpoint(model, section.checkpoint)
+        load_checkpoint(model, section.checkpoint)
     snapshot = None
     if "snapshot" in criterion_class(recipe).requires:
         if section.initial is not None:
@@ -264,24 +263,6 @@ def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> tuple[nn.Mod
     model.eval()
     _check_runs(model, data.example_inputs, len(data.label_names))
     return model, snapshot
-
-
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except FileNotFoundError as error:
-        raise RecipeError(f"model.checkpoint: there is no file {str(path)!r}") from error
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"model.checkpoint: {str(path)!r} is no safetensors file: {error}") from error
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = {name: list(value.shape) for name, value in weights.items()}
-    for name in [*expected, *(name for name in found if name not in expected)]:
-        if expected.get(name) != found.get(name):
-            raise RecipeError(
-                f"model.checkpoint: {str(path)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in "
-                f"the file and {expected.get(name, 'missing')} in the model"
-            )
-    model.load_state_dict(weights)
 
 
 def _train(

@@ -1,8 +1,14 @@
-"""The default job's classifier."""
+"""The default job's classifier, and weights for the model of a recipe."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from nns_plugin.errors import RecipeError
 
 
 def digits_classifier(width: int = 32, labels: int = 10) -> nn.Module:
@@ -27,3 +33,26 @@ def digits_classifier(width: int = 32, labels: int = 10) -> nn.Module:
 
 def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load weights that fit a model exactly.
+
+    Raises:
+        RecipeError: If the file is missing, no safetensors file, or another model's.
+    """
+    try:
+        weights = load_file(path)
+    except FileNotFoundError as error:
+        raise RecipeError(f"model.checkpoint: there is no file {str(path)!r}") from error
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"model.checkpoint: {str(path)!r} is no safetensors file: {error}") from error
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if expected.get(name) != found.get(name):
+            raise RecipeError(
+                f"model.checkpoint: {str(path)!r} does not fit the model: {name!r} is {found.get(name, 'missing')} in "
+                f"the file and {expected.get(name, 'missing')} in the model"
+            )
+    model.load_state_dict(weights)

@@ -1,0 +1,260 @@
+"""The validation job: two ONNX files in, what was measured and the gate's verdict out, and reports of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nns_plugin.adapters.onnxruntime import (
+    Comparison,
+    Gate,
+    OnnxFile,
+    RoundingGain,
+    Verdict,
+    check_provider,
+    compare,
+    jsonable,
+    read_file,
+    read_values,
+    rounding_gains,
+    values_of,
+)
+from nns_plugin.errors import GateError, NNSError, RecipeError
+from nns_plugin.forward import parse_batch
+from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.extraction import chosen_labels, stage
+from nns_plugin.jobs.figures import latency_figure, new_figure
+from nns_plugin.jobs.models import load_checkpoint
+from nns_plugin.jobs.output import check_writable, written_together
+from nns_plugin.jobs.recipe import Recipe, call_factory
+from nns_plugin.jobs.validation_report import junit, junit_of_error, markdown, markdown_of_error
+from nns_plugin.subnet import Subnet
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where to write what was found; None for nowhere.
+
+    Attributes:
+        json: All numbers.
+        junit: The checks, as tests.
+        markdown: A summary for people.
+        figure: Both distributions of latency, a PNG file.
+    """
+
+    json: Path | None = None
+    junit: Path | None = None
+    markdown: Path | None = None
+    figure: Path | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that will be written."""
+        return tuple(path for path in (self.json, self.junit, self.markdown, self.figure) if path is not None)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
+
+    Attributes:
+        comparison: What was measured.
+        gate: The thresholds.
+        verdict: What they say.
+        rounding: What more channels would gain, if asked for.
+    """
+
+    comparison: Comparison
+    gate: Gate
+    verdict: Verdict
+    rounding: tuple[RoundingGain, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The validation as JSON types."""
+        found = {
+            "passed": self.verdict.passed,
+            "verdict": asdict(self.verdict),
+            "gate": asdict(self.gate),
+            "rounding": None if self.rounding is None else [asdict(gain) for gain in self.rounding],
+        }
+        json_types: dict[str, Any] = jsonable(found)
+        return json_types | {"comparison": self.comparison.to_dict()}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a comparison goes by beside the two files, and options that a recipe gives.
+
+    Attributes:
+        inputs: Inputs by name; None for random ones.
+        labels: ``[N]`` their labels, if known.
+        label_names: Names of the baseline's labels, if known.
+        candidate_labels: Names of the candidate's, if the file does not tell.
+        models: Torch models that the files and the removal are compared with, as :func:`compare` takes them.
+    """
+
+    inputs: Mapping[str, Any] | None = None
+    labels: Any = None
+    label_names: tuple[str, ...] | None = None
+    candidate_labels: tuple[str, ...] | None = None
+    models: Mapping[str, nn.Module] | None = None
+
+
+def validate(
+    baseline: Path,
+    candidate: Path,
+    gate: Gate,
+    *,
+    data: Path | None = None,
+    recipe: Recipe | None = None,
+    subnet: Path | None = None,
+    reports: Reports | None = None,
+    suggest_rounding: bool = False,
+    **options: Any,
+) -> Validation:
+    """Compare a candidate with its baseline, judge it, and write reports.
+
+    The reports are written together when all is measured; where something is wrong with what is to be compared, they
+    say that.
+
+    Args:
+        baseline: An ONNX file.
+        candidate: Another.
+        gate: The thresholds.
+        data: Inputs, and labels if known, as :func:`nns_plugin.adapters.onnxruntime.read_values` reads them.
+        recipe: In place of that, a recipe whose test data to take. Its ``measure`` section gives what options do not.
+        subnet: With a recipe, the subnet's file from which the candidate was exported: the models in torch, and the
+            removal, are compared as well.
+        reports: Where to write what was found.
+        suggest_rounding: Whether to measure what more channels in the candidate's layers would gain.
+        options: Of :func:`nns_plugin.adapters.onnxruntime.compare`.
+
+    Raises:
+        NNSError: If anything cannot be used; ProviderError if a session does not get its provider.
+    """
+    reports = reports or Reports()
+    check_writable(reports.paths)
+    if reports.figure is not None:
+        new_figure(1, 1)  # tells what is missing before any work
+    try:
+        found = _validated(baseline, candidate, gate, data, recipe, subnet, suggest_rounding, options)
+    except NNSError as error:
+        told = {"passed": False, "error": {"type": type(error).__name__, "text": str(error)}}
+        _write(reports, told, junit_of_error(error), markdown_of_error(error, baseline, candidate))
+        raise
+    _write(reports, found.to_dict(), junit(found), markdown(found, reports.figure), found.comparison)
+    return found
+
+
+def _validated(
+    baseline: Path,
+    candidate: Path,
+    gate: Gate,
+    data: Path | None,
+    recipe: Recipe | None,
+    subnet: Path | None,
+    suggest_rounding: bool,
+    options: Mapping[str, Any],
+) -> Validation:
+    if data is not None and recipe is not None:
+        raise RecipeError("data and a recipe exclude each other: both say what to compare on; give one of them")
+    if subnet is not None and recipe is None:
+        raise RecipeError("a subnet needs the recipe that it was made with, for the model's architecture; give both")
+    settings = dict(options)
+    if recipe is not None:
+        measured = {name: getattr(recipe.measure, name) for name in ("provider", "threads", "samples", "rtol", "atol")}
+        settings = measured | {"batches": (recipe.measure.batch,)} | settings
+    if gate.max_p90_ms is not None and settings.get("samples", 100) < 100:
+        raise GateError(f"max_p90_ms needs at least 100 samples, found {settings['samples']}; ask for more")
+    check_provider(settings.get("provider", "cpu"))
+    files = [read_file(path) for path in (baseline, candidate)]
+    evidence = Evidence()
+    if data is not None:
+        inputs, labels = read_values(data, files[0])
+        evidence = Evidence(inputs, labels)
+    elif recipe is not None:
+        evidence = _from_recipe(recipe, files, subnet)
+    if gate.needs_labels and evidence.labels is None:
+        raise GateError(
+            "max_accuracy_drop and max_label_drop need inputs with labels; give data with an array 'labels', or a "
+            "recipe"
+        )
+    tolerances = {name: getattr(gate, name) for name in ("rtol", "atol") if getattr(gate, name) is not None}
+    comparison = compare(
+        baseline,
+        candidate,
+        evidence.inputs,
+        evidence.labels,
+        label_names=evidence.label_names,
+        candidate_labels=evidence.candidate_labels,
+        **(evidence.models or {}),
+        **(settings | tolerances),
+    )
+    gains = rounding_gains(candidate, comparison) if suggest_rounding else None
+    return Validation(comparison, gate, gate.judge(comparison), gains)
+
+
+def _from_recipe(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) -> Evidence:
+    """The test data of a recipe, the labels that it keeps, and its models where it has trained ones."""
+    made = call_factory("data.factory", recipe.data.factory, recipe.data.arguments)
+    data = Datasets.parse(made, recipe.data.factory)
+    with stage("data.test"):
+        batches = [parse_batch(item, number) for number, item in enumerate(data.test)]
+    if not batches:
+        raise RecipeError("data.test: is empty; it must yield at least one batch")
+    if any(batch.labels is None for batch in batches):
+        raise RecipeError("data.test: yields inputs alone; expected (inputs, labels)")
+    parts = [values_of(batch.inputs, files[0]) for batch in batches]
+    inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    names = None
+    chosen = chosen_labels(recipe, data.label_names)
+    if files[1].labels is None and chosen is not None and recipe.effective_head != "keep":
+        kept = tuple(data.label_names[label] for label in chosen)
+        names = (*kept, "other") if recipe.effective_head == "open" else kept
+    models = {} if subnet is None else _models(recipe, data, subnet)
+    return Evidence(inputs, labels, data.label_names, names, models)
+
+
+def _models(recipe: Recipe, data: Datasets, path: Path) -> dict[str, nn.Module]:
+    """The subnet in torch; with a checkpoint of the dense model that, too, and the same with masks."""
+
+    def parent() -> nn.Module:
+        model: nn.Module = call_factory("model.factory", recipe.model.factory, recipe.model.arguments)
+        return model.eval()
+
+    subnet = Subnet.load(path)
+    small = subnet.materialise(parent, data.example_inputs)
+    if recipe.model.checkpoint is None:
+        return {"candidate_model": small}
+    dense = parent()
+    load_checkpoint(dense, recipe.model.checkpoint)
+    return {
+        "baseline_model": dense,
+        "candidate_model": small,
+        "masked": subnet.mask(dense, data.example_inputs),
+    }
+
+
+def _write(
+    reports: Reports, found: Mapping[str, Any], as_junit: str, as_markdown: str, comparison: Comparison | None = None
+) -> None:
+    """Write the reports that are asked for, all of them or none."""
+    as_json = json.dumps(found, indent=2, allow_nan=False)
+    texts = ((reports.json, as_json), (reports.junit, as_junit), (reports.markdown, as_markdown))
+    contents: dict[Path, Callable[[Path], object]] = {path: _writer(text) for path, text in texts if path is not None}
+    if reports.figure is not None and comparison is not None and comparison.latency:
+        figure = latency_figure(comparison.latency)
+        contents[reports.figure] = lambda path: figure.savefig(path, dpi=150, format="png")
+    written_together(contents)
+
+
+def _writer(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
