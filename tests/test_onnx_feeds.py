@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from nns_plugin.adapters.onnx_feeds import Feeds, feeds_of, random_values, read_values, values_of  # noqa: E402
+from nns_plugin.adapters.onnx_feeds import feeds_of, random_values, read_values, values_of  # noqa: E402
 from nns_plugin.adapters.onnx_file import FEATURES_KEY, SELECTION_KEY, OnnxFile, TensorSpec  # noqa: E402
 from nns_plugin.errors import ExportError  # noqa: E402
 
@@ -135,7 +135,6 @@ def test_archives_with_other_entries(entries: dict[str, Any], message: str, tmp_
 
 def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "whole.npz", x=floats(400, 2))
-    np.save(tmp_path / "one.npy", floats(4, 2))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:1000])
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "empty.npz").touch()
@@ -143,6 +142,10 @@ def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=f"{name}' cannot be read as an .npz archive: ") as failure:
             read_values(tmp_path / name, file_with(X))
         refusal(failure)
+
+
+def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", floats(4, 2))
     with pytest.raises(ExportError, match="holds one array; expected an .npz archive"):
         read_values(tmp_path / "one.npy", file_with(X))
 
@@ -291,7 +294,7 @@ def test_free_sizes_take_any() -> None:
 
 def test_a_number_where_nothing_is_said_of_the_shape_is_no_batch() -> None:
     with pytest.raises(ExportError):
-        feeds_of(file_with(("x", None)), {"x": np.float32([1])[0:1].reshape(())})
+        feeds_of(file_with(("x", None)), {"x": np.array(1, np.float32)})
 
 
 @pytest.mark.parametrize("counts", [(4, 3), (0, 0)])
@@ -343,8 +346,3 @@ def test_read_only_wide_inputs_are_picked_out() -> None:
 def test_inputs_that_are_neither_wide_nor_narrow(given: Any) -> None:
     with pytest.raises(ExportError, match=r"takes x float32\[n, 2\], found"):
         feeds_of(narrowed([0, 3], 4, 1, False, ("n", 2)), {"x": given})
-
-
-def test_feeds_tell_their_batches_alone() -> None:
-    feeds = Feeds(3, {"x": floats(3, 1)}, {"k": floats(2)}, None, "m.onnx")
-    assert {name: array.tolist() for name, array in feeds.batch(1).items()} == {"x": [[0]], "k": [0, 1]}

@@ -104,7 +104,7 @@ class Evidence:
     labels: Any = None
     label_names: tuple[str, ...] | None = None
     candidate_labels: tuple[str, ...] | None = None
-    models: Mapping[str, nn.Module] | None = None
+    models: Mapping[str, Any] | None = None
 
 
 def validate(

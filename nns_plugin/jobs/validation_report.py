@@ -44,7 +44,7 @@ def junit_of_error(error: NNSError) -> str:
 
 
 def _suite(**counts: int) -> ElementTree.Element:
-    return ElementTree.Element("testsuite", name=SUITE, **{name: str(count) for name, count in counts.items()})
+    return ElementTree.Element("testsuite", {"name": SUITE} | {name: str(count) for name, count in counts.items()})
 
 
 def _xml(suite: ElementTree.Element) -> str:
