@@ -11,9 +11,10 @@ import torch
 from nns_plugin.adapters.onnx_feeds import Array, Feeds
 from nns_plugin.adapters.onnx_file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnx_session import create_session, run_session
-from nns_plugin.adapters.output_errors import Comparing, ParityReport, top1_agreement
+from nns_plugin.adapters.output_errors import Comparing, Kind, ParityReport, top1_agreement
 from nns_plugin.errors import ExportError, LabelError
 
+KIND: Kind = "dense against pruned"
 OTHER = "other"
 CHUNK = 64
 
@@ -89,7 +90,7 @@ def answers_of(
     comparing.add([left for _, left, _ in compared], [right for _, _, right in compared])
     names_of_files = (f"baseline {files[0].path}", f"candidate {files[1].path}")
     report = comparing.report(
-        "dense against pruned",
+        KIND,
         names_of_files,
         inputs=feeds[0].inputs,
         batch_sizes=tuple(sorted({min(feed.fixed or CHUNK, feed.inputs) for feed in feeds})),
@@ -196,6 +197,33 @@ def _comparable(
         else:
             found.append((spec.name, left, right))
     return found, tuple(faults)
+
+
+def label_parity(
+    dense: Array,
+    pruned: Array,
+    columns: Sequence[int | None],
+    names: tuple[str, str] = ("baseline", "candidate"),
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+) -> ParityReport:
+    """Compare the scores of two models for the labels that both have.
+
+    Args:
+        dense: Scores of the dense model ``[N, labels, ...]``.
+        pruned: Scores of the pruned model ``[N, outputs, ...]``, of the same inputs.
+        columns: For each output of the pruned model the dense one's label; ``None`` for "other".
+        names: Of the two.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+    """
+    comparing = Comparing(["scores"], rtol, atol)
+    shared = [column for column in columns if column is not None]
+    theirs = [place for place, column in enumerate(columns) if column is not None]
+    comparing.add([dense[:, shared]], [pruned[:, theirs]])
+    same = agreement(dense, pruned, columns)
+    return comparing.report(KIND, names, inputs=len(dense), batch_sizes=(len(dense),), top1=same)
 
 
 def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> float | None:

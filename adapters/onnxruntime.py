@@ -1,6 +1,7 @@
 """ONNX Runtime: export a model, compare a candidate with its baseline, and judge whether it may be shipped."""
 
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport, LabelDrop
+from nns_plugin.adapters.onnx_answers import Answers, answers_of, label_parity
 from nns_plugin.adapters.onnx_compare import Comparison, compare, jsonable
 from nns_plugin.adapters.onnx_export import export
 from nns_plugin.adapters.onnx_feeds import Feeds, feeds_of, random_values, read_values, values_of
@@ -33,6 +34,7 @@ __all__ = [
     "LABELS_KEY",
     "SELECTION_KEY",
     "AccuracyReport",
+    "Answers",
     "Check",
     "Comparison",
     "Divergence",
@@ -51,6 +53,7 @@ __all__ = [
     "SessionMemory",
     "TensorSpec",
     "Verdict",
+    "answers_of",
     "check_parity",
     "check_provider",
     "check_removal",
@@ -60,6 +63,7 @@ __all__ = [
     "export",
     "feeds_of",
     "jsonable",
+    "label_parity",
     "latency_report",
     "measure_feeds",
     "measure_latency",

@@ -31,22 +31,32 @@ class InexactMaskWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a search for the smallest subnet within a budget.
+    """One point of a search for the smallest subnet within a budget, or for one that is fast enough.
 
     Attributes:
         ratio: Share of units that was removed.
         parameters: Number of parameters that were left.
         balanced_accuracy: Mean over the labels, on the validation data; of a head that is calibrated on that, on each
-            half as calibrated on the other.
+            half as calibrated on the other. None of a cut without compensation, of which only latency was measured.
         drop_bound: How far under the dense model's that is at most, with the confidence of the search.
-        within: Whether that was within the budget.
+        within: Whether all was within what was asked for.
+        round_to: What numbers of units were rounded to a multiple of.
+        latency_ms: Median, in milliseconds, if latency was searched for.
+        speedup: Ratio of medians, dense over subnet.
+        speedup_low: Lower end of its 95 % interval.
+        is_fast_enough: Whether it met the target.
     """
 
     ratio: float
     parameters: int
-    balanced_accuracy: float
-    drop_bound: float
+    balanced_accuracy: float | None
+    drop_bound: float | None
     within: bool
+    round_to: int = 1
+    latency_ms: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    is_fast_enough: bool | None = None
 
 
 @dataclass(frozen=True)

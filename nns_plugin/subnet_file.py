@@ -119,10 +119,7 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:
 
 
 def _provenance(found: dict[str, Any]) -> Provenance:
-    trials = tuple(
-        Trial(_number(ratio), _count(parameters), _number(accuracy), _number(bound), bool(within))
-        for ratio, parameters, accuracy, bound, within in found["trials"]
-    )
+    trials = tuple(_trial(*row) for row in found["trials"])
     known = Provenance(
         **{
             **found,
@@ -206,6 +203,29 @@ def _packed(mask: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, total: int) -> Tensor:
     return (packed[:, None] & _BITS).bool().flatten()[:total]
+
+
+def _trial(
+    ratio: Any, parameters: Any, accuracy: Any, bound: Any, within: Any, round_to: Any = 1, *latency: Any
+) -> Trial:
+    """A row of the trials; of a search for a budget it may end before what is about latency."""
+    milliseconds, speedup, low, fast = latency or (None, None, None, None)
+    return Trial(
+        _number(ratio),
+        _count(parameters),
+        _number_or_none(accuracy),
+        _number_or_none(bound),
+        bool(within),
+        _count(round_to),
+        _number_or_none(milliseconds),
+        _number_or_none(speedup),
+        _number_or_none(low),
+        None if fast is None else bool(fast),
+    )
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _count(value: Any) -> int:

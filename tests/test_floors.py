@@ -209,6 +209,7 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_rounding": onnx_modules("compare", "feeds", "latency", "profile"),
     f"{ADAPTERS}.onnxruntime": onnx_modules(
         "accuracy",
+        "answers",
         "compare",
         "export",
         "feeds",

@@ -107,10 +107,39 @@ def test_the_example_names_every_field() -> None:
         "confidence",
         "circle",
         "config_list",
+        "roundings",
         "sweep",
         "synapses",
+        "target_latency_ms",
+        "target_speedup",
     }
-    assert "zeta" in EXAMPLE.read_text(encoding="utf-8")
+    for name in ("zeta", "target_latency_ms", "target_speedup", "roundings"):
+        assert f"# {name}: " in EXAMPLE.read_text(encoding="utf-8")
+
+
+def test_a_target_goes_with_a_budget_and_roundings_alone(tmp_path: Path) -> None:
+    given = load_recipe(None, {"target_speedup": 2.0})
+    assert given.effective_roundings == (1, 8, 16)
+    assert given.selection == {"target_speedup": 2.0, "roundings": [1, 8, 16]}
+    both = {"target_speedup": 2.0, "target_latency_ms": 1.0, "max_balanced_accuracy_drop": 0.05, "roundings": [8, 8]}
+    assert load_recipe(None, both).selection == {**both, "roundings": [8], "confidence": 0.95}
+    file = written(tmp_path, {**default_recipe(), "ratio": None, "round_to": 1, **both})
+    assert load_recipe(file, {"target_speedup": 3.0}).selection == {
+        **both, "roundings": [8], "confidence": 0.95, "target_speedup": 3.0
+    }  # fmt: skip
+    assert load_recipe(file, {"ratio": 0.25}).selection == {"ratio": 0.25}
+    assert load_recipe(None, {"target_speedup": 2.0, "framework": "nni"}).effective_roundings == (1,)
+    for wrong, message in (
+        ({"target_speedup": 2.0, "ratio": 0.5}, "ratio and target_speedup exclude each other"),
+        ({"target_speedup": 2.0, "round_to": 8}, "round_to is 8; with a target for latency give roundings"),
+        ({"roundings": [8]}, "roundings go with target_latency_ms and target_speedup"),
+        ({"target_speedup": 0.0}, "'target_speedup': found 0.0"),
+        ({"target_speedup": 2.0, "roundings": [0]}, "roundings"),
+        ({"target_speedup": 2.0, "roundings": [8], "framework": "nni"}, "NNI's masks cannot be rounded"),
+        ({"target_speedup": 2.0, "circle": {}, "fine_tune": {"epochs": 1}}, "circle removes the same in each turn"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(None, wrong)
 
 
 @pytest.mark.parametrize(

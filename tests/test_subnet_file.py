@@ -42,7 +42,11 @@ def subnet_with(weights: dict[str, Tensor], **changes: Any) -> Subnet:
             compensation={"method": "none"},
             head="open",
             ignored_layers=("x.y",),
-            trials=(Trial(0.5, 10, 0.9, 0.01, True), Trial(0.75, 5, 0.8, 0.11, False)),
+            trials=(
+                Trial(0.5, 10, 0.9, 0.01, True),
+                Trial(0.75, 5, 0.8, 0.11, False),
+                Trial(0.8, 4, None, None, True, 8, 0.5, 2.1, 2.0, True),
+            ),
         ),
     }
     return Subnet(**{**known, **changes})

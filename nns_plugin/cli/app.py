@@ -57,6 +57,12 @@ def run(
         float | None,
         typer.Option(help="Search the smallest subnet that loses at most this balanced accuracy, at 95 % confidence."),
     ] = None,
+    target_latency_ms: Annotated[
+        float | None, typer.Option(help="Search the subnet that loses least and whose median latency is at most this.")
+    ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="The same for the speed-up, measured in ONNX Runtime: 2.0.")
+    ] = None,
     criterion: Annotated[str | None, typer.Option(help="Criterion that scores the units.")] = None,
     compensation: Annotated[
         str | None, typer.Option(help="How kept units take over: refit, least_squares, merge, mean or none.")
@@ -76,6 +82,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
+    from nns_plugin.jobs.latency_search import Target
     from nns_plugin.jobs.main_job import FILES, run_job
     from nns_plugin.jobs.recipe import load_recipe, parse_settings
 
@@ -84,6 +91,8 @@ def run(
         "ratio": ratio,
         "zeta": zeta,
         "max_balanced_accuracy_drop": max_drop,
+        "target_latency_ms": target_latency_ms,
+        "target_speedup": target_speedup,
         "criterion.name": criterion,
         "compensation.method": compensation,
         "head": head,
@@ -110,6 +119,9 @@ def run(
     if not (report.baseline.parity.passed and report.subnet.parity.passed):
         console.print("parity FAILED: an ONNX file does not answer as its model does", style="bold red")
         raise typer.Exit(PARITY)
+    if checked.has_target and not Target(checked.target_latency_ms, checked.target_speedup).is_met(report.latency):
+        console.print("latency FAILED: measured again, the subnet misses its target", style="bold red")
+        raise typer.Exit(LATENCY)
 
 
 @app.command()

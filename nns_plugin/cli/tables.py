@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.environment import Host
     from nns_plugin.jobs.report import Report
     from nns_plugin.jobs.sweep import Sweep
+    from nns_plugin.subnet import Trial
 
 
 def comparison(report: Report) -> Table:
@@ -55,7 +56,11 @@ def comparison(report: Report) -> Table:
     table.add_row(
         "largest error of ONNX", f"{dense.parity.max_absolute_error:.1e}", f"{subnet.parity.max_absolute_error:.1e}", ""
     )
-    table.add_row("parity", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
+    table.add_row("parity with torch", *("pass" if model.parity.passed else "FAIL" for model in (dense, subnet)), "")
+    removal, pruning = report.removal, report.pruning
+    table.add_row("  with masks", "", "pass" if removal.passed else f"off by {removal.max_absolute_error:.1e}", "")
+    if pruning.top1_agreement is not None:
+        table.add_row("same answer as dense, %", "", _percent(pruning.top1_agreement), "")
     table.caption = (
         f"latency: batch {latency.batch}, {latency.conditions}; [95 % interval], accuracies over resampled inputs"
     )
@@ -91,20 +96,38 @@ def per_label(report: Report) -> Table:
 
 
 def trials(report: Report) -> Table:
-    """What a search within a budget tried, in order."""
-    table = Table(title="search for the smallest subnet within the budget, on the data that decides")
+    """What a search within a budget, or for a latency, tried, in order."""
+    timed = any(trial.latency_ms is not None for trial in report.trials)
+    what = "that is fast enough" if timed else "within the budget"
+    table = Table(title=f"search for the {'best' if timed else 'smallest'} subnet {what}, on the data that decides")
     bound = f"drop at {100 * (report.recipe['confidence'] or CONFIDENCE):g} % at most, points"
-    for column in ("units removed, %", "parameters", "mean balanced accuracy, %", bound, ""):
+    timing = ("rounded to", "p50, ms", "times as fast", "at least") if timed else ()
+    for column in ("units removed, %", *timing, "parameters", "mean balanced accuracy, %", bound, ""):
         table.add_column(column, justify="right")
     for trial in report.trials:
+        times = (trial.latency_ms, trial.speedup, trial.speedup_low)
+        shown = [str(trial.round_to), *(_number(value) for value in times)] if timed else []
         table.add_row(
             f"{100 * trial.ratio:.1f}",
+            *shown,
             f"{trial.parameters:,}",
-            _percent(trial.balanced_accuracy),
-            f"{100 * trial.drop_bound:.1f}",
-            "within" if trial.within else "",
+            "" if trial.balanced_accuracy is None else _percent(trial.balanced_accuracy),
+            "" if trial.drop_bound is None else f"{100 * trial.drop_bound:.1f}",
+            _within(trial),
         )
+    if timed:
+        table.caption = "without an accuracy: measured without compensation, to see how fast such a subnet is"
     return table
+
+
+def _within(trial: Trial) -> str:
+    if trial.within:
+        return "within"
+    return "fast enough" if trial.is_fast_enough else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def kept_units(report: Report) -> Table:

@@ -21,6 +21,51 @@ BISECTIONS = 8
 RESAMPLES = 1000
 
 
+class Judge:
+    """Judges cuts by how far their mean balanced accuracy is under the dense model's, on validation data.
+
+    Args:
+        dense: The model that is cut.
+        names: Name of each label.
+        validation: Yields ``(inputs, labels)``, anew each time.
+        max_drop: What is to be shown; there must be inputs enough for it. None to estimate only.
+        confidence: Share of the bootstrap resamples in which no more is lost than the bound says.
+        calibrated: Whether the output "other" of the cuts was calibrated on the validation data. It is calibrated on
+            one half then to be judged on the other.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        names: Sequence[str],
+        validation: Iterable[Any],
+        max_drop: float | None,
+        confidence: float = CONFIDENCE,
+        calibrated: bool = False,
+    ) -> None:
+        self._names, self._validation, self._max_drop = names, validation, max_drop
+        self._confidence, self._calibrated = confidence, calibrated
+        self._logits, self._truth = predict(dense, validation)
+
+    def __call__(self, cut: Cut) -> tuple[float, float]:
+        """The mean balanced accuracy of a cut, and how far under the dense model's it is at most.
+
+        Raises:
+            LabelError: If the data has too few inputs of a label, or there is nothing to mistake it for.
+        """
+        truth, names = self._truth, self._names
+        answers = log_probabilities(predict(cut.model, self._validation, like=truth)[0])
+        if self._calibrated and cut.opens:
+            answers = cross_calibrated(answers, cut.outputs, truth)
+        reached = evaluate(answers, truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
+        if reached is None:
+            raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
+        large = judged(self._logits, tuple(range(len(names))), cut.labels, cut.outputs)
+        if self._max_drop is not None:
+            _check_inputs(truth, cut.labels, names, self._max_drop, self._confidence)
+        return reached, drop_bound(large, (answers, cut.outputs), truth, cut.labels, names, self._confidence)
+
+
 def smallest_within(
     dense: nn.Module,
     keep: Callable[[float], Mapping[str, Tensor]],
@@ -60,20 +105,12 @@ def smallest_within(
         SelectionError: If even the cut that removes no units is not within the budget.
         LabelError: If the validation data has too few inputs of a label, or there is nothing to mistake it for.
     """
-    logits, truth = predict(dense, validation)
-    whole: tuple[int | None, ...] = tuple(range(len(names)))
+    judge = Judge(dense, names, validation, max_drop, confidence, calibrated)
     known: dict[tuple[int, ...], Trial] = {}
     best: tuple[Trial, Cut] | None = None
 
     def trial(share: float, cut: Cut) -> Trial:
-        answers = log_probabilities(predict(cut.model, validation, like=truth)[0])
-        small = cross_calibrated(answers, cut.outputs, truth) if calibrated and cut.opens else answers, cut.outputs
-        reached = evaluate(small[0], truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
-        if reached is None:
-            raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
-        large = judged(logits, whole, cut.labels, cut.outputs)
-        _check_inputs(truth, cut.labels, names, max_drop, confidence)
-        bound = drop_bound(large, small, truth, cut.labels, names, confidence)
+        reached, bound = judge(cut)
         size = sum(parameter.numel() for parameter in cut.model.parameters())
         return Trial(share, size, reached, bound, bound <= max_drop)
 
@@ -90,8 +127,8 @@ def smallest_within(
         if best is None:
             raise SelectionError(
                 "with all units, balanced accuracy on the validation data drops by at most "
-                f"{known[mark].drop_bound:.4f} at a confidence of {confidence:g}, more than {max_drop:g}: allow a "
-                "larger drop or another head, or give more validation data"
+                f"{known[mark].drop_bound or 0.0:.4f} at a confidence of {confidence:g}, more than {max_drop:g}: allow "
+                "a larger drop or another head, or give more validation data"
             )
         low, high = (share, high) if known[mark].within else (low, share)
     if best is None:

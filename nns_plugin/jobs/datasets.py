@@ -79,6 +79,20 @@ class Datasets:
         return replace(made, label_names=names)
 
 
+def repeated(inputs: Any, count: int) -> Any:
+    """The first inputs of a batch, repeated if they are too few: of a tensor, or a tuple or mapping of tensors."""
+
+    def take(tensor: Tensor) -> Tensor:
+        repeats = -(-count // tensor.shape[0])
+        return torch.cat([tensor] * repeats)[:count]
+
+    if isinstance(inputs, Mapping):
+        return {name: take(value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(take(value) for value in inputs)
+    return take(inputs)
+
+
 def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Datasets:
     """The 1 797 handwritten digits of scikit-learn, 8x8 pixels, split by label into training and held-out data.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,9 @@ from nns_plugin.cutting import Cut, Head, carry_out, prepare
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
-from nns_plugin.jobs.budget import smallest_within
+from nns_plugin.jobs.budget import Judge, smallest_within
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.recipe import CutSection, check_cut
+from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, MeasureSection, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
@@ -29,7 +29,7 @@ from nns_plugin.sensitivity import output_sensitivity
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics import Statistics
 from nns_plugin.subnet import Provenance, Subnet, Trial, current_versions
-from nns_plugin.surgery import Method, Surgeon
+from nns_plugin.surgery import Compensation, Method, Surgeon
 from nns_plugin.survivors import Survivors, survivors_of
 
 EVIDENCE = ("statistics", "model", "snapshot")
@@ -156,6 +156,7 @@ def extract(
     validation: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     snapshot: WeightSnapshot | None = None,
+    measure: MeasureSection | None = None,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Cut a copy of a model as a section says.
@@ -225,11 +226,15 @@ def extract(
     if section.zeta is not None:
         return finished(keep_by_threshold(scores, section.zeta, round_to=section.round_to)), ()
 
-    def by_ratio(ratio: float) -> dict[str, Tensor]:
+    def by_ratio(ratio: float, round_to: int = section.round_to) -> dict[str, Tensor]:
         if section.framework == "nni":
             return _by_masks(prepared, scores, [{"sparse_ratio": ratio}])
-        return keep_by_ratio(scores, ratio, round_to=section.round_to, across_groups=section.across_groups)
+        return keep_by_ratio(scores, ratio, round_to=round_to, across_groups=section.across_groups)
 
+    if section.has_target:
+        data = loader if validation is None else validation
+        settings = measure or MeasureSection()
+        return _by_latency(dense, prepared, section, settings, by_ratio, finished, names, data, progress)
     max_drop, confidence = section.max_balanced_accuracy_drop, section.effective_confidence
     if max_drop is None or confidence is None:
         return finished(by_ratio(0.5 if section.ratio is None else section.ratio)), ()
@@ -257,7 +262,7 @@ def extract_from(
     snapshot: WeightSnapshot | None = None,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
-    """The same, with the data of a job."""
+    """The same, with the data of a job; a recipe's section ``measure`` says how a target for latency is measured."""
     return extract(
         dense,
         data.example_inputs,
@@ -267,8 +272,52 @@ def extract_from(
         validation=data.decisive,
         statistics=statistics,
         snapshot=snapshot,
+        measure=getattr(section, "measure", None),
         progress=progress,
     )
+
+
+def _by_latency(
+    dense: nn.Module,
+    prepared: Cut,
+    section: CutSection,
+    settings: MeasureSection,
+    keep: Callable[[float, int], Mapping[str, Tensor]],
+    finish: Callable[[Mapping[str, Tensor]], Cut],
+    names: Sequence[str],
+    validation: Iterable[Any],
+    progress: bool,
+) -> tuple[Cut, tuple[Trial, ...]]:
+    """Search the cut that meets a target for latency."""
+    from nns_plugin.jobs.latency_search import Stopwatch, Target, fast_enough  # needs the extra onnx
+
+    surgeon = surgeon_of(section)
+
+    def sketch(kept: Mapping[str, Tensor]) -> nn.Module:
+        closed = dataclasses.replace(prepared, opens=False)
+        return carry_out(closed, kept, Compensation("none", reestimate=False), None, surgeon=surgeon).model
+
+    with stage("data.validation"):
+        judge = Judge(
+            dense,
+            names,
+            validation,
+            section.max_balanced_accuracy_drop,
+            section.effective_confidence or CONFIDENCE,
+            section.calibrate_head,
+        )
+    with stage("searching"), Stopwatch(dense, prepared.example_inputs, settings) as stopwatch:
+        return fast_enough(
+            stopwatch,
+            keep,
+            sketch,
+            finish,
+            judge,
+            Target(section.target_latency_ms, section.target_speedup),
+            section.effective_roundings,
+            section.max_balanced_accuracy_drop,
+            progress,
+        )
 
 
 def provenance(

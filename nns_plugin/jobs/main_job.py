@@ -7,23 +7,34 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.adapters.evaluation import drops, evaluate, judged, predict
-from nns_plugin.adapters.onnxruntime import check_parity, check_provider, export, measure_latency
+from nns_plugin.adapters.onnxruntime import (
+    ParityReport,
+    check_parity,
+    check_provider,
+    check_removal,
+    export,
+    label_parity,
+    measure_latency,
+    runtime_build,
+)
 from nns_plugin.adapters.torch_pruning import count_operations
 from nns_plugin.cutting import Cut, calibrate_head
-from nns_plugin.environment import versions
+from nns_plugin.environment import machine, versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
 from nns_plugin.forward import device_of, parse_batch, run_model, to_device
 from nns_plugin.intervals import Interval, interval
-from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.datasets import Datasets, repeated
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.job_figures import job_figures
@@ -35,7 +46,7 @@ from nns_plugin.jobs.training import train_classifier
 from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
 from nns_plugin.preserve import preserved, preserved_rng
 from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.subnet import Subnet, Trial
+from nns_plugin.subnet import InexactMaskWarning, Subnet, Trial
 
 FIGURES = ("activity-*.png", "overlap.png", "integration.png", "size.png")
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")
@@ -118,7 +129,9 @@ def cut_model(
         NNSError: If nothing in the model can be pruned, or the data or the recipe cannot be used.
     """
     trials: tuple[Trial, ...] = ()
-    if data.validation is None and (recipe.calibrate_head or recipe.max_balanced_accuracy_drop is not None):
+    if data.validation is None and (
+        recipe.calibrate_head or recipe.max_balanced_accuracy_drop is not None or recipe.has_target
+    ):
         warnings.warn(
             "there is no validation data: decisions are made on the calibration data, which the head was fitted on",
             CalibrationDataWarning,
@@ -156,6 +169,7 @@ def _prove(
     settings = recipe.measure
     batch = _test_inputs(data, settings.batch)
     reports: dict[str, ModelReport] = {}
+    raw: dict[str, NDArray[Any]] = {}
     answers: dict[str, tuple[Tensor, Sequence[int | None]]] = {}
     truth: Tensor | None = None
     subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, cut, trials, _training(recipe)))
@@ -166,6 +180,7 @@ def _prove(
         export(model, data.example_inputs, path, label_names=names[name], opset=recipe.export.opset)
         with stage("data.test"):
             logits, truth = predict(model, data.test, progress, truth)
+        raw[name] = logits.numpy()
         answers[name] = judged(logits, outputs, cut.labels, cut.outputs)
         evaluation = evaluate(
             answers[name][0], truth, answers[name][1], cut.labels, data.label_names, settings.resamples, recipe.seed
@@ -205,12 +220,31 @@ def _prove(
         balanced_accuracy_drop_interval=drop_limits,
         baseline=reports["baseline"],
         subnet=reports["subnet"],
+        removal=_removal(recipe, data, dense, cut, subnet),
+        pruning=label_parity(
+            raw["baseline"],
+            raw["subnet"],
+            cut.outputs,
+            ("dense model", "subnet"),
+            rtol=settings.rtol,
+            atol=settings.atol,
+        ),
         latency=latency,
+        environment={"machine": asdict(machine()), "onnxruntime": runtime_build()},
         versions=versions(),
     )
     subnet.save(staging / "subnet.safetensors")
     (staging / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _removal(recipe: Recipe, data: Datasets, dense: nn.Module, cut: Cut, subnet: Subnet) -> ParityReport:
+    """How far the small model's outputs are from those of the wide one in which the removed units are masked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactMaskWarning)  # the report says it in numbers
+        masked = subnet.mask(dense, data.example_inputs)
+    settings = recipe.measure
+    return check_removal(masked, cut.model, _test_inputs(data, 64), rtol=settings.rtol, atol=settings.atol)
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -310,15 +344,7 @@ def _test_inputs(data: Datasets, count: int) -> Any:
             raise CalibrationError("the test loader is empty; it must yield at least one batch")
         batch = parse_batch(item, 0)
 
-    def take(tensor: Tensor) -> Tensor:
-        repeats = -(-count // tensor.shape[0])
-        return torch.cat([tensor] * repeats)[:count]
-
-    if isinstance(batch.inputs, Mapping):
-        return {name: take(value) for name, value in batch.inputs.items()}
-    if isinstance(batch.inputs, (tuple, list)):
-        return tuple(take(value) for value in batch.inputs)
-    return take(batch.inputs)
+    return repeated(batch.inputs, count)
 
 
 @contextmanager

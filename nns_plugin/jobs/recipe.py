@@ -27,8 +27,11 @@ from nns_plugin.selection import Complement
 from nns_plugin.surgery import Compensation, Method, Recalibrate
 
 CONFIDENCE = 0.95
+ROUNDINGS = (1, 8, 16)
 WEIGHTS = ("checkpoint", "initial")  # fields of the section model that name files
-SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list")
+TARGETS = ("target_latency_ms", "target_speedup")
+SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list", *TARGETS)
+TOGETHER = frozenset({"max_balanced_accuracy_drop", "confidence", "roundings", *TARGETS})  # others exclude each other
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -137,7 +140,8 @@ class CutSection(Section):
     """How a model is cut down to some labels.
 
     One of ``ratio``, ``zeta``, ``angle``, ``max_balanced_accuracy_drop`` and ``config_list`` decides how much goes; a
-    ratio of 0.5 by default.
+    ratio of 0.5 by default. Or ``target_latency_ms`` and ``target_speedup`` do, within ``max_balanced_accuracy_drop``
+    if that is given, and try all ``roundings``.
     """
 
     framework: Literal["torch_pruning", "nni"] = "torch_pruning"
@@ -150,6 +154,9 @@ class CutSection(Section):
     max_balanced_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
     confidence: float | None = Field(default=None, ge=0.5, le=0.999)
     config_list: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    target_latency_ms: float | None = Field(default=None, gt=0)
+    target_speedup: float | None = Field(default=None, gt=0)
+    roundings: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
     across_groups: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
@@ -165,10 +172,16 @@ class CutSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> CutSection:
         given = [name for name in SELECTIONS if getattr(self, name) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and not TOGETHER.issuperset(given):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.confidence is not None and self.max_balanced_accuracy_drop is None:
             raise ValueError("confidence goes with max_balanced_accuracy_drop: it says how sure of that to be")
+        if self.roundings is not None and not self.has_target:
+            raise ValueError("roundings go with target_latency_ms and target_speedup: else give round_to")
+        if self.has_target and self.round_to != 1:
+            raise ValueError(f"round_to is {self.round_to}; with a target for latency give roundings: [1, 8, 16]")
+        if self.framework == "nni" and self.effective_roundings != (1,):
+            raise ValueError(f"roundings is {self.roundings}; NNI's masks cannot be rounded: give [1]")
         if self.framework != "nni" and self.config_list is not None:
             raise ValueError(f"config_list goes with framework nni, not with {self.framework}")
         if self.framework == "nni" and self.angle is not None:
@@ -196,6 +209,18 @@ class CutSection(Section):
         if self.across_groups and (self.zeta is not None or self.angle is not None):
             raise ValueError("across_groups goes with ratio, not with zeta or angle")
         return self
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a latency is to be reached."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
+    def effective_roundings(self) -> tuple[int, ...]:
+        """What numbers of units are multiples of: all of these are tried where there is a target for latency."""
+        if not self.has_target:
+            return (self.round_to,)
+        return tuple(dict.fromkeys(self.roundings or ((1,) if self.framework == "nni" else ROUNDINGS)))
 
     @property
     def effective_head(self) -> Head:
@@ -248,7 +273,9 @@ class CutSection(Section):
             given["angle"] = self.angle.model_dump()
         more = {name: getattr(self, name) for name in ("across_groups", "round_to")}
         more["confidence"] = self.effective_confidence
-        return (given or {"ratio": 0.5}) | {name: more[name] for name in more if more[name] not in (None, False, 1)}
+        if self.has_target:
+            more["roundings"] = list(self.effective_roundings)
+        return (given or {"ratio": 0.5}) | {key: value for key, value in more.items() if value not in (None, False, 1)}
 
 
 class SweepSection(Section):
@@ -310,6 +337,8 @@ class Recipe(CutSection):
     def _turns(self) -> Recipe:
         if self.circle is not None and not self.fine_tune.epochs:
             raise ValueError("circle fine-tunes after each removal: give fine_tune.epochs, at least 1")
+        if self.circle is not None and self.has_target:
+            raise ValueError("circle removes the same in each turn: not target_latency_ms or target_speedup")
         if self.circle is not None and self.max_balanced_accuracy_drop is not None:
             raise ValueError("circle has a max_drop of its own: give ratio, zeta or angle for what each turn removes")
         if self.circle is not None and self.effective_criterion.name == "wsf":
@@ -359,9 +388,11 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     given = {name.partition(".")[0] for name in overrides or {}}
     for name, value in (overrides or {}).items():
         top = name.partition(".")[0]
-        for other in (*SELECTIONS, "confidence") if top in SELECTIONS else ():
-            if other not in given and other != top and (other, top) != ("confidence", "max_balanced_accuracy_drop"):
+        for other in (*SELECTIONS, "confidence", "roundings") if top in SELECTIONS else ():
+            if other not in given and other != top and not {other, top} <= TOGETHER:
                 content.pop(other, None)
+        if top in TARGETS and "round_to" not in given:
+            content.pop("round_to", None)
         _set(content, name.split("."), value, source)
     try:
         recipe = Recipe.model_validate(content)

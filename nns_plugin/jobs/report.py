@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nns_plugin.adapters.evaluation import Evaluation
-from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport
+from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport, jsonable
 from nns_plugin.intervals import Interval
 from nns_plugin.subnet import Trial
 
@@ -61,7 +61,10 @@ class Report:
         balanced_accuracy_drop_interval: Its 95 % bootstrap interval, if asked for.
         baseline: The dense model.
         subnet: The pruned model.
+        removal: Parity of the subnet with the dense model in which the removed units are masked.
+        pruning: How far the subnet's outputs for the kept labels are from the dense model's on the test data.
         latency: Of both ONNX files, measured in turn.
+        environment: The machine, and the build of ONNX Runtime.
         versions: Of Python and the packages involved.
     """
 
@@ -74,9 +77,13 @@ class Report:
     balanced_accuracy_drop_interval: Interval | None
     baseline: ModelReport
     subnet: ModelReport
+    removal: ParityReport
+    pruning: ParityReport
     latency: LatencyComparison
+    environment: dict[str, Any]
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
-        return asdict(self)
+        """The report as JSON types; numbers that JSON has not are None."""
+        found: dict[str, Any] = jsonable(asdict(self))
+        return found

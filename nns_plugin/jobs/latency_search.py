@@ -1,0 +1,232 @@
+"""Prune to a measured latency: how much must go, and rounded to how many channels, for the target to be met."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.adapters.onnxruntime import LatencyComparison, export, measure_latency
+from nns_plugin.cutting import Cut
+from nns_plugin.errors import LabelError, SelectionError
+from nns_plugin.jobs.datasets import repeated
+from nns_plugin.jobs.recipe import MeasureSection
+from nns_plugin.subnet import Trial
+
+BISECTIONS = 6
+MOST = 0.99  # share of units that is tried first, to see whether the target can be met at all
+STEPS = 3  # further shares that are tried where a finished cut misses what its sketch met
+STEP = 0.05  # of what is left
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a latency must be; the end of its 95 % interval that is worse must hold.
+
+    Attributes:
+        latency_ms: Most that the median may be, in milliseconds; None for no limit.
+        speedup: Least ratio of medians, dense over subnet; None for none.
+    """
+
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+    def is_met(self, found: LatencyComparison) -> bool:
+        """Whether a measurement is within the target."""
+        fast = self.latency_ms is None or found.candidate.p50_interval_ms[1] <= self.latency_ms
+        return fast and (self.speedup is None or found.ratio_low >= self.speedup)
+
+    def __str__(self) -> str:
+        parts = [f"a median of at most {self.latency_ms:g} ms"] if self.latency_ms is not None else []
+        parts += [f"a speed-up of at least {self.speedup:g}"] if self.speedup is not None else []
+        return " and ".join(parts)
+
+
+class Stopwatch:
+    """Measures models against a dense one, at the batch size and with the settings of a recipe.
+
+    Args:
+        dense: The dense model.
+        example_inputs: What both can run on.
+        settings: How to measure.
+        opset: Of the exports.
+        seed: Of the order of runs.
+    """
+
+    def __init__(
+        self, dense: nn.Module, example_inputs: Any, settings: MeasureSection, opset: int | None = None, seed: int = 0
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._inputs, self._settings, self._opset, self._seed = example_inputs, settings, opset, seed
+        self._batch = repeated(example_inputs, settings.batch)
+        self._dense = export(dense, example_inputs, Path(self._folder.name, "dense.onnx"), opset=opset)
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def __call__(self, model: nn.Module) -> LatencyComparison:
+        """The latency of a model beside the dense one's."""
+        path = export(model, self._inputs, Path(self._folder.name, "small.onnx"), opset=self._opset)
+        return measure_latency(
+            {"dense": self._dense, "subnet": path},
+            self._batch,
+            samples=self._settings.samples,
+            threads=self._settings.threads,
+            provider=self._settings.provider,
+            seed=self._seed,
+        )
+
+
+def fast_enough(
+    stopwatch: Callable[[nn.Module], LatencyComparison],
+    keep: Callable[[float, int], Mapping[str, Tensor]],
+    sketch: Callable[[Mapping[str, Tensor]], nn.Module],
+    finish: Callable[[Mapping[str, Tensor]], Cut],
+    judge: Callable[[Cut], tuple[float, float]],
+    target: Target,
+    roundings: Sequence[int],
+    max_drop: float | None = None,
+    progress: bool = False,
+) -> tuple[Cut, tuple[Trial, ...]]:
+    """Search the cut that loses least and is fast enough.
+
+    For each rounding the smallest share of units to remove that meets the target is found by bisection, measured in
+    ONNX Runtime on cuts without compensation, which are as fast. Those are then finished, measured again and judged on
+    the validation data. Latency does not fall evenly with the units: a rounding may be faster with more of them.
+
+    Args:
+        stopwatch: Measures a model beside the dense one.
+        keep: Gives the kept units for a share of units to remove and a rounding.
+        sketch: Gives the small model for kept units, without compensation.
+        finish: Gives the finished cut for kept units.
+        judge: Gives the mean balanced accuracy of a cut on the validation data, and how far under the dense model's
+            that is at most.
+        target: What is fast enough.
+        roundings: Channels are kept in multiples of these, one after the other.
+        max_drop: How far the balanced accuracy may fall at most, as a share; None for as far as it must.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The cut that meets the target, and the budget if there is one, with the smallest drop; and every point that was
+        tried, in order.
+
+    Raises:
+        SelectionError: If no cut does; it names the nearest.
+    """
+    trials: list[Trial] = []
+    known: dict[tuple[int, ...], LatencyComparison] = {}
+    best: tuple[tuple[float, int], Cut] | None = None
+    bar = tqdm(total=len(roundings) * (BISECTIONS + 3), desc="searching", disable=not progress, leave=False)
+
+    def is_met(share: float, multiple: int) -> bool:
+        """Whether the sketch for a share of units is fast enough; shares that keep the same units are tried once."""
+        kept = keep(share, multiple)
+        mark = _mark(kept)
+        bar.update()
+        if mark not in known:
+            model = sketch(kept)
+            known[mark] = stopwatch(model)
+            trials.append(_trial(share, multiple, model, known[mark], target))
+        return target.is_met(known[mark])
+
+    def finished(share: float, multiple: int) -> tuple[Trial, Cut]:
+        """The finished cut for a share of units, measured and judged."""
+        cut = finish(keep(share, multiple))
+        trial = _trial(share, multiple, cut.model, stopwatch(cut.model), target)
+        bar.update()
+        try:
+            accuracy, bound = judge(cut)
+        except LabelError:  # one label with a closed head has no balanced accuracy
+            if max_drop is not None:
+                raise
+            return trial, cut
+        within = trial.within and (max_drop is None or bound <= max_drop)
+        return replace(trial, balanced_accuracy=accuracy, drop_bound=bound, within=within), cut
+
+    with bar:
+        for multiple in roundings:
+            share = _smallest(is_met, multiple)
+            if share is None:
+                continue
+            for further in _further(share, keep, multiple):
+                trial, cut = finished(further, multiple)
+                trials.append(trial)
+                rank = (0.0 if trial.drop_bound is None else trial.drop_bound, -trial.parameters)
+                if trial.within and (best is None or rank < best[0]):
+                    best = rank, cut
+                if trial.is_fast_enough:
+                    break
+    if best is None:
+        raise SelectionError(_missed(trials, target, max_drop))
+    return best[1], tuple(trials)
+
+
+def _mark(kept: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What tells kept units from others."""
+    return tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
+
+
+def _further(share: float, keep: Callable[[float, int], Mapping[str, Tensor]], multiple: int) -> Iterator[float]:
+    """A share of units to remove, and larger ones that keep other units: none is measured until it happens to pass."""
+    tried: set[tuple[int, ...]] = set()
+    for step in range(round(1 / STEP)):
+        further = share + step * STEP * (1 - share)
+        mark = _mark(keep(further, multiple))
+        if mark not in tried and len(tried) < STEPS:
+            tried.add(mark)
+            yield further
+
+
+def _smallest(is_met: Callable[[float, int], bool], multiple: int) -> float | None:
+    """The smallest share of units to remove that is fast enough, to within a bisection; None if none is."""
+    if is_met(0.0, multiple):
+        return 0.0
+    if not is_met(MOST, multiple):
+        return None
+    low, high = 0.0, MOST
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_met(middle, multiple) else (middle, high)
+    return high
+
+
+def _trial(share: float, multiple: int, model: nn.Module, latency: LatencyComparison, target: Target) -> Trial:
+    fast = target.is_met(latency)
+    return Trial(
+        ratio=share,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        balanced_accuracy=None,
+        drop_bound=None,
+        within=fast,
+        round_to=multiple,
+        latency_ms=latency.candidate.p50_ms,
+        speedup=latency.ratio,
+        speedup_low=latency.ratio_low,
+        is_fast_enough=fast,
+    )
+
+
+def _missed(trials: Sequence[Trial], target: Target, max_drop: float | None) -> str:
+    """Why no cut will do, and which came nearest."""
+    fast = [trial for trial in trials if trial.is_fast_enough and trial.drop_bound is not None]
+    if fast and max_drop is not None:
+        nearest = min(fast, key=lambda trial: trial.drop_bound or 0.0)
+        return (
+            f"{target} costs at most {100 * (nearest.drop_bound or 0.0):.1f} points of balanced accuracy (ratio "
+            f"{nearest.ratio:.2f}, rounded to {nearest.round_to}), more than {100 * max_drop:g}: allow a larger drop, "
+            "ask for less speed, or fine-tune"
+        )
+    nearest = max(trials, key=lambda trial: trial.speedup_low or 0.0)
+    return (
+        f"{target} cannot be met: the fastest of {len(trials)} cuts has a median of {nearest.latency_ms:.4f} ms and a "
+        f"speed-up of at least {nearest.speedup_low:.2f} (ratio {nearest.ratio:.2f}, rounded to {nearest.round_to}); "
+        "ask for less, or measure on a quieter machine"
+    )
