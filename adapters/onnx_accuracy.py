@@ -74,6 +74,8 @@ def accuracy_report(
     """
     from nns_plugin.adapters.evaluation import ACCURACY, evaluate, judged, paired_drops
 
+    if answers.parity.incomparable and answers.logits is None:
+        return None, "; ".join(answers.parity.incomparable)
     if answers.logits is None or answers.logits[0].ndim != 2:
         raise LabelError("accuracy per label needs first outputs [N, labels] of floating point; drop the labels")
     logits = [torch.as_tensor(values.astype(np.float64)) for values in answers.logits]
@@ -121,7 +123,7 @@ def accuracy_report(
 
 
 def _indices(labels: Any, count: int) -> Tensor:
-    found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-    if found.shape != (count,) or found.is_floating_point() or found.dtype == torch.bool:
+    found = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
         raise LabelError(f"the labels are {found.dtype}{list(found.shape)}; expected integers [{count}], one an input")
-    return found.to(torch.int64).cpu()
+    return torch.from_numpy(found.astype(np.int64))

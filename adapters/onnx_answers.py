@@ -11,7 +11,7 @@ import torch
 from nns_plugin.adapters.onnx_feeds import Array, Feeds
 from nns_plugin.adapters.onnx_file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnx_session import create_session, run_session
-from nns_plugin.adapters.output_errors import Comparing, Kind, ParityReport, top1_agreement
+from nns_plugin.adapters.output_errors import Comparing, Kind, ParityReport, same_answers, top1_agreement
 from nns_plugin.errors import ExportError, LabelError
 
 KIND: Kind = "dense against pruned"
@@ -68,6 +68,8 @@ def answers_of(
         LabelError: If the labels of the two cannot be matched.
     """
     pairs, incomparable = _matched(files)
+    if not pairs:
+        return Answers(_nothing(files, feeds, incomparable, rtol, atol), None, (), ())
     parts: tuple[list[list[Array]], list[list[Array]]] = ([], [])
     provider_found = ""
     for side, (file, feed) in enumerate(zip(files, feeds, strict=True)):
@@ -75,17 +77,18 @@ def answers_of(
         provider_found = session.get_providers()[0]
         names = [pair[side].name for pair in pairs]
         for values, count in feed.batches(feed.fixed or CHUNK):
-            found = run_session(session, values, file.path, names)
-            parts[side].append([_first(value, count) for value in found])
-    whole = [[_joined(pair[0], values) for pair, *values in zip(pairs, *side, strict=True)] for side in parts]
-    scores = bool(pairs) and pairs[0][0] == files[0].outputs[0] and all(_are_scores(side[0]) for side in whole)
+            whole = next((len(values[name]) for name in feed.batched), count)
+            found = [np.atleast_1d(value) for value in run_session(session, values, file.path, names)]
+            parts[side].append([value[:count] if len(value) == whole else value for value in found])
+    joined = [[_joined(pair[0], values) for pair, *values in zip(pairs, *side, strict=True)] for side in parts]
+    first = [side[0] for side in joined]
+    scores = pairs[0][0] == files[0].outputs[0] and all(_are_scores(values, feeds[0].inputs) for values in first)
     columns: tuple[int | None, ...] = ()
     named: tuple[str, ...] = ()
     if scores:
-        sizes = whole[0][0].shape[1], whole[1][0].shape[1]
-        named = _label_names(files[0], label_names[0], sizes[0])
-        columns = _columns(named, files[1], label_names[1], sizes[1])
-    compared, faults = _comparable(pairs, whole, columns)
+        named = _label_names(files[0], label_names[0], first[0].shape[1])
+        columns = _columns(named, files[1], label_names[1], first[1].shape[1])
+    compared, faults = _comparable(pairs, joined, columns)
     comparing = Comparing([name for name, _, _ in compared], rtol, atol)
     comparing.add([left for _, left, _ in compared], [right for _, _, right in compared])
     names_of_files = (f"baseline {files[0].path}", f"candidate {files[1].path}")
@@ -94,16 +97,25 @@ def answers_of(
         names_of_files,
         inputs=feeds[0].inputs,
         batch_sizes=tuple(sorted({min(feed.fixed or CHUNK, feed.inputs) for feed in feeds})),
-        top1=agreement(whole[0][0], whole[1][0], columns) if scores else None,
+        top1=agreement(first[0], first[1], columns) if scores else None,
         provider=provider_found,
         incomparable=(*incomparable, *faults),
     )
-    return Answers(report, (whole[0][0], whole[1][0]) if scores else None, columns, named)
+    return Answers(report, (first[0], first[1]) if scores else None, columns, named)
 
 
-def _first(value: Array, count: int) -> Array:
-    """Of an output those of the first inputs, where it has one for each."""
-    return np.atleast_1d(value)[:count]
+def _nothing(
+    files: Sequence[OnnxFile], feeds: Sequence[Feeds], incomparable: tuple[str, ...], rtol: float, atol: float
+) -> ParityReport:
+    """The report where no outputs correspond."""
+    return Comparing((), rtol, atol).report(
+        KIND,
+        (f"baseline {files[0].path}", f"candidate {files[1].path}"),
+        inputs=feeds[0].inputs,
+        batch_sizes=(),
+        top1=None,
+        incomparable=incomparable,
+    )
 
 
 def _joined(spec: TensorSpec, values: Sequence[Array]) -> Array:
@@ -145,8 +157,8 @@ def _is_numeric(spec: TensorSpec) -> bool:
         return False
 
 
-def _are_scores(values: Array) -> bool:
-    return values.ndim >= 2 and bool(np.issubdtype(values.dtype, np.floating))
+def _are_scores(values: Array, inputs: int) -> bool:
+    return values.ndim >= 2 and len(values) == inputs and bool(np.issubdtype(values.dtype, np.floating))
 
 
 def _label_names(file: OnnxFile, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -230,7 +242,8 @@ def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> flo
     """Share of inputs (and positions) that both answer with the same label.
 
     Where the pruned file can say "other", what the dense one answers with a label that it has not is that; where it
-    cannot, only inputs count that the dense one answers with a label of both.
+    cannot, only inputs count that the dense one answers with a label of both. Scores that are not finite agree with
+    none.
 
     Args:
         dense: Scores of the baseline ``[N, labels, ...]``.
@@ -250,10 +263,11 @@ def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> flo
     if None in columns:
         answer = np.full(dense.shape[1], columns.index(None))
         answer[shared] = theirs
-        return float(np.mean(answer[dense.argmax(1)] == pruned.argmax(1)))
+        finite = np.isfinite(dense).all(1) & np.isfinite(pruned).all(1)
+        return float(np.mean((answer[dense.argmax(1)] == pruned.argmax(1)) & finite))
     if len(shared) == dense.shape[1]:
         return top1_agreement(dense[:, shared], pruned)
     counts = np.isin(dense.argmax(1), shared)
     if len(shared) < 2 or not counts.any():
         return None
-    return float(np.mean((dense[:, shared].argmax(1) == pruned[:, theirs].argmax(1))[counts]))
+    return float(np.mean(same_answers(dense[:, shared], pruned[:, theirs])[counts]))

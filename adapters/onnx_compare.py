@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport, accuracy_report
 from nns_plugin.adapters.onnx_answers import answers_of
 from nns_plugin.adapters.onnx_export import export
-from nns_plugin.adapters.onnx_feeds import Array, Feeds, feeds_of, random_values, values_of
+from nns_plugin.adapters.onnx_feeds import feeds_of, random_values, values_of
 from nns_plugin.adapters.onnx_file import OnnxFile, read_file
-from nns_plugin.adapters.onnx_latency import SESSIONS, LatencyComparison, measure_latency
+from nns_plugin.adapters.onnx_latency import SESSIONS, LatencyComparison, measure_feeds
+from nns_plugin.adapters.onnx_layers import read_layers
 from nns_plugin.adapters.onnx_memory import SessionMemory, session_memory
 from nns_plugin.adapters.onnx_parity import check_parity, check_removal
 from nns_plugin.adapters.onnx_profile import ProfileComparison, compare_profiles, profile
@@ -48,7 +49,7 @@ class Comparison:
         accuracy: If there were labels.
         accuracy_fault: Why there is none in spite of labels.
         latency: One comparison a batch size.
-        profiles: The same of where the time goes.
+        profiles: Where the time goes, at each of them, or at one if there are none.
         baseline_memory: What a session of the baseline takes, at the largest batch size.
         candidate_memory: What a session of the candidate takes.
         environment: What all that was measured on and with.
@@ -136,7 +137,7 @@ def compare(
         atol: Absolute tolerance of outputs.
         confidence: Of the bounds on what accuracy loses: share of the bootstrap resamples.
         resamples: Bootstrap resamples of the inputs for that.
-        profile_runs: Runs with ONNX Runtime's profiler; 0 for none.
+        profile_runs: Runs with ONNX Runtime's profiler.
         memory: Whether to measure what sessions take, each in a process of its own.
         opset: For exports of torch models.
         seed: Of random inputs, the order of runs and the bootstrap.
@@ -170,11 +171,11 @@ def compare(
     with _as_files(models, inputs, (label_names, candidate_labels), opset) as paths:
         files = [read_file(path) for path in paths]
         given = inputs is not None
-        count = max(RANDOM_INPUTS, *batches)
+        count = max((RANDOM_INPUTS, *batches))
         values = values_of(inputs, files[0]) if given else random_values(files[0], count, seed)
         feeds = [feeds_of(file, values) for file in files]
         reports: list[ParityReport] = []
-        some = _some(list(values.values()) if inputs is None else inputs, _CHUNK)
+        some: Any = _some(list(values.values()) if inputs is None else inputs, _CHUNK) if any(in_torch) else ()
         for model, path in zip(in_torch, paths, strict=True):
             if model is not None:
                 reports.append(check_parity(model, path, some, rtol=rtol, atol=atol, provider=provider))
@@ -190,9 +191,10 @@ def compare(
         for size in batches:
             cut = [feed.batch(size) for feed in feeds]
             latencies.append(
-                measure_latency(
+                measure_feeds(
                     dict(zip(("baseline", "candidate"), paths, strict=True)),
-                    _taken(values, feeds[0], size),
+                    cut,
+                    batch=size,
                     samples=samples,
                     sessions=sessions,
                     io_binding=io_binding,
@@ -202,12 +204,13 @@ def compare(
                     **options,
                 )
             )
-            if profile_runs:
-                of = [
-                    profile(path, feed, batch=size, runs=profile_runs, **options)
-                    for path, feed in zip(paths, cut, strict=True)
-                ]
-                profiles.append(compare_profiles(*of))
+        layers = read_layers(paths[1])
+        for size in batches or (feeds[0].fixed or 1,):  # the profile also tells which provider ran what
+            of = [
+                profile(path, feed.batch(size), batch=size, runs=profile_runs, **options)
+                for path, feed in zip(paths, feeds, strict=True)
+            ]
+            profiles.append(compare_profiles(of[0], of[1], layers))
         largest = max(batches, default=feeds[0].fixed or 1)
         taken = [
             session_memory(path, feed.batch(largest), **options) if memory else None
@@ -233,10 +236,10 @@ def compare(
 def _check_options(batches: Sequence[int], confidence: float, resamples: int, profile_runs: int) -> None:
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in batches):
         raise ExportError(f"batches is {list(batches)}; expected sizes from 1 on")
-    if not 0.5 <= confidence < 1 or resamples < 100 or profile_runs < 0:
+    if not 0.5 <= confidence < 1 or resamples < 100 or profile_runs < 1:
         raise ExportError(
             f"confidence is {confidence}, resamples {resamples} and profile_runs {profile_runs}; expected a share from "
-            "0.5 to under 1, at least 100 and at least 0"
+            "0.5 to under 1, at least 100 and at least 1"
         )
 
 
@@ -260,20 +263,14 @@ def _as_files(
 
 
 def _some(inputs: Any, count: int) -> Any:
-    """The first inputs, as tensors."""
+    """The first inputs, as tensors of their own."""
 
     def tensor(value: Any) -> Tensor:
-        return (value if isinstance(value, Tensor) else torch.as_tensor(value))[:count]
+        found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        return found[:count] if found.ndim else found
 
     if isinstance(inputs, Mapping):
         return {name: tensor(value) for name, value in inputs.items()}
     if isinstance(inputs, (Tensor, np.ndarray)):
         return tensor(inputs)
     return tuple(tensor(value) for value in inputs)
-
-
-def _taken(values: Mapping[str, Array], feeds: Feeds, size: int) -> dict[str, Array]:
-    """The wide inputs of one batch, for both files."""
-    feeds.batch(size)  # a size that the file does not take is an error
-    rows = np.arange(size) % feeds.inputs
-    return {name: array if name in feeds.constant else array[rows] for name, array in values.items()}

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from nns_plugin.adapters.onnx_file import OnnxFile, TensorSpec
@@ -111,10 +110,12 @@ def read_values(path: str | os.PathLike[str], file: OnnxFile) -> tuple[dict[str,
     where = Path(path)
     names = [spec.name for spec in file.inputs]
     try:
-        with np.load(where, allow_pickle=False) as archive:
+        with where.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ExportError(f"{str(path)!r} holds one array; expected an .npz archive with {names}")
-            entries = {name: archive[name] for name in archive.files}
+            with archive:
+                entries = {name: archive[name] for name in archive.files}
     except ExportError:
         raise
     except Exception as error:  # damaged archives raise errors of several libraries
@@ -135,7 +136,7 @@ def random_values(file: OnnxFile, count: int, seed: int = 0) -> dict[str, Array]
 
     Args:
         file: The file.
-        count: How many; as many as it takes, if that is fixed.
+        count: How many.
         seed: Of the numbers.
 
     Raises:
@@ -193,15 +194,11 @@ def feeds_of(file: OnnxFile, values: Values) -> Feeds:
     """
     names = [spec.name for spec in file.inputs]
     if sorted(values) != sorted(names):
-        if len(values) != len(names):
+        if len(values) != len(names) or set(values) & set(names):
             raise ExportError(f"{file.path!r} has the inputs {names}, found {list(values)}; pass one for each")
         values = dict(zip(names, values.values(), strict=True))
-    selection = file.selection
-    if selection is not None and len(names) == 1:
-        wide = torch.from_numpy(values[names[0]])
-        size = (wide.flatten(1) if selection.flat else wide).shape[selection.axis]
-        if size == selection.total:
-            values = {names[0]: selection(wide).numpy()}
+    if len(names) == 1:
+        values = {names[0]: _narrowed(file, values[names[0]])}
     fixed = _fixed_batch(file)
     batched, constant = {}, {}
     for spec in file.inputs:
@@ -217,6 +214,17 @@ def feeds_of(file: OnnxFile, values: Values) -> Feeds:
     return Feeds(next(iter(counts.values()), 1), batched, constant, fixed, file.path)
 
 
+def _narrowed(file: OnnxFile, wide: Array) -> Array:
+    """The inputs that a narrowed model works on, out of the wide ones that it tells of; others as they are."""
+    selection = file.selection
+    if selection is None or wide.ndim < 2:
+        return wide
+    flat = wide.reshape(len(wide), -1) if selection.flat else wide
+    if not -flat.ndim <= selection.axis < flat.ndim or flat.shape[selection.axis] != selection.total:
+        return wide
+    return np.take(flat, selection.indices.numpy(), axis=selection.axis)
+
+
 def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
     """An array in the element type that a file takes, if that is of the same kind; its shape is checked."""
     try:
@@ -225,6 +233,8 @@ def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
         raise ExportError(f"{file.path!r} takes {spec}, which NumPy has not; export it with another type") from error
     if not np.can_cast(array.dtype, wanted, "same_kind"):
         raise ExportError(f"{file.path!r} takes {spec}, found {array.dtype}{list(array.shape)}; convert it first")
+    if spec.shape is None and array.ndim == 0:
+        raise ExportError(f"{file.path!r} takes {spec}, found a single number; pass one for each input")
     sizes = array.shape if spec.shape is None else spec.shape
     fixed = [size if isinstance(size, int) else math.nan for size in sizes[1:]]
     fits = len(sizes) == array.ndim and all(
@@ -232,4 +242,9 @@ def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
     )
     if not fits:
         raise ExportError(f"{file.path!r} takes {spec}, found {array.dtype}{list(array.shape)}; pass such inputs")
-    return array.astype(wanted, copy=False)
+    with np.errstate(over="ignore"):
+        cast = array.astype(wanted, copy=False)
+    lost = (cast != array).any() if wanted.kind in "iu" else (np.isfinite(array) & ~np.isfinite(cast)).any()
+    if cast is not array and lost:
+        raise ExportError(f"{file.path!r} takes {spec}, and the {array.dtype} inputs hold numbers beyond that")
+    return cast

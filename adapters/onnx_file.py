@@ -57,7 +57,7 @@ class OnnxFile:
 
     Attributes:
         path: Where it is.
-        sha256: Of the file, and of the files with its external weights.
+        sha256: Of the file, and of the files with its external weights, by path from its folder.
         file_bytes: Size of all of them.
         opset: Version of ONNX's own operator set.
         producer: What wrote it.
@@ -88,10 +88,14 @@ class OnnxFile:
             return None
         indices, told = (_parsed(self.path, self.metadata, key) for key in (FEATURES_KEY, SELECTION_KEY))
         try:
-            return InputSelection(torch.tensor(indices), int(told["total"]), int(told["axis"]), bool(told["flat"]))
+            total = int(told["total"])
+            if not indices or any(type(index) is not int or not 0 <= index < total for index in indices):
+                raise ValueError(f"indices of {total}")
+            return InputSelection(torch.tensor(indices), total, int(told["axis"]), bool(told["flat"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{self.path!r} has {SELECTION_KEY} {told!r}; expected total, axis and flat, export it again"
+                f"{self.path!r} has {FEATURES_KEY} {str(indices)[:60]} and {SELECTION_KEY} {told!r}; expected "
+                "total, axis and flat, and indices under the total: export it again"
             ) from error
 
 
@@ -121,7 +125,7 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
         raise ExportError(f"{str(path)!r} has {LABELS_KEY} {labels!r}; expected a list of names, export it again")
     return OnnxFile(
         path=str(path),
-        sha256={file.name: _sha256(file) for file in files},
+        sha256={file.relative_to(where.parent).as_posix(): _sha256(file) for file in files},
         file_bytes=sum(file.stat().st_size for file in files),
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
@@ -161,6 +165,8 @@ def _external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """The weights of a graph and of the graphs within its nodes."""
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):

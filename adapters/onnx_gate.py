@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport
-from nns_plugin.adapters.onnx_compare import Comparison
+from nns_plugin.adapters.onnx_compare import Comparison, jsonable
 from nns_plugin.adapters.onnx_latency import LatencyComparison
 from nns_plugin.adapters.output_errors import ParityReport
 from nns_plugin.errors import GateError
@@ -56,7 +56,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON types."""
-        return asdict(self)
+        found: dict[str, Any] = jsonable(asdict(self))
+        return found
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,11 @@ def _agreeing(report: ParityReport, limit: float) -> Check:
     found = report.top1_agreement
     if found is None and not report.incomparable:
         raise GateError(
-            f"min_top1_agreement needs outputs [N, labels], found none of both files; drop it (outputs: "
-            f"{', '.join(report.outputs)})"
+            "min_top1_agreement needs first outputs [N, labels], two labels at least, and inputs that the dense model "
+            f"answers with labels of both; found none (outputs: {', '.join(report.outputs)}); drop it"
         )
-    passed = found is not None and found >= limit
-    told = "; ".join(report.incomparable) if found is None else f"{found:.4f} of the answers agree, {limit:g} asked for"
+    passed = found is not None and found >= limit and not report.incomparable
+    told = "; ".join(report.incomparable) or f"{found:.4f} of the answers agree, {limit:g} asked for"
     return Check("parity", "min_top1_agreement", passed, found, limit, f"{report.kind}: {told}")
 
 

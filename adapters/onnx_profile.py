@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from nns_plugin.adapters.onnx_feeds import Array
+from nns_plugin.adapters.onnx_layers import MULTIPLES, Layer, odd_layers
 from nns_plugin.adapters.onnx_session import create_session, provider_name, run_session
 from nns_plugin.errors import ExportError
 
-MULTIPLES = (16, 8)
 _WARMUP = 5
 _KERNEL = "_kernel_time"
-_IMAGE_CHANNELS = 4
-_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
-_PRODUCTS = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class NodeTime:
         mean_us: Mean of the timed runs, in microseconds.
         input_shapes: Shapes of what it took, weights included.
         output_shapes: Shapes of what it gave.
+        is_layer: Whether it is a convolution or matrix product with weights.
     """
 
     name: str
@@ -42,17 +41,7 @@ class NodeTime:
     mean_us: float
     input_shapes: tuple[tuple[int, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def channels(self) -> tuple[int, int] | None:
-        """Channels in and out of a convolution or matrix product with weights; ``None`` of other nodes."""
-        if self.operator not in _CONVOLUTIONS + _PRODUCTS or len(self.input_shapes) < 2 or not self.output_shapes:
-            return None
-        axis = 1 if self.operator in _CONVOLUTIONS else -1
-        shapes = (self.input_shapes[0], self.output_shapes[0])
-        if any(len(shape) < 2 for shape in shapes):
-            return None
-        return shapes[0][axis], shapes[1][axis]
+    is_layer: bool
 
 
 @dataclass(frozen=True)
@@ -186,23 +175,35 @@ def _nodes(events: Sequence[Mapping[str, Any]], runs: int) -> tuple[NodeTime, ..
                 mean_us=max(1.0, each) * sum(duration for duration, _ in last) / len(last),
                 input_shapes=_shapes(arguments.get("input_type_shape", ())),
                 output_shapes=_shapes(arguments.get("output_type_shape", ())),
+                is_layer=arguments.get("op_name") in _LAYERS and _has_weights(arguments),
             )
         )
     return tuple(found)
+
+
+def _has_weights(arguments: Mapping[str, Any]) -> bool:
+    """Whether a node has constant weights; those that are packed for its kernel are not told as inputs."""
+    return len(arguments.get("input_type_shape", ())) == 1 or int(arguments.get("parameter_size", 0)) > 0
 
 
 def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(size) for size in shape) for tensor in told for shape in tensor.values())
 
 
-def compare_profiles(baseline: Profile, candidate: Profile) -> ProfileComparison:
-    """Totals for each type of operator, and what explains a candidate that is slower than its operations say."""
+def compare_profiles(baseline: Profile, candidate: Profile, layers: Sequence[Layer] = ()) -> ProfileComparison:
+    """Totals for each type of operator, and what explains a candidate that is slower than its operations say.
+
+    Args:
+        baseline: Of the baseline.
+        candidate: Of the candidate.
+        layers: The candidate's layers, for notes about their channels: profiles tell those as kernels pad them.
+    """
     left, right = baseline.operators, candidate.operators
     changes = [
         OperatorChange(name, *_split(left.get(name), right.get(name))) for name in sorted(left.keys() | right.keys())
     ]
     changes.sort(key=lambda change: -abs(change.baseline_us - change.candidate_us))
-    return ProfileComparison(baseline, candidate, tuple(changes), tuple(_notes(baseline, candidate)))
+    return ProfileComparison(baseline, candidate, tuple(changes), tuple(_notes(baseline, candidate, layers)))
 
 
 def _split(left: tuple[int, float] | None, right: tuple[int, float] | None) -> tuple[int, int, float, float]:
@@ -210,21 +211,21 @@ def _split(left: tuple[int, float] | None, right: tuple[int, float] | None) -> t
     return left_count, right_count, left_us, right_us
 
 
-def _notes(baseline: Profile, candidate: Profile) -> list[str]:
+def _notes(baseline: Profile, candidate: Profile, layers: Sequence[Layer]) -> list[str]:
     notes = []
     for name, of in (("baseline", baseline), ("candidate", candidate)):
         if of.fallen_back:
             by = Counter(f"{node.operator} by {node.provider}" for node in of.fallen_back)
             listed = ", ".join(f"{count} {text}" for text, count in by.most_common())
             notes.append(f"{name}: {len(of.fallen_back)} of {len(of.nodes)} nodes not run by {of.provider}: {listed}")
-    odd = odd_nodes(candidate)
+    odd = odd_layers(layers)
     if odd:
-        share = sum(node.mean_us for node in odd) / max(candidate.total_us, 1e-9)
-        shown = ", ".join(f"{node.name} {_channels(node)}" for node in sorted(odd, key=lambda node: -node.mean_us)[:5])
+        shown = ", ".join(f"{layer.name} ({layer.inputs} -> {layer.outputs})" for layer in odd[:5])
         more = ", ..." if len(odd) > 5 else ""
+        smaller = len(odd_layers(layers, MULTIPLES[-1]))
         notes.append(
-            f"candidate: {len(odd)} nodes have channels that are no multiple of {MULTIPLES[-1]}, and take {share:.0%} "
-            f"of the time: {shown}{more}"
+            f"candidate: {len(odd)} of {len(layers)} layers have channels that are no multiple of {MULTIPLES[0]}, "
+            f"{smaller} none of {MULTIPLES[-1]}, to which kernels pad them: {shown}{more}"
         )
     notes += _other_kernels(baseline, candidate)
     return notes
@@ -232,7 +233,7 @@ def _notes(baseline: Profile, candidate: Profile) -> list[str]:
 
 def _other_kernels(baseline: Profile, candidate: Profile) -> list[str]:
     """Layers whose kernel is another than the baseline's; layers correspond in order, where there are as many."""
-    layers = [[node for node in of.nodes if node.channels is not None] for of in (baseline, candidate)]
+    layers = [[node for node in of.nodes if node.is_layer] for of in (baseline, candidate)]
     if len(layers[0]) != len(layers[1]):
         return []
     changed: dict[tuple[str, str], list[tuple[NodeTime, NodeTime]]] = {}
@@ -247,21 +248,6 @@ def _other_kernels(baseline: Profile, candidate: Profile) -> list[str]:
             f"{new} in the candidate ({took[1]:.0f} us)"
         )
     return notes
-
-
-def odd_nodes(of: Profile, multiple: int = MULTIPLES[-1]) -> tuple[NodeTime, ...]:
-    """Layers whose channels are no multiple of a number: a matrix product's inputs, a convolution's outputs as well."""
-    return tuple(node for node in of.nodes if any(size % multiple for size in roundable(node)))
-
-
-def roundable(node: NodeTime) -> tuple[int, ...]:
-    """Channels of a layer that could be more: not those of an image, and not the outputs of a matrix product."""
-    channels = () if node.channels is None else node.channels[: 1 if node.operator in _PRODUCTS else 2]
-    return tuple(size for size in channels if size > _IMAGE_CHANNELS)
-
-
-def _channels(node: NodeTime) -> str:
-    return "" if node.channels is None else f"({node.channels[0]} -> {node.channels[1]})"
 
 
 def _blocked(node: NodeTime) -> bool:

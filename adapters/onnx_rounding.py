@@ -20,9 +20,8 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from nns_plugin.adapters.onnx_compare import Comparison
 from nns_plugin.adapters.onnx_feeds import Array
 from nns_plugin.adapters.onnx_latency import measure_feeds
-from nns_plugin.adapters.onnx_profile import MULTIPLES
+from nns_plugin.adapters.onnx_layers import IMAGE_CHANNELS, MULTIPLES, layers
 
-_IMAGE_CHANNELS = 4  # inputs that are colours, not units
 _OPSET = 17
 
 
@@ -74,7 +73,7 @@ class _Layer(NamedTuple):
     def rounded(self, multiple: int) -> _Layer:
         """With more channels: not of an image, and not the outputs of a product, which may be labels."""
         inputs, outputs = (
-            size if size <= _IMAGE_CHANNELS else -(-size // multiple) * multiple for size in (self.inputs, self.outputs)
+            size if size <= IMAGE_CHANNELS else -(-size // multiple) * multiple for size in (self.inputs, self.outputs)
         )
         return self._replace(inputs=inputs, outputs=outputs if self.is_convolution else self.outputs)
 
@@ -169,29 +168,26 @@ def rounding_gains(
 
 
 def _layers(path: Path, batch: int) -> Iterator[tuple[str, _Layer]]:
-    """Convolutions and products of a file with constant weights, at a batch size; with their names."""
+    """Layers of a file that can be measured alone at a batch size, with their names."""
     model = onnx.load(str(path))
-    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    constants = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         sizes = value.type.tensor_type.shape.dim
         if value.name not in constants and sizes and not sizes[0].HasField("dim_value"):
             sizes[0].dim_value = batch
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {value.name: _sizes(value) for value in (*inferred.input, *inferred.value_info)}
-    for node in model.graph.node:
-        weights = constants.get(node.input[1]) if len(node.input) > 1 else None
-        shape = shapes.get(node.input[0]) if weights is not None else None
-        if weights is None or shape is None or 0 in shape:
+    for layer in layers(model):
+        shape = shapes.get(layer.input)
+        if shape is None or 0 in shape or layer.groups != 1 or len(shape) < 2:
             continue
-        name = node.name or node.output[0]
-        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        if node.op_type == "Conv" and attributes.get("group", 1) == 1 and len(shape) == len(weights):
-            yield name, _Layer("Conv", _plain(attributes), weights[1], weights[0], weights[2:], shape[2:])
-        elif node.op_type in ("Gemm", "MatMul") and len(weights) == 2 and len(shape) >= 2:
-            turned = bool(attributes.get("transB", 0))
-            inputs, outputs = weights[::-1] if turned else weights
-            if shape[-1] == inputs and not attributes.get("transA", 0):
-                yield name, _Layer("MatMul", (), inputs, outputs, (), shape[1:-1])
+        if layer.is_convolution:
+            yield (
+                layer.name,
+                _Layer("Conv", _plain(layer.attributes), layer.inputs, layer.outputs, layer.kernel, shape[2:]),
+            )
+        elif shape[-1] == layer.inputs and not layer.attributes.get("transA", 0):
+            yield layer.name, _Layer("MatMul", (), layer.inputs, layer.outputs, (), shape[1:-1])
 
 
 def _plain(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -15,6 +15,7 @@ from nns_plugin.adapters.onnx_latency import (
     measure_latency,
     median_ratio,
 )
+from nns_plugin.adapters.onnx_layers import Layer, odd_layers, read_layers
 from nns_plugin.adapters.onnx_memory import SessionMemory, session_memory
 from nns_plugin.adapters.onnx_parity import check_parity, check_removal
 from nns_plugin.adapters.onnx_profile import (
@@ -43,6 +44,7 @@ __all__ = [
     "LabelDrop",
     "LatencyComparison",
     "LatencyReport",
+    "Layer",
     "NodeTime",
     "OnnxFile",
     "OperatorChange",
@@ -68,9 +70,11 @@ __all__ = [
     "measure_feeds",
     "measure_latency",
     "median_ratio",
+    "odd_layers",
     "profile",
     "random_values",
     "read_file",
+    "read_layers",
     "read_values",
     "rounding_gains",
     "runtime_build",

@@ -142,7 +142,13 @@ def top1_agreement(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float
     """Share of inputs and positions with the same largest label; ``None`` unless both are float ``[N, L > 1, ...]``."""
     if expected.ndim < 2 or expected.shape[1] < 2 or not np.issubdtype(expected.dtype, np.floating):
         return None
-    return float(np.mean(expected.argmax(1) == found.argmax(1)))
+    return float(np.mean(same_answers(expected, found)))
+
+
+def same_answers(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """``[N, ...]`` where the largest of the scores ``[N, L, ...]`` is the same, and all of them are finite."""
+    finite = np.isfinite(expected).all(1) & np.isfinite(found).all(1)
+    return np.asarray((expected.argmax(1) == found.argmax(1)) & finite)
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
@@ -197,7 +203,8 @@ class Comparing:
         if not absolute.size and not incomparable:
             raise ExportError(f"{names[0]} and {names[1]} give no values to compare; pass inputs that they answer")
         worst, of_worst = max(self._found, key=lambda named: named[1].excess, default=("", None))
-        p50, p90, p99 = map(float, np.percentile(absolute, (50, 90, 99)) if absolute.size else (0, 0, 0))
+        method: Any = "linear" if np.isfinite(absolute).all() else "higher"  # nothing lies between infinite errors
+        p50, p90, p99 = map(float, np.percentile(absolute, (50, 90, 99), method=method) if absolute.size else (0, 0, 0))
         rtol = max((of.rtol for _, of in self._found), default=0.0)
         atol = max((of.atol for _, of in self._found), default=0.0)
         firsts = [self._first[name] for name in self.names if name in self._first]

@@ -14,7 +14,7 @@ from nns_plugin.adapters.onnx_file import LABELS_KEY
 from nns_plugin.adapters.output_errors import ParityReport
 
 TYPES = onnx.TensorProto
-QUICK: dict[str, Any] = {"batches": (1,), "samples": 2, "sessions": 1, "profile_runs": 0, "memory": False}
+QUICK: dict[str, Any] = {"batches": (1,), "samples": 2, "sessions": 1, "profile_runs": 1, "memory": False}
 NAMES = ["cat", "dog", "owl", "pig"]
 W = np.array([[1, 0, 0, 0.5], [0, 1, 0, -0.75], [0, 0, 1, 0.25]], np.float32)
 X = np.random.default_rng(0).standard_normal((90, 3)).astype(np.float32)  # more than a chunk

@@ -122,6 +122,7 @@ HOSTS: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_file": frozenset({"onnx"}),
     f"{ADAPTERS}.onnx_gate": frozenset(),
     f"{ADAPTERS}.onnx_latency": frozenset(),
+    f"{ADAPTERS}.onnx_layers": frozenset({"onnx"}),
     f"{ADAPTERS}.onnx_memory": frozenset({"onnxruntime", "psutil"}),
     f"{ADAPTERS}.onnx_parity": frozenset(),
     f"{ADAPTERS}.onnx_profile": frozenset(),
@@ -197,7 +198,7 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_accuracy": onnx_modules("answers") | {f"{ADAPTERS}.evaluation"},
     f"{ADAPTERS}.onnx_answers": onnx_modules("feeds", "file", "session") | {f"{ADAPTERS}.output_errors"},
     f"{ADAPTERS}.onnx_compare": onnx_modules(
-        "accuracy", "answers", "export", "feeds", "file", "latency", "memory", "parity", "profile", "session"
+        "accuracy", "answers", "export", "feeds", "file", "latency", "layers", "memory", "parity", "profile", "session"
     )
     | {f"{ADAPTERS}.output_errors"},
     f"{ADAPTERS}.onnx_export": onnx_modules("file", "session"),
@@ -205,8 +206,8 @@ USES: dict[str, frozenset[str]] = {
     f"{ADAPTERS}.onnx_gate": onnx_modules("accuracy", "compare", "latency") | {f"{ADAPTERS}.output_errors"},
     f"{ADAPTERS}.onnx_latency": onnx_modules("feeds", "file", "session"),
     f"{ADAPTERS}.onnx_parity": onnx_modules("session") | {f"{ADAPTERS}.output_errors"},
-    f"{ADAPTERS}.onnx_profile": onnx_modules("feeds", "session"),
-    f"{ADAPTERS}.onnx_rounding": onnx_modules("compare", "feeds", "latency", "profile"),
+    f"{ADAPTERS}.onnx_profile": onnx_modules("feeds", "layers", "session"),
+    f"{ADAPTERS}.onnx_rounding": onnx_modules("compare", "feeds", "latency", "layers"),
     f"{ADAPTERS}.onnxruntime": onnx_modules(
         "accuracy",
         "answers",
@@ -216,6 +217,7 @@ USES: dict[str, frozenset[str]] = {
         "file",
         "gate",
         "latency",
+        "layers",
         "memory",
         "parity",
         "profile",

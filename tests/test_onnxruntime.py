@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import random
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -729,6 +730,30 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         _, low, high = adapter.median_ratio(baseline, candidate, seed=seed)
         hits += low <= 2 <= high
     assert 180 <= hits <= 199
+
+
+def test_the_interval_of_several_pairs_of_sessions_covers_the_truth_where_one_of_runs_alone_does_not() -> None:
+    rng = np.random.default_rng(0)
+    hits, fooled = 0, 0
+    for seed in range(200):
+        speeds = np.repeat(rng.lognormal(0, 0.01, (10, 2)), 30, axis=0)  # of each pair, for as long as it lives
+        baseline, candidate = 2 * speeds[:, 0] * rng.lognormal(0, 0.02, 300), speeds[:, 1] * rng.lognormal(0, 0.02, 300)
+        _, low, high = adapter.median_ratio(baseline, candidate, sessions=10, seed=seed)
+        hits += low <= 2 <= high
+        _, low, high = adapter.median_ratio(baseline, candidate, seed=seed)
+        fooled += not low <= 2 <= high
+    assert hits >= 192
+    assert fooled >= 15
+
+
+@pytest.mark.parametrize(("pairs", "quantile"), [(10, 2.26216), (5, 2.77645), (30, 2.04523)])
+def test_few_pairs_of_sessions_expand_the_interval_by_students_t(pairs: int, quantile: float) -> None:
+    low, high = latency._levels(pairs)
+    assert statistics.NormalDist().inv_cdf(high / 100) == pytest.approx(
+        quantile * (pairs / (pairs - 1)) ** 0.5, rel=3e-3
+    )
+    assert low == pytest.approx(100 - high)
+    assert latency._levels(1) == pytest.approx((2.5, 97.5))
 
 
 def test_what_slows_down_both_runs_of_a_round_does_not_widen_the_interval() -> None:

@@ -188,7 +188,7 @@ def test_what_is_wrong_is_told_before_anything_runs(
         ({"sweep.search": {"criterion.name": ["none"]}, "sweep.tuner": "Random"}, "expected one of"),
         ({"sweep.trials": 0}, "field 'sweep.trials'"),
         ({"sweep.metric": "accuracy"}, "sweep.metric: found 'accuracy'; instead of 'accuracy' a report has recipe"),
-        ({"sweep.metric": "subnet.parity"}, "'subnet.parity' is no number; it has passed"),
+        ({"sweep.metric": "subnet.parity"}, "'subnet.parity' is no number; it has kind"),
     ):
         with pytest.raises(RecipeError, match=message):
             run_sweep(recipe, tmp_path / "out", overrides)

@@ -1,0 +1,86 @@
+"""The layers of an ONNX file: its convolutions and matrix products with constant weights, and how wide they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import helper
+
+MULTIPLES = (16, 8)  # kernels work on channels in blocks of these: of 16 with AVX-512, of 8 with less
+IMAGE_CHANNELS = 4  # inputs that are colours, not units
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with constant weights.
+
+    Attributes:
+        name: Of the node.
+        operator: Its type.
+        input: Name of what it reads.
+        attributes: Of the node.
+        inputs: Channels in.
+        outputs: Channels out.
+        kernel: Size of a convolution's kernel; empty of a product.
+        groups: Of a convolution; 1 of a product.
+    """
+
+    name: str
+    operator: str
+    input: str
+    attributes: Mapping[str, Any]
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    groups: int
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is one, and no product."""
+        return self.operator == "Conv"
+
+    def is_odd(self, multiple: int) -> bool:
+        """Whether its channels are no multiple of a number.
+
+        Those of an image do not count, nor do the outputs of a product, which may be labels.
+        """
+        sizes = (self.inputs, self.outputs) if self.is_convolution else (self.inputs,)
+        return any(size > IMAGE_CHANNELS and size % multiple for size in sizes)
+
+
+def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
+    """The layers of a model, in the order of its nodes; its weights need not be loaded."""
+    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for entry in node.attribute if node.op_type == "Constant" else ():
+            if entry.name == "value":
+                constants[node.output[0]] = tuple(entry.t.dims)
+    found = []
+    for node in model.graph.node:
+        weights = constants.get(node.input[1], ()) if len(node.input) > 1 else ()
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        groups = int(attributes.get("group", 1))
+        if node.op_type == "Conv" and len(weights) > 2:
+            sizes = weights[1] * groups, weights[0], weights[2:]
+        elif node.op_type in ("Gemm", "MatMul") and len(weights) == 2:
+            turned = bool(attributes.get("transB", 0))
+            sizes = *(weights[::-1] if turned else weights), ()
+        else:
+            continue
+        name = node.name or node.output[0]
+        found.append(Layer(name, node.op_type, node.input[0], attributes, *sizes, groups))
+    return tuple(found)
+
+
+def read_layers(path: str | os.PathLike[str]) -> tuple[Layer, ...]:
+    """The layers of a file."""
+    return layers(onnx.load(os.fspath(path), load_external_data=False))
+
+
+def odd_layers(found: Sequence[Layer], multiple: int = MULTIPLES[0]) -> tuple[Layer, ...]:
+    """The layers whose channels are no multiple of a number."""
+    return tuple(layer for layer in found if layer.is_odd(multiple))
