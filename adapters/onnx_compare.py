@@ -158,7 +158,7 @@ def compare(
         >>> [(report.kind, report.passed) for report in found.parity]
         [('torch against ONNX', True), ('torch against ONNX', True), ('dense against pruned', True)]
     """
-    _check_options(batches, confidence, resamples, profile_runs)
+    _check_options(batches, confidence, resamples, profile_runs, seed)
     check_tolerances(rtol, atol)
     check_provider(provider)
     models = {"baseline": baseline, "candidate": candidate}
@@ -233,7 +233,9 @@ def compare(
     )
 
 
-def _check_options(batches: Sequence[int], confidence: float, resamples: int, profile_runs: int) -> None:
+def _check_options(batches: Sequence[int], confidence: float, resamples: int, profile_runs: int, seed: int) -> None:
+    if seed < 0:
+        raise ExportError(f"seed is {seed}; expected a number from 0 on")
     if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in batches):
         raise ExportError(f"batches is {list(batches)}; expected sizes from 1 on")
     if not 0.5 <= confidence < 1 or resamples < 100 or profile_runs < 1:

@@ -234,7 +234,7 @@ def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
     if not np.can_cast(array.dtype, wanted, "same_kind"):
         raise ExportError(f"{file.path!r} takes {spec}, found {array.dtype}{list(array.shape)}; convert it first")
     if spec.shape is None and array.ndim == 0:
-        raise ExportError(f"{file.path!r} takes {spec}, found a single number; pass one for each input")
+        raise ExportError(f"{file.path!r} takes {spec}, found {array.dtype}[]; pass one number for each input")
     sizes = array.shape if spec.shape is None else spec.shape
     fixed = [size if isinstance(size, int) else math.nan for size in sizes[1:]]
     fits = len(sizes) == array.ndim and all(

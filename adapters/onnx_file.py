@@ -121,7 +121,7 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
     constants = {tensor.name for tensor in model.graph.initializer}
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     labels = _parsed(str(path), metadata, LABELS_KEY) if LABELS_KEY in metadata else None
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+    if labels is not None and not (isinstance(labels, list) and all(map(_is_text, labels))):
         raise ExportError(f"{str(path)!r} has {LABELS_KEY} {labels!r}; expected a list of names, export it again")
     return OnnxFile(
         path=str(path),
@@ -189,6 +189,11 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         int(size.dim_value) if size.HasField("dim_value") else (size.dim_param or None) for size in kind.shape.dim
     )
     return TensorSpec(value.name, dtype, shape if kind.HasField("shape") else None)
+
+
+def _is_text(name: Any) -> bool:
+    """Whether a name is text that can be written to files."""
+    return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
 
 
 def _parsed(path: str, metadata: Mapping[str, str], key: str) -> Any:

@@ -191,7 +191,7 @@ def _judged_providers(comparison: Comparison) -> Iterator[Check]:
             of = getattr(compared, side)
             fallen, total = len(of.fallen_back), len(of.nodes)
             text = f"{name}: {of.provider} ran {total - fallen} of {total} nodes"
-            yield Check("provider", f"nodes, {side}", fallen < total, float(fallen), float(total), text)
+            yield Check("provider", f"nodes, {side}", fallen < total or not total, float(fallen), float(total), text)
 
 
 def _within_tolerance(report: ParityReport) -> Check:

@@ -383,7 +383,7 @@ def _student(z: float, freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return float(sum(term / float(freedom) ** power for power, term in enumerate(terms)))
 
 
 def _resamples(rounds: int, sessions: int, seed: int) -> Iterator[npt.NDArray[np.intp]]:

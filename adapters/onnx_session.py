@@ -54,7 +54,9 @@ Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _NOT_KNOWN = re.compile(r"Opset (\d+) is under development.* domain (\S+) is till opset (\d+)")
-_PLACE_IN_SOURCE = re.compile(r"\S*onnxruntime_src/\S+:\d+ .*?\) (?=[A-Z])")
+_PLACE_IN_SOURCE = re.compile(
+    r"\S+\.(?:cc|h|cpp):\d+ (?:[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)?|\w+) "  # file, line and signature, or name
+)
 
 
 class Arguments(NamedTuple):

@@ -96,6 +96,10 @@ class RecipeError(NNSError, ValueError):
     """A recipe is wrong: the message names the field, what was found and what is allowed."""
 
 
+class OutputError(RecipeError):
+    """A file could not be written where it was wanted."""
+
+
 class MissingExtraError(NNSError, ImportError):
     """An optional dependency is not installed; the message has the exact command."""
 

@@ -222,36 +222,37 @@ def validate(
     from nns_plugin.adapters.onnxruntime import Gate
     from nns_plugin.cli import validation_tables
     from nns_plugin.jobs.recipe import load_recipe
-    from nns_plugin.jobs.validation import Reports
+    from nns_plugin.jobs.validation import Reports, reported_errors
     from nns_plugin.jobs.validation import validate as validate_files
 
-    gate = Gate(
-        min_speedup=min_speedup,
-        max_p90_ms=max_p90_ms,
-        max_accuracy_drop=max_accuracy_drop,
-        max_label_drop=max_label_drop,
-        rtol=rtol,
-        atol=atol,
-        min_top1_agreement=min_top1_agreement,
-    )
-    given = {
-        "provider": provider,
-        "threads": threads,
-        "batches": None if batch is None else _numbers("--batch", batch),
-        "samples": samples,
-        "candidate_labels": None if candidate_labels is None else _names(candidate_labels),
-    }
+    reports = Reports(json, junit, markdown, figure)
+    read = [path for path in (data, recipe, subnet) if path is not None]
     sys.path.insert(0, "")
     console = Console()
-    with _notes(console):
+    with _notes(console), reported_errors(reports, baseline, candidate, read):
+        given = {
+            "provider": provider,
+            "threads": threads,
+            "batches": None if batch is None else _numbers("--batch", batch),
+            "samples": samples,
+            "candidate_labels": None if candidate_labels is None else _names(candidate_labels),
+        }
         found = validate_files(
             baseline,
             candidate,
-            gate,
+            Gate(
+                min_speedup=min_speedup,
+                max_p90_ms=max_p90_ms,
+                max_accuracy_drop=max_accuracy_drop,
+                max_label_drop=max_label_drop,
+                rtol=rtol,
+                atol=atol,
+                min_top1_agreement=min_top1_agreement,
+            ),
             data=data,
             recipe=None if recipe is None else load_recipe(recipe),
             subnet=subnet,
-            reports=Reports(json, junit, markdown, figure),
+            reports=reports,
             suggest_rounding=suggest_rounding,
             io_binding=io_binding,
             allow_spinning=spinning,

@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nns_plugin.errors import RecipeError
+from nns_plugin.errors import OutputError
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = 
         optional: Patterns of files that may be written as well; those of an earlier time are removed.
 
     Raises:
-        RecipeError: At once if ``output`` cannot be written.
+        OutputError: At once if ``output`` cannot be written.
     """
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
@@ -32,11 +32,11 @@ def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = 
         staging = Path(tempfile.mkdtemp(dir=output, prefix=".staging-"))
     except OSError as error:
         _remove_empty(made)
-        raise RecipeError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
+        raise OutputError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
     try:
         for name in names:
             if (output / name).is_dir():
-                raise RecipeError(f"output: {str(output / name)!r} is a folder; expected to write a file there")
+                raise OutputError(f"output: {str(output / name)!r} is a folder; expected to write a file there")
         yield staging
         _move(staging, output, optional)
     finally:
@@ -47,7 +47,7 @@ def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = 
 def _move(staging: Path, output: Path, optional: Sequence[str]) -> None:
     for file in staging.iterdir():
         if (output / file.name).is_dir():
-            raise RecipeError(f"output: {str(output / file.name)!r} is a folder; expected to write a file there")
+            raise OutputError(f"output: {str(output / file.name)!r} is a folder; expected to write a file there")
     try:
         for pattern in optional:
             for old in output.glob(pattern):
@@ -56,7 +56,7 @@ def _move(staging: Path, output: Path, optional: Sequence[str]) -> None:
         for file in sorted(staging.iterdir()):
             os.replace(file, output / file.name)
     except OSError as error:
-        raise RecipeError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
+        raise OutputError(f"output: {str(output)!r} cannot be written: {error.strerror}; choose another") from error
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -68,50 +68,62 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def check_writable(paths: Sequence[Path]) -> None:
+def check_writable(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     """Make sure, before any work, that files can be written where they are wanted.
 
     Raises:
-        RecipeError: If two are the same, one is a folder, or its folder is missing or cannot be written.
+        OutputError: If two are the same, one is an input or a folder, or its folder is missing or cannot be written.
     """
+    read = {path.resolve() for path in inputs}
+    for path in paths:
+        if path.resolve() in read:
+            raise OutputError(f"output: {str(path)!r} is what is to be read; expected another file to write")
     if len({path.resolve() for path in paths}) != len(paths):
-        raise RecipeError(f"output: two of {', '.join(map(str, paths))} are the same file; give each its own")
+        raise OutputError(f"output: two of {', '.join(map(str, paths))} are the same file; give each its own")
     for path in paths:
         if path.is_dir():
-            raise RecipeError(f"output: {str(path)!r} is a folder; expected the name of a file")
+            raise OutputError(f"output: {str(path)!r} is a folder; expected the name of a file")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise RecipeError(f"output: {str(path.parent)!r} is no folder that can be written; choose another")
+            raise OutputError(f"output: {str(path.parent)!r} is no folder that can be written; choose another")
 
 
 def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files so that each is whole or not there, and none is moved into place before all are written.
+    """Write files so that all are new and whole, or all are what they were.
 
     Args:
         contents: By path what writes its content to a path that is given to it.
 
     Raises:
-        RecipeError: If one cannot be written; what was there is left then.
+        OutputError: If one cannot be written.
     """
-    staged: dict[Path, Path] = {}
+    with ExitStack() as stack:
+        folders = {
+            path: Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-")))
+            for path in contents
+        }
+        try:
+            for path, write in contents.items():
+                write(folders[path] / "new")
+                if path.exists():
+                    shutil.copy2(path, folders[path] / "old")
+            _replaced(folders)
+        except OSError as error:
+            listed = ", ".join(map(str, contents))
+            raise OutputError(f"output: {listed} cannot be written: {error.strerror}; choose another place") from error
+
+
+def _replaced(folders: Mapping[Path, Path]) -> None:
+    """Move new files into place; if one cannot be, those that were moved are put back."""
+    moved = []
     try:
-        for path, write in contents.items():
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-            os.close(handle)
-            staged[path] = Path(name)
-            write(staged[path])
-            staged[path].chmod(0o666 & ~_umask())
-        for path, made in staged.items():
-            os.replace(made, path)
-    except OSError as error:
-        listed = ", ".join(map(str, contents))
-        raise RecipeError(f"output: {listed} cannot be written: {error.strerror}; choose another place") from error
-    finally:
-        for made in staged.values():
-            made.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """Of this process; temporary files are made for their owner alone."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        for path, folder in folders.items():
+            os.replace(folder / "new", path)
+            moved.append(path)
+    except OSError:
+        for path in moved:
+            old = folders[path] / "old"
+            if old.exists():
+                shutil.move(old, path)
+            else:
+                path.unlink()
+        raise

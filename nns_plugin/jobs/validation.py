@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from nns_plugin.adapters.onnxruntime import (
     rounding_gains,
     values_of,
 )
-from nns_plugin.errors import GateError, NNSError, RecipeError
+from nns_plugin.errors import GateError, OutputError, RecipeError
 from nns_plugin.forward import parse_batch
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, stage
@@ -93,14 +95,14 @@ class Evidence:
     """What a comparison goes by beside the two files, and options that a recipe gives.
 
     Attributes:
-        inputs: Inputs by name; None for random ones.
+        inputs: Inputs in order or by name; None for random ones.
         labels: ``[N]`` their labels, if known.
         label_names: Names of the baseline's labels, if known.
         candidate_labels: Names of the candidate's, if the file does not tell.
         models: Torch models that the files and the removal are compared with, as :func:`compare` takes them.
     """
 
-    inputs: Mapping[str, Any] | None = None
+    inputs: Any = None
     labels: Any = None
     label_names: tuple[str, ...] | None = None
     candidate_labels: tuple[str, ...] | None = None
@@ -119,10 +121,7 @@ def validate(
     suggest_rounding: bool = False,
     **options: Any,
 ) -> Validation:
-    """Compare a candidate with its baseline, judge it, and write reports.
-
-    The reports are written together when all is measured; where something is wrong with what is to be compared, they
-    say that.
+    """Compare a candidate with its baseline, judge it, and write reports, all together when all is measured.
 
     Args:
         baseline: An ONNX file.
@@ -139,18 +138,40 @@ def validate(
     Raises:
         NNSError: If anything cannot be used; ProviderError if a session does not get its provider.
     """
+    found = _validated(baseline, candidate, gate, data, recipe, subnet, suggest_rounding, options)
     reports = reports or Reports()
-    check_writable(reports.paths)
+    link = None
+    if reports.figure is not None and reports.markdown is not None:
+        link = Path(os.path.relpath(reports.figure.resolve(), reports.markdown.resolve().parent)).as_posix()
+    _write(reports, found.to_dict(), junit(found), markdown(found, link), found.comparison)
+    return found
+
+
+@contextmanager
+def reported_errors(reports: Reports, baseline: Path, candidate: Path, inputs: Sequence[Path] = ()) -> Iterator[None]:
+    """Write errors of the block into the reports, so that no older one is taken for what was found.
+
+    Args:
+        reports: Where to write.
+        baseline: The first file.
+        candidate: The second.
+        inputs: What else is read, and must not be written.
+
+    Raises:
+        OutputError: At once if a report cannot be written, or is one of the files that are read.
+        MissingExtraError: At once if a figure is wanted and matplotlib is missing.
+    """
+    check_writable(reports.paths, (baseline, candidate, *inputs))
     if reports.figure is not None:
-        new_figure(1, 1)  # tells what is missing before any work
+        new_figure(1, 1)
     try:
-        found = _validated(baseline, candidate, gate, data, recipe, subnet, suggest_rounding, options)
-    except NNSError as error:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
         told = {"passed": False, "error": {"type": type(error).__name__, "text": str(error)}}
         _write(reports, told, junit_of_error(error), markdown_of_error(error, baseline, candidate))
         raise
-    _write(reports, found.to_dict(), junit(found), markdown(found, reports.figure), found.comparison)
-    return found
 
 
 def _validated(
@@ -193,9 +214,8 @@ def _validated(
         evidence.inputs,
         evidence.labels,
         label_names=evidence.label_names,
-        candidate_labels=evidence.candidate_labels,
         **(evidence.models or {}),
-        **(settings | tolerances),
+        **({"candidate_labels": evidence.candidate_labels} | settings | tolerances),
     )
     gains = rounding_gains(candidate, comparison) if suggest_rounding else None
     return Validation(comparison, gate, gate.judge(comparison), gains)
@@ -212,7 +232,8 @@ def _from_recipe(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None)
     if any(batch.labels is None for batch in batches):
         raise RecipeError("data.test: yields inputs alone; expected (inputs, labels)")
     parts = [values_of(batch.inputs, files[0]) for batch in batches]
-    inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    by_name = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    inputs = by_name if isinstance(batches[0].inputs, Mapping) else tuple(by_name.values())
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     names = None
     chosen = chosen_labels(recipe, data.label_names)

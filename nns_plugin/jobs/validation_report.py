@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from nns_plugin.adapters.onnxruntime import Comparison, LatencyComparison
-from nns_plugin.errors import NNSError
 
 if TYPE_CHECKING:
     from nns_plugin.jobs.validation import Validation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SUITE = "nns validate"
 SIMD = ("sse4_2", "avx", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "fma", "asimd", "sve")
 _OPERATORS = 12
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML 1.0
 
 
 def junit(found: Validation) -> str:
@@ -35,7 +37,7 @@ def junit(found: Validation) -> str:
     return _xml(suite)
 
 
-def junit_of_error(error: NNSError) -> str:
+def junit_of_error(error: Exception) -> str:
     """One test case that could not be carried out."""
     suite = _suite(tests=1, failures=0, errors=1)
     case = ElementTree.SubElement(suite, "testcase", classname="nns", name="comparison")
@@ -50,12 +52,15 @@ def _suite(**counts: int) -> ElementTree.Element:
 def _xml(suite: ElementTree.Element) -> str:
     root = ElementTree.Element("testsuites")
     root.append(suite)
+    for element in root.iter():
+        element.attrib.update({name: _FORBIDDEN.sub("\ufffd", value) for name, value in element.attrib.items()})
+        element.text = element.text and _FORBIDDEN.sub("\ufffd", element.text)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 
 
-def markdown(found: Validation, figure: Path | None = None) -> str:
-    """A summary: the verdict, what was measured, and on what."""
+def markdown(found: Validation, figure: str | None = None) -> str:
+    """A summary: the verdict, what was measured, and on what; with a link to a picture from where it will lie."""
     comparison = found.comparison
     lines = [
         f"# {'PASS' if found.verdict.passed else 'FAIL'}: {_code(comparison.candidate.path)} beside "
@@ -72,7 +77,7 @@ def markdown(found: Validation, figure: Path | None = None) -> str:
     if comparison.latency:
         lines += ["", "## Latency", "", *_latency(comparison.latency)]
         if figure is not None:
-            lines += ["", f"![both distributions of latency]({figure.name})"]
+            lines += ["", f"![both distributions of latency]({quote(figure)})"]
     if comparison.accuracy is not None:
         lines += ["", "## Accuracy", "", *_accuracy(comparison)]
     lines += ["", "## Parity", "", *_parity(comparison)]
@@ -99,7 +104,7 @@ def markdown(found: Validation, figure: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_error(error: NNSError, baseline: Path, candidate: Path) -> str:
+def markdown_of_error(error: Exception, baseline: Path, candidate: Path) -> str:
     """What is wrong, in place of a summary."""
     return f"# ERROR: {_code(candidate)} beside {_code(baseline)}\n\n{_cell(_line(error))}"
 
@@ -217,11 +222,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|") if r"\|" not in text else text
+    line = " ".join(text.split())
+    return line.replace("|", r"\|") if r"\|" not in line else line
 
 
 def _code(path: str | os.PathLike[str]) -> str:
-    return f"`{os.fspath(path)}`"
+    return f"`{' '.join(os.fspath(path).split())}`"
 
 
 def _percent(value: float | None) -> str:
