@@ -208,6 +208,34 @@ def test_the_four_files_and_nothing_else(digits_job: Any) -> None:
         assert torch.equal(small(inputs).argmax(1), torch.from_numpy(answers))
 
 
+def test_the_report_names_three_kinds_of_parity_and_what_it_was_measured_on(digits_job: Any) -> None:
+    import hashlib
+    import os
+
+    import onnxruntime
+
+    from nns_plugin.jobs.datasets import digits
+
+    report, recipe, output = digits_job
+    kinds = [report.baseline.parity.kind, report.subnet.parity.kind, report.removal.kind, report.pruning.kind]
+    assert kinds == ["torch against ONNX", "torch against ONNX", "masked against removed", "dense against pruned"]
+    assert report.removal.passed
+    assert report.removal.max_absolute_error < 1e-3
+    assert not report.pruning.passed, "what was removed is missing from the logits"
+    data = digits()
+    images = torch.cat([inputs for inputs, _ in data.test])
+    dense, small = (onnx_answers(output / f"{name}.onnx", images) for name in ("baseline", "subnet"))
+    answered = np.where(dense == 3, 0, np.where(dense == 5, 1, 2))
+    assert report.pruning.top1_agreement == pytest.approx(np.mean(answered == small), abs=0.003)
+    assert report.pruning.inputs == len(images) == 540
+    for name, model in (("baseline", report.baseline), ("subnet", report.subnet)):
+        file = f"{name}.onnx"
+        assert model.sha256 == {file: hashlib.sha256((output / file).read_bytes()).hexdigest()}
+    assert report.environment["machine"]["cores"] == os.cpu_count()
+    assert report.environment["onnxruntime"]["onnxruntime"] == onnxruntime.__version__
+    assert recipe.measure.threads == report.latency.threads
+
+
 def test_reported_numbers_are_those_of_the_files_on_held_out_data(digits_job: Any) -> None:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

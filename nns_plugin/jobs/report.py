@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nns_plugin.adapters.evaluation import Evaluation
-from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport, jsonable
+from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport, jsonable, read_file
 from nns_plugin.intervals import Interval
 from nns_plugin.subnet import Trial
 
@@ -21,6 +21,7 @@ class ModelReport:
         parameters: Number of parameters.
         macs: Multiply-accumulate operations for one input.
         file_bytes: Size of its ONNX file.
+        sha256: Of that file, by its name.
         outputs: Names of its outputs.
         evaluation: On held-out data.
         parity: Of its ONNX file with the torch model.
@@ -29,6 +30,7 @@ class ModelReport:
     parameters: int
     macs: int
     file_bytes: int
+    sha256: dict[str, str]
     outputs: tuple[str, ...]
     evaluation: Evaluation
     parity: ParityReport
@@ -44,7 +46,8 @@ class ModelReport:
     ) -> ModelReport:
         """Put together what was measured; ``operations`` are MACs and parameters."""
         macs, parameters = operations
-        return cls(parameters, macs, path.stat().st_size, tuple(outputs), evaluation, parity)
+        file = read_file(path)
+        return cls(parameters, macs, file.file_bytes, file.sha256, tuple(outputs), evaluation, parity)
 
 
 @dataclass(frozen=True)
