@@ -20,7 +20,7 @@ from nns_plugin.adapters.onnx_answers import answers_of
 from nns_plugin.adapters.onnx_export import export
 from nns_plugin.adapters.onnx_feeds import feeds_of, random_values, values_of
 from nns_plugin.adapters.onnx_file import OnnxFile, read_file
-from nns_plugin.adapters.onnx_latency import SESSIONS, LatencyComparison, measure_feeds
+from nns_plugin.adapters.onnx_latency import SESSIONS, FeedPair, LatencyComparison, measure_latency
 from nns_plugin.adapters.onnx_layers import read_layers
 from nns_plugin.adapters.onnx_memory import SessionMemory, session_memory
 from nns_plugin.adapters.onnx_parity import check_parity, check_removal
@@ -189,12 +189,10 @@ def compare(
         options: dict[str, Any] = {"provider": provider_name(provider), "threads": threads}
         latencies, profiles = [], []
         for size in batches:
-            cut = [feed.batch(size) for feed in feeds]
             latencies.append(
-                measure_feeds(
+                measure_latency(
                     dict(zip(("baseline", "candidate"), paths, strict=True)),
-                    cut,
-                    batch=size,
+                    FeedPair(feeds[0].batch(size), feeds[1].batch(size), size),
                     samples=samples,
                     sessions=sessions,
                     io_binding=io_binding,

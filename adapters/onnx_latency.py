@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,20 @@ Interval = tuple[float, float]
 Run = Callable[[], object]
 Opener = Callable[[], tuple[Run, str]]
 """Opens a session; returns what runs it once, and the provider that it got."""
+
+
+class FeedPair(NamedTuple):
+    """Inputs of two files that take different ones.
+
+    Attributes:
+        baseline: Arrays by name of the baseline's inputs.
+        candidate: Arrays by name of the candidate's inputs.
+        batch: Inputs in each.
+    """
+
+    baseline: Mapping[str, Array]
+    candidate: Mapping[str, Array]
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class LatencyComparison:
 
 def measure_latency(
     paths: Mapping[str, str | os.PathLike[str]],
-    inputs: Inputs | Mapping[str, Array],
+    inputs: Inputs | Mapping[str, Array] | FeedPair,
     *,
     samples: int = 300,
     warmup: int = 200,
@@ -126,7 +140,7 @@ def measure_latency(
 
     Args:
         paths: The baseline's name and file, then the candidate's.
-        inputs: Inputs that both accept, ``[N, ...]``; every run takes all of them.
+        inputs: Inputs that both accept, ``[N, ...]``; every run takes all of them. Or those of each.
         samples: Timed runs of each file, at least; as many in each pair of sessions.
         warmup: Untimed runs of each file at most; they end once the median of 10 runs is within 5 % of that of the 10
             before, for both files. Each further pair of sessions has 10, or as many as that if it is less.
@@ -145,57 +159,6 @@ def measure_latency(
         ExportError: If the arguments are out of range or a file cannot be loaded or run.
         ProviderError: If a session does not get the provider.
     """
-    feeds = []
-    for path in paths.values():
-        file = read_file(path)
-        feeds.append(feeds_of(file, values_of(inputs, file)))
-    return measure_feeds(
-        paths,
-        [feed.batch(feed.inputs) for feed in feeds],
-        batch=feeds[0].inputs if feeds else 0,
-        samples=samples,
-        warmup=warmup,
-        sessions=sessions,
-        threads=threads,
-        provider=provider,
-        allow_spinning=allow_spinning,
-        io_binding=io_binding,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def measure_feeds(
-    paths: Mapping[str, str | os.PathLike[str]],
-    feeds: Sequence[Mapping[str, Array]],
-    *,
-    batch: int,
-    samples: int = 300,
-    warmup: int = 200,
-    sessions: int = SESSIONS,
-    threads: int = 1,
-    provider: str = "CPUExecutionProvider",
-    allow_spinning: bool = False,
-    io_binding: bool = False,
-    seed: int = 0,
-    progress: bool = False,
-) -> LatencyComparison:
-    """The same for files that take different inputs.
-
-    Args:
-        paths: The baseline's name and file, then the candidate's.
-        feeds: Arrays by name of the input, of the baseline and of the candidate.
-        batch: Inputs in each feed.
-        samples: As for :func:`measure_latency`, like all that follow.
-        warmup: Untimed runs.
-        sessions: Pairs of sessions.
-        threads: Threads within an operator.
-        provider: Execution provider.
-        allow_spinning: Whether idle threads spin.
-        io_binding: Whether to bind inputs and outputs.
-        seed: Of the order of runs and the bootstrap.
-        progress: Whether to show a progress bar.
-    """
     if len(paths) != 2:
         raise ExportError(f"paths holds {list(paths)}; expected two files, the baseline and then the candidate")
     if samples < 2 or warmup < 0 or threads < 1 or sessions < 1:
@@ -203,8 +166,9 @@ def measure_feeds(
             f"samples is {samples}, warmup {warmup}, sessions {sessions} and threads {threads}; expected at least 2, "
             "0, 1 and 1"
         )
+    pair_of_feeds = inputs if isinstance(inputs, FeedPair) else _feeds(list(paths.values()), inputs)
     openers: list[Opener] = []
-    for path, feed in zip(paths.values(), feeds, strict=True):
+    for path, feed in zip(paths.values(), pair_of_feeds[:2], strict=True):
 
         def opener(path: str | os.PathLike[str] = path, feed: Mapping[str, Array] = feed) -> tuple[Run, str]:
             session = create_session(path, provider, threads=threads, allow_spinning=allow_spinning)
@@ -241,13 +205,19 @@ def measure_feeds(
         threads=threads,
         spinning=allow_spinning,
         io_binding=io_binding,
-        batch=batch,
+        batch=pair_of_feeds.batch,
         samples=len(timed),
         sessions=pairs,
         warmup_rounds=warm,
         warmup_stable=stable,
         seed=seed,
     )
+
+
+def _feeds(paths: Sequence[str | os.PathLike[str]], inputs: Any) -> FeedPair:
+    """What each file takes of inputs for both."""
+    baseline, candidate = (feeds_of(file, values_of(inputs, file)) for file in map(read_file, paths))
+    return FeedPair(baseline.batch(baseline.inputs), candidate.batch(candidate.inputs), baseline.inputs)
 
 
 def _opened(openers: Sequence[Opener], rng: np.random.Generator) -> tuple[list[Run], str]:

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from nns_plugin.adapters.onnx_compare import Comparison
 from nns_plugin.adapters.onnx_feeds import Array
-from nns_plugin.adapters.onnx_latency import measure_feeds
+from nns_plugin.adapters.onnx_latency import FeedPair, measure_latency
 from nns_plugin.adapters.onnx_layers import IMAGE_CHANNELS, MULTIPLES, layers
 
 _OPSET = 17
@@ -139,10 +139,9 @@ def rounding_gains(
                     files = {kind: Path(folder, f"{kind}.onnx") for kind in ("as it is", "rounded")}
                     for file, shown in zip(files.values(), (layer, more), strict=True):
                         onnx.save(shown.alone(), file)
-                    times = measure_feeds(
+                    times = measure_latency(
                         files,
-                        [shown.feed(latency.batch) for shown in (layer, more)],
-                        batch=latency.batch,
+                        FeedPair(layer.feed(latency.batch), more.feed(latency.batch), latency.batch),
                         samples=samples,
                         sessions=sessions,
                         threads=latency.threads,

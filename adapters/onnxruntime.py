@@ -8,10 +8,10 @@ from nns_plugin.adapters.onnx_feeds import Feeds, feeds_of, random_values, read_
 from nns_plugin.adapters.onnx_file import FEATURES_KEY, LABELS_KEY, SELECTION_KEY, OnnxFile, TensorSpec, read_file
 from nns_plugin.adapters.onnx_gate import Check, Gate, Verdict
 from nns_plugin.adapters.onnx_latency import (
+    FeedPair,
     LatencyComparison,
     LatencyReport,
     latency_report,
-    measure_feeds,
     measure_latency,
     median_ratio,
 )
@@ -39,6 +39,7 @@ __all__ = [
     "Check",
     "Comparison",
     "Divergence",
+    "FeedPair",
     "Feeds",
     "Gate",
     "LabelDrop",
@@ -67,7 +68,6 @@ __all__ = [
     "jsonable",
     "label_parity",
     "latency_report",
-    "measure_feeds",
     "measure_latency",
     "median_ratio",
     "odd_layers",
