@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ class LabelDrop:
 
     Attributes:
         label: Its name.
-        drop: Of its balanced accuracy (of its recall, if it is the only one that can be answered), as a share.
+        drop: Of its balanced accuracy, as a share.
         bound: What that is at most, with the confidence of the report.
     """
 
@@ -41,7 +42,8 @@ class AccuracyReport:
         baseline: Of the baseline, for the labels that the candidate has.
         candidate: Of the candidate.
         drop: What is lost of the open-set accuracy (of the closed-set accuracy with a closed head), as a share.
-        drop_bound: What that is at most, with the confidence.
+        drop_bound: What that is at most, with the confidence: over the resamples, and no less than what so many inputs
+            could miss of it. Of one and the same file nothing is lost.
         labels: What each label loses.
         confidence: Share of the bootstrap resamples of the inputs in which no more is lost.
     """
@@ -92,13 +94,16 @@ def accuracy_report(
     evaluations = [
         evaluate(values, truth, outputs, chosen, answers.names, resamples, seed) for values, outputs in (large, small)
     ]
+    if len(chosen) == 1 and None not in answers.columns:
+        return None, f"label {answers.labels[0]!r} alone cannot be mistaken for another: it has no accuracy to judge"
     lost = paired_drops(large, small, truth, chosen, answers.names, resamples, seed)
 
-    def bound(name: str) -> float:
+    def bound(name: str, drop: float, unseen: float) -> float:
         found = percentile(lost[name], 100 * confidence)
         if found is None:
             raise LabelError(f"label {name!r} has too few inputs to say how much is lost; give more")
-        return found
+        exact = drop > 0 or confidence <= 0.5 or answers.one_file  # resamples of what is lost on no input lose nothing
+        return found if exact else max(found, drop + unseen)
 
     before, after = (
         each.closed_set_accuracy if each.open_set_accuracy is None else each.open_set_accuracy for each in evaluations
@@ -107,19 +112,32 @@ def accuracy_report(
     drops = []
     for left, right in pairs:
         if left.balanced_accuracy is None or right.balanced_accuracy is None:
-            drops.append(LabelDrop(left.label, left.recall - right.recall, left.recall - right.recall))
-        else:
-            drop = left.balanced_accuracy - right.balanced_accuracy
-            drops.append(LabelDrop(left.label, drop, bound(left.label)))
+            raise LabelError(f"label {left.label!r} has no other inputs beside it, so no balanced accuracy; give some")
+        drop = left.balanced_accuracy - right.balanced_accuracy
+        missed = unseen_drop(left.inputs, confidence) / 2  # of recall, which is half of it
+        drops.append(LabelDrop(left.label, drop, bound(left.label, drop, missed)))
+    unseen = unseen_drop(evaluations[1].inputs, confidence)
     found = AccuracyReport(
         baseline=evaluations[0],
         candidate=evaluations[1],
         drop=before - after,
-        drop_bound=bound(ACCURACY),
+        drop_bound=bound(ACCURACY, before - after, unseen),
         labels=tuple(drops),
         confidence=confidence,
     )
     return found, None
+
+
+def unseen_drop(inputs: int, confidence: float) -> float:
+    """What may be lost elsewhere though nothing is lost on some inputs, as a share of them.
+
+    Resamples of inputs on which nothing is lost lose nothing. Of n inputs that are all answered as before, up to
+    ``-ln(1 - confidence) / n`` may be answered otherwise on other data: the "rule of three" at 95 %.
+
+    Source:
+        Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?" (1983).
+    """
+    return min(1.0, -math.log(1 - confidence) / inputs)
 
 
 def _indices(labels: Any, count: int) -> Tensor:

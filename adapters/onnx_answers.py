@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +13,11 @@ import torch
 from nns_plugin.adapters.onnx_feeds import Array, Feeds
 from nns_plugin.adapters.onnx_file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnx_session import create_session, run_session
-from nns_plugin.adapters.output_errors import Comparing, Kind, ParityReport, same_answers, top1_agreement
+from nns_plugin.adapters.output_errors import Comparing, Kind, ParityReport
 from nns_plugin.errors import ExportError, LabelError
+from nns_plugin.heads import OTHER
 
 KIND: Kind = "dense against pruned"
-OTHER = "other"
 CHUNK = 64
 
 
@@ -25,15 +27,17 @@ class Answers:
 
     Attributes:
         parity: How far the candidate's outputs are from the baseline's, for the labels that it has.
-        logits: First outputs of both ``[N, labels, ...]``; ``None`` if they are no scores of labels.
+        logits: Scores ``[N, labels]`` of both; ``None`` if there are no such.
         columns: For each label of the candidate that of the baseline; ``None`` for "other".
-        names: Names of the baseline's labels; empty if the first outputs are no scores of labels.
+        names: Names of the baseline's labels; empty if there are no scores.
+        one_file: Whether both are one and the same file.
     """
 
     parity: ParityReport
     logits: tuple[Array, Array] | None
     columns: tuple[int | None, ...]
     names: tuple[str, ...]
+    one_file: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -52,13 +56,13 @@ def answers_of(
 ) -> Answers:
     """Run a baseline and a candidate on all inputs, in batches, and compare what they give.
 
-    Outputs correspond by name, or in order where no name is the same. Of first outputs ``[N, labels, ...]`` the columns
-    of the labels that both have are compared.
+    Outputs correspond by name, or in order where no name is the same. Of the first that are floating-point numbers
+    ``[N, labels, ...]`` in both, the scores, the columns of the labels that both have are compared.
 
     Args:
         files: The baseline and the candidate.
         feeds: Their inputs.
-        label_names: Names of their labels, in place of those that the files tell.
+        label_names: Names of their labels, where the files tell none.
         provider: Execution provider of the sessions.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
@@ -70,38 +74,127 @@ def answers_of(
     pairs, incomparable = _matched(files)
     if not pairs:
         return Answers(_nothing(files, feeds, incomparable, rtol, atol), None, (), ())
-    parts: tuple[list[list[Array]], list[list[Array]]] = ([], [])
-    provider_found = ""
-    for side, (file, feed) in enumerate(zip(files, feeds, strict=True)):
-        session = create_session(file.path, provider, threads=torch.get_num_threads())
-        provider_found = session.get_providers()[0]
-        names = [pair[side].name for pair in pairs]
-        for values, count in feed.batches(feed.fixed or CHUNK):
-            whole = next((len(values[name]) for name in feed.batched), count)
-            found = [np.atleast_1d(value) for value in run_session(session, values, file.path, names)]
-            parts[side].append([value[:count] if len(value) == whole else value for value in found])
-    joined = [[_joined(pair[0], values) for pair, *values in zip(pairs, *side, strict=True)] for side in parts]
-    first = [side[0] for side in joined]
-    scores = pairs[0][0] == files[0].outputs[0] and all(_are_scores(values, feeds[0].inputs) for values in first)
-    columns: tuple[int | None, ...] = ()
-    named: tuple[str, ...] = ()
-    if scores:
-        named = _label_names(files[0], label_names[0], first[0].shape[1])
-        columns = _columns(named, files[1], label_names[1], first[1].shape[1])
-    compared, faults = _comparable(pairs, joined, columns)
-    comparing = Comparing([name for name, _, _ in compared], rtol, atol)
-    comparing.add([left for _, left, _ in compared], [right for _, _, right in compared])
-    names_of_files = (f"baseline {files[0].path}", f"candidate {files[1].path}")
+    sides = [
+        _Side(create_session(file.path, provider, threads=torch.get_num_threads()), feed, names)
+        for file, feed, names in zip(files, feeds, zip(*[(a.name, b.name) for a, b in pairs], strict=True), strict=True)
+    ]
+    comparing = Comparing([pair[0].name for pair in pairs], rtol, atol)
+    faults: dict[str, str] = {}
+    scores: _Scores | None = None
+    step = CHUNK * math.lcm(*(feed.fixed or 1 for feed in feeds))
+    for first in range(0, feeds[0].inputs, step):
+        left, right = (side.run(first, min(first + step, feeds[0].inputs)) for side in sides)
+        if not first:
+            scores, faults = _Scores.found(pairs, left, right, files, label_names)
+        if scores is not None:
+            scores.take(left, right)
+        for place, (spec, _) in enumerate(pairs):
+            if spec.name not in faults and left[place].shape != right[place].shape:
+                shapes = [list(values[place].shape) for values in (left, right)]
+                faults[spec.name] = (
+                    f"output {spec.name!r} is {shapes[0]} of the baseline, {shapes[1]} of the candidate in a batch"
+                )
+            if spec.name in faults:
+                left[place] = right[place] = np.zeros(0)
+        comparing.add(left, right, first)
+    comparing.names = tuple(name for name in comparing.names if name not in faults)
     report = comparing.report(
         KIND,
-        names_of_files,
+        (f"baseline {files[0].path}", f"candidate {files[1].path}"),
         inputs=feeds[0].inputs,
-        batch_sizes=tuple(sorted({min(feed.fixed or CHUNK, feed.inputs) for feed in feeds})),
-        top1=agreement(first[0], first[1], columns) if scores else None,
-        provider=provider_found,
-        incomparable=(*incomparable, *faults),
+        batch_sizes=tuple(sorted({size for side in sides for size in side.sizes})),
+        top1=None if scores is None else scores.agreement,
+        provider=sides[0].session.get_providers()[0],
+        incomparable=(*incomparable, *faults.values()),
     )
-    return Answers(report, (first[0], first[1]) if scores else None, columns, named)
+    if scores is None:
+        return Answers(report, None, (), ())
+    one_file = sorted(files[0].sha256.values()) == sorted(files[1].sha256.values())
+    return Answers(report, scores.logits, scores.columns, scores.names, one_file)
+
+
+class _Side:
+    """A session that gives some outputs for ranges of its inputs."""
+
+    def __init__(self, session: Any, feed: Feeds, names: Sequence[str]) -> None:
+        self.session, self.feed, self.names = session, feed, list(names)
+        self.sizes: set[int] = set()
+
+    def run(self, first: int, end: int) -> list[Array]:
+        """The outputs of inputs; those that have no value for each input are as they are."""
+        parts: list[list[Array]] = []
+        for values, whole, count in self.feed.batches(first, end):
+            self.sizes.add(whole)
+            found = [np.atleast_1d(value) for value in run_session(self.session, values, self.feed.path, self.names)]
+            parts.append([value[:count] if len(value) == whole else value for value in found])
+        return [_joined(name, values) for name, values in zip(self.names, zip(*parts, strict=True), strict=True)]
+
+
+@dataclass(eq=False)
+class _Scores:
+    """The scores of labels that two files give, collected batch by batch.
+
+    Attributes:
+        place: Which pair of outputs they are.
+        names: Names of the baseline's labels.
+        columns: For each label of the candidate that of the baseline; None for "other".
+        parts: Scores ``[n, labels]`` of both, a batch each; none of what has positions as well.
+        alike: Answers that are the same.
+        counted: Answers that count.
+    """
+
+    place: int
+    names: tuple[str, ...]
+    columns: tuple[int | None, ...]
+    parts: list[tuple[Array, Array]]
+    alike: int = 0
+    counted: int = 0
+
+    @classmethod
+    def found(
+        cls,
+        pairs: Sequence[tuple[TensorSpec, TensorSpec]],
+        left: Sequence[Array],
+        right: Sequence[Array],
+        files: Sequence[OnnxFile],
+        label_names: tuple[Sequence[str] | None, Sequence[str] | None],
+    ) -> tuple[_Scores | None, dict[str, str]]:
+        """The baseline's first output that is scores, and why it cannot be compared where no labels are told."""
+        first = next((spec for spec in files[0].outputs if _may_be_scores(spec)), None)
+        for place, (before, after) in enumerate(zip(left, right, strict=True)):
+            if pairs[place][0] != first or not (_are_scores(before) and _are_scores(after)):
+                continue
+            sizes, told = (before.shape[1], after.shape[1]), label_names[1] is not None or files[1].labels is not None
+            if sizes[0] != sizes[1] and not told:
+                name = pairs[place][0].name
+                fault = f"output {name!r} has {sizes[0]} scores of the baseline and {sizes[1]} of the candidate"
+                return None, {name: f"{fault}, which says not for which labels: name them"}
+            names = _label_names(files[0], label_names[0], sizes[0])
+            return cls(place, names, _columns(names, files[1], label_names[1], sizes[1]), []), {}
+        return None, {}
+
+    def take(self, left: list[Array], right: list[Array]) -> None:
+        """Collect the scores of a batch, and cut both to the labels that they share."""
+        before, after = left[self.place], right[self.place]
+        if before.ndim == 2 and after.ndim == 2:
+            self.parts.append((before, after))
+        alike, counted = _alike(before, after, self.columns)
+        self.alike, self.counted = self.alike + alike, self.counted + counted
+        left[self.place] = before[:, [column for column in self.columns if column is not None]]
+        right[self.place] = after[:, [here for here, column in enumerate(self.columns) if column is not None]]
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the answers that count which are the same."""
+        return self.alike / self.counted if self.counted else None
+
+    @property
+    def logits(self) -> tuple[Array, Array] | None:
+        """``[N, labels]`` of both, if they are such."""
+        if not self.parts:
+            return None
+        before, after = (np.concatenate(values) for values in zip(*self.parts, strict=True))
+        return before, after
 
 
 def _nothing(
@@ -118,14 +211,14 @@ def _nothing(
     )
 
 
-def _joined(spec: TensorSpec, values: Sequence[Array]) -> Array:
+def _joined(name: str, values: Sequence[Array]) -> Array:
     try:
         return np.concatenate(values)
     except ValueError as error:
         shapes = sorted({str(list(value.shape)) for value in values})
         raise ExportError(
-            f"output {spec.name!r} changes its shape from batch to batch ({', '.join(shapes[:3])}), so that it cannot "
-            "be compared; give inputs for which it does not"
+            f"output {name!r} changes its shape from batch to batch ({', '.join(shapes[:3])}), so that it cannot be "
+            "compared; give inputs for which it does not"
         ) from error
 
 
@@ -157,12 +250,21 @@ def _is_numeric(spec: TensorSpec) -> bool:
         return False
 
 
-def _are_scores(values: Array, inputs: int) -> bool:
-    return values.ndim >= 2 and len(values) == inputs and bool(np.issubdtype(values.dtype, np.floating))
+def _may_be_scores(spec: TensorSpec) -> bool:
+    return spec.dtype.startswith("float") and (spec.shape is None or len(spec.shape) > 1)
+
+
+def _are_scores(values: Array) -> bool:
+    return values.ndim >= 2 and bool(np.issubdtype(values.dtype, np.floating))
 
 
 def _label_names(file: OnnxFile, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """Names of a file's labels: given, told by the file, or numbers."""
+    """Names of a file's labels: told by it, given, or numbers."""
+    if given is not None and file.labels is not None and tuple(given) != file.labels:
+        raise LabelError(
+            f"{file.path!r} says that its labels are {list(file.labels)[:20]}, but {list(given)[:20]} were given; drop "
+            "these"
+        )
     names = tuple(given) if given is not None else file.labels
     names = tuple(str(place) for place in range(count)) if names is None else names
     if len(names) != count or len(set(names)) != count:
@@ -192,23 +294,6 @@ def _columns(
             f"these, and {OTHER!r} for the rest"
         )
     return tuple(names.index(name) if name in names else None for name in theirs)
-
-
-def _comparable(
-    pairs: Sequence[tuple[TensorSpec, TensorSpec]], whole: Sequence[Sequence[Array]], columns: Sequence[int | None]
-) -> tuple[list[tuple[str, Array, Array]], tuple[str, ...]]:
-    """Outputs by name, the first cut to the labels that both have; and those whose shapes differ."""
-    found, faults = [], []
-    for place, ((spec, _), left, right) in enumerate(zip(pairs, *whole, strict=True)):
-        if place == 0 and columns:
-            theirs = [here for here, column in enumerate(columns) if column is not None]
-            left, right = left[:, [column for column in columns if column is not None]], right[:, theirs]
-        if left.shape != right.shape:
-            shapes = f"{list(left.shape)} of the baseline, {list(right.shape)} of the candidate"
-            faults.append(f"output {spec.name!r} is {shapes}")
-        else:
-            found.append((spec.name, left, right))
-    return found, tuple(faults)
 
 
 def label_parity(
@@ -258,16 +343,21 @@ def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> flo
         >>> agreement(dense, pruned, [0, None])
         0.667
     """
+    alike, counted = _alike(dense, pruned, columns)
+    return alike / counted if counted else None
+
+
+def _alike(dense: Array, pruned: Array, columns: Sequence[int | None]) -> tuple[int, int]:
+    """How many answers are the same, and how many count."""
     shared = [column for column in columns if column is not None]
     theirs = [place for place, column in enumerate(columns) if column is not None]
+    if len(columns) < 2:
+        return 0, 0
+    finite = np.isfinite(dense).all(1) & np.isfinite(pruned).all(1)
     if None in columns:
         answer = np.full(dense.shape[1], columns.index(None))
         answer[shared] = theirs
-        finite = np.isfinite(dense).all(1) & np.isfinite(pruned).all(1)
-        return float(np.mean((answer[dense.argmax(1)] == pruned.argmax(1)) & finite))
-    if len(shared) == dense.shape[1]:
-        return top1_agreement(dense[:, shared], pruned)
+        return int(((answer[dense.argmax(1)] == pruned.argmax(1)) & finite).sum()), finite.size
     counts = np.isin(dense.argmax(1), shared)
-    if len(shared) < 2 or not counts.any():
-        return None
-    return float(np.mean(same_answers(dense[:, shared], pruned[:, theirs])[counts]))
+    same = dense[:, shared].argmax(1) == pruned[:, theirs].argmax(1)
+    return int((same & counts & finite).sum()), int(counts.sum())

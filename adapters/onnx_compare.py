@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport, accuracy_report
 from nns_plugin.adapters.onnx_answers import answers_of
 from nns_plugin.adapters.onnx_export import export
-from nns_plugin.adapters.onnx_feeds import feeds_of, random_values, values_of
+from nns_plugin.adapters.onnx_feeds import Array, feeds_of, random_values, values_of
 from nns_plugin.adapters.onnx_file import OnnxFile, read_file
 from nns_plugin.adapters.onnx_latency import SESSIONS, FeedPair, LatencyComparison, measure_latency
 from nns_plugin.adapters.onnx_layers import read_layers
@@ -33,6 +34,10 @@ from nns_plugin.errors import ExportError
 Model: TypeAlias = str | os.PathLike[str] | nn.Module
 RANDOM_INPUTS = 64
 _CHUNK = 64
+
+
+class UnmeasuredWarning(UserWarning):
+    """Something that no threshold is about could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def compare(
     candidate_labels: Sequence[str] | None = None,
     provider: str = "cpu",
     threads: int = 1,
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] | None = None,
     samples: int = 300,
     sessions: int = SESSIONS,
     io_binding: bool = False,
@@ -128,7 +133,8 @@ def compare(
             are as many.
         provider: Execution provider of all sessions, such as ``"cpu"`` or ``"cuda"``.
         threads: Threads within an operator.
-        batches: Batch sizes at which latency is measured; none for no latency.
+        batches: Batch sizes at which latency is measured; by default 1, or the only one that a file takes. Empty for no
+            latency.
         samples: Timed runs of each file at each batch size.
         sessions: Pairs of sessions that they are taken in.
         io_binding: Whether to bind inputs and outputs to the device for that.
@@ -158,7 +164,7 @@ def compare(
         >>> [(report.kind, report.passed) for report in found.parity]
         [('torch against ONNX', True), ('torch against ONNX', True), ('dense against pruned', True)]
     """
-    _check_options(batches, confidence, resamples, profile_runs, seed)
+    _check_options(batches or (), confidence, resamples, profile_runs, seed)
     check_tolerances(rtol, atol)
     check_provider(provider)
     models = {"baseline": baseline, "candidate": candidate}
@@ -171,7 +177,9 @@ def compare(
     with _as_files(models, inputs, (label_names, candidate_labels), opset) as paths:
         files = [read_file(path) for path in paths]
         given = inputs is not None
-        count = max((RANDOM_INPUTS, *batches))
+        fixed = next((file.fixed_batch for file in files if file.fixed_batch is not None), 1)
+        sizes = (fixed,) if batches is None else tuple(dict.fromkeys(batches))
+        count = max((RANDOM_INPUTS, *sizes))
         values = values_of(inputs, files[0]) if given else random_values(files[0], count, seed)
         feeds = [feeds_of(file, values) for file in files]
         reports: list[ParityReport] = []
@@ -188,7 +196,7 @@ def compare(
             accuracy, fault = accuracy_report(answers, labels, confidence, resamples, seed)
         options: dict[str, Any] = {"provider": provider_name(provider), "threads": threads}
         latencies, profiles = [], []
-        for size in batches:
+        for size in sizes:
             latencies.append(
                 measure_latency(
                     dict(zip(("baseline", "candidate"), paths, strict=True)),
@@ -203,15 +211,15 @@ def compare(
                 )
             )
         layers = read_layers(paths[1])
-        for size in batches or (feeds[0].fixed or 1,):  # the profile also tells which provider ran what
+        for size in sizes or (fixed,):  # the profile also tells which provider ran what
             of = [
                 profile(path, feed.batch(size), batch=size, runs=profile_runs, **options)
                 for path, feed in zip(paths, feeds, strict=True)
             ]
             profiles.append(compare_profiles(of[0], of[1], layers))
-        largest = max(batches, default=feeds[0].fixed or 1)
+        largest = max(sizes, default=fixed)
         taken = [
-            session_memory(path, feed.batch(largest), **options) if memory else None
+            _memory(path, feed.batch(largest), options) if memory else None
             for path, feed in zip(paths, feeds, strict=True)
         ]
     return Comparison(
@@ -229,6 +237,14 @@ def compare(
         candidate_memory=taken[1],
         environment={"machine": asdict(machine()), "onnxruntime": runtime_build(), "versions": versions()},
     )
+
+
+def _memory(path: Path, feed: dict[str, Array], options: Mapping[str, Any]) -> SessionMemory | None:
+    try:
+        return session_memory(path, feed, **options)
+    except ExportError as error:
+        warnings.warn(str(error), UnmeasuredWarning, stacklevel=3)
+        return None
 
 
 def _check_options(batches: Sequence[int], confidence: float, resamples: int, profile_runs: int, seed: int) -> None:

@@ -51,12 +51,13 @@ class Feeds:
             raise ExportError(f"{self.path!r} takes batches of {self.fixed} only, found {size}: measure with that one")
         return self._taken(np.arange(size) % self.inputs)
 
-    def batches(self, size: int) -> Iterator[tuple[dict[str, Array], int]]:
-        """All inputs in batches, and how many of each count: a file with a fixed size gets full ones."""
-        for start in range(0, self.inputs, size):
-            count = min(size, self.inputs - start)
-            whole = size if self.fixed is not None else count
-            yield self._taken(np.arange(start, start + whole) % self.inputs), count
+    def batches(self, first: int, end: int) -> Iterator[tuple[dict[str, Array], int, int]]:
+        """Some inputs in batches, the size of each, and how many of it count: a fixed size is filled up."""
+        size = self.fixed or max(1, end - first)
+        for start in range(first, end, size):
+            count = min(size, end - start)
+            whole = count if self.fixed is None else size
+            yield self._taken(np.arange(start, start + whole) % self.inputs), whole, count
 
     def _taken(self, rows: npt.NDArray[np.intp]) -> dict[str, Array]:
         return {name: values[rows] for name, values in self.batched.items()} | dict(self.constant)
@@ -143,7 +144,7 @@ def random_values(file: OnnxFile, count: int, seed: int = 0) -> dict[str, Array]
         ExportError: If a size beside the batch is free, or an element type has no random numbers.
     """
     rng = np.random.default_rng(seed)
-    fixed = _fixed_batch(file)
+    fixed = file.fixed_batch
     values = {}
     for spec in file.inputs:
         sizes = spec.shape
@@ -151,9 +152,9 @@ def random_values(file: OnnxFile, count: int, seed: int = 0) -> dict[str, Array]
             raise ExportError(
                 f"{file.path!r} takes {spec}: its free sizes are not known, so inputs cannot be drawn; give data"
             )
-        batched = not sizes or not isinstance(sizes[0], int)
-        shape = tuple(size for size in ((count if batched or fixed else sizes[0]), *sizes[1:]) if isinstance(size, int))
-        values[spec.name] = _drawn(spec, file, shape if sizes else (), rng)
+        whole = [count if size == fixed or not isinstance(size, int) else size for size in sizes[:1]]
+        shape = tuple(size for size in (*whole, *sizes[1:]) if isinstance(size, int))
+        values[spec.name] = _drawn(spec, file, shape, rng)
     return values
 
 
@@ -164,22 +165,6 @@ def _drawn(spec: TensorSpec, file: OnnxFile, shape: tuple[int, ...], rng: np.ran
     if kind == "bool" or kind.startswith(("int", "uint")):
         return np.asarray(rng.integers(0, 2, shape)).astype(kind)
     raise ExportError(f"{file.path!r} takes {spec}, of which no inputs can be drawn; give data")
-
-
-def _fixed_batch(file: OnnxFile) -> int | None:
-    """The only batch size of a file; ``None`` if some input's first size is free.
-
-    Raises:
-        ExportError: If all are fixed, to different sizes: there is no batch then.
-    """
-    sizes = [spec.shape[0] for spec in file.inputs if spec.shape]
-    fixed = {size for size in sizes if isinstance(size, int)}
-    if not sizes or len(fixed) != len(set(sizes)) or any(spec.shape is None for spec in file.inputs):
-        return None
-    if len(fixed) > 1:
-        listed = ", ".join(map(str, file.inputs))
-        raise ExportError(f"{file.path!r} takes {listed}: there is no common batch in dimension 0; make one free")
-    return fixed.pop()
 
 
 def feeds_of(file: OnnxFile, values: Values) -> Feeds:
@@ -199,12 +184,12 @@ def feeds_of(file: OnnxFile, values: Values) -> Feeds:
         values = dict(zip(names, values.values(), strict=True))
     if len(names) == 1:
         values = {names[0]: _narrowed(file, values[names[0]])}
-    fixed = _fixed_batch(file)
+    fixed = file.fixed_batch
     batched, constant = {}, {}
     for spec in file.inputs:
         array = _fitting(file, spec, values[spec.name])
         first = spec.shape[0] if spec.shape else None
-        if spec.shape == () or (fixed is None and isinstance(first, int)):
+        if spec.shape == () or (isinstance(first, int) and first != fixed):
             constant[spec.name] = array
         else:
             batched[spec.name] = array

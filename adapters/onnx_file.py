@@ -78,6 +78,15 @@ class OnnxFile:
     metadata: dict[str, str]
 
     @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that it takes, that of its first input; ``None`` if some input's first size is free."""
+        sizes = [spec.shape[0] for spec in self.inputs if spec.shape]
+        if not sizes or any(spec.shape is None for spec in self.inputs):
+            return None
+        first = sizes[0]
+        return first if isinstance(first, int) and all(isinstance(size, int) for size in sizes) else None
+
+    @property
     def selection(self) -> InputSelection | None:
         """Which inputs of a wider model this narrowed one works on; ``None`` if it takes them all.
 
@@ -125,7 +134,7 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
         raise ExportError(f"{str(path)!r} has {LABELS_KEY} {labels!r}; expected a list of names, export it again")
     return OnnxFile(
         path=str(path),
-        sha256={file.relative_to(where.parent).as_posix(): _sha256(file) for file in files},
+        sha256={Path(os.path.relpath(file, where.parent)).as_posix(): _sha256(file) for file in files},
         file_bytes=sum(file.stat().st_size for file in files),
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         producer=f"{model.producer_name} {model.producer_version}".strip(),

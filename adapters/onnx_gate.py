@@ -65,9 +65,9 @@ class Gate:
     """What a candidate must hold to be shipped; a threshold that is None cannot fail.
 
     Latency and accuracy are judged at the unfavourable end of their intervals, so that neither a noisy machine nor a
-    lucky sample can pass. Two things need no threshold: the nodes of a file must not all have been run by another
-    provider than the one that was asked for, and of torch models that were compared, the files and the removal must
-    answer as they do.
+    lucky sample can pass; tolerances and agreement, on the inputs that are given. Two things need no threshold: the
+    nodes of a file must not all have been run by another provider than the one that was asked for, and of torch models
+    that were compared, the files and the removal must answer as they do.
 
     Attributes:
         min_speedup: Least ratio of medians, baseline over candidate, at every batch size.
@@ -164,6 +164,11 @@ class Gate:
     def _judged_latency(self, latency: LatencyComparison) -> Iterator[Check]:
         where = f"batch {latency.batch}"
         if self.min_speedup is not None:
+            if latency.sessions < 2:
+                raise GateError(
+                    f"min_speedup needs two pairs of sessions and 10 samples in each, found {latency.samples} "
+                    f"in {latency.sessions}; measure more"
+                )
             low, limit = latency.ratio_low, self.min_speedup
             text = (
                 f"{where}: {latency.ratio:.3f} times as fast, at least {low:.3f} at 97.5 %; "

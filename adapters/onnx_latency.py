@@ -87,8 +87,8 @@ class LatencyComparison:
         batch: Inputs in one run.
         samples: Number of timed runs of each file.
         sessions: Pairs of sessions that they were taken in.
-        warmup_rounds: Untimed runs of each file before, in the first pair.
-        warmup_stable: Whether the medians had settled by then.
+        warmup_rounds: Untimed runs of each file, in all pairs.
+        warmup_stable: Whether the medians had settled by then, in every pair.
         seed: Seed of the order of runs and of the bootstrap.
     """
 
@@ -114,7 +114,7 @@ class LatencyComparison:
         return (
             f"{self.provider}, {self.threads} thread(s), spinning {'on' if self.spinning else 'off'}, inputs and "
             f"outputs {'bound' if self.io_binding else 'copied'}, {self.samples} samples each in {self.sessions} "
-            "pair(s) of sessions, in turns"
+            f"pair(s) of sessions, in turns{'' if self.warmup_stable else ', NOT all settled after warm-up'}"
         )
 
 
@@ -142,8 +142,8 @@ def measure_latency(
         paths: The baseline's name and file, then the candidate's.
         inputs: Inputs that both accept, ``[N, ...]``; every run takes all of them. Or those of each.
         samples: Timed runs of each file, at least; as many in each pair of sessions.
-        warmup: Untimed runs of each file at most; they end once the median of 10 runs is within 5 % of that of the 10
-            before, for both files. Each further pair of sessions has 10, or as many as that if it is less.
+        warmup: Untimed runs of each file at most, in each pair of sessions; they end once the median of 10 runs is
+            within 5 % of that of the 10 before, for both files.
         sessions: Pairs of sessions; fewer if there are less than 10 samples for each.
         threads: Threads within an operator, in each session.
         provider: Execution provider of all sessions.
@@ -180,16 +180,16 @@ def measure_latency(
     pairs = min(sessions, max(1, samples // 10))
     each = -(-samples // pairs)
     timed, warm = [], 0
-    stable, found_provider = False, ""
+    stable, found_provider = True, ""
     with tqdm(total=pairs * each, desc="measuring", disable=not progress, leave=False) as bar:
-        for pair in range(pairs):
+        for _ in range(pairs):
+            runs: list[Run] = []  # closes the sessions before
             runs, found_provider = _opened(openers, rng)
-            rounds = [_time_round(runs, rng) for _ in range(min(warmup, (1 if pair else 2) * _WARMUP_WINDOW))]
-            if pair == 0:
-                while len(rounds) < warmup and not _is_stable(rounds):
-                    rounds.append(_time_round(runs, rng))
-                warm, stable = len(rounds), _is_stable(rounds)
-            for _ in range(each):
+            rounds = [_time_round(runs, rng) for _ in range(min(warmup, 2 * _WARMUP_WINDOW))]
+            while len(rounds) < warmup and not _is_stable(rounds):
+                rounds.append(_time_round(runs, rng))
+            warm, stable = warm + len(rounds), stable and _is_stable(rounds)
+            for _round in range(each):
                 timed.append(_time_round(runs, rng))
                 bar.update()
     baseline_ms, candidate_ms = np.array(timed).T / 1e6
@@ -334,19 +334,25 @@ def median_ratio(
 def _levels(sessions: int) -> tuple[float, float]:
     """Percentiles of the bootstrap that make an interval of 95 %, expanded if there are only some pairs of sessions."""
     normal = NormalDist()
-    z = -normal.inv_cdf((1 - _LEVEL) / 2)
+    z = normal.inv_cdf((1 + _LEVEL) / 2)
     if sessions > 1:
-        z = _student(z, sessions - 1) * math.sqrt(sessions / (sessions - 1))
+        z = _student((1 + _LEVEL) / 2, sessions - 1) * math.sqrt(sessions / (sessions - 1))
     tail = 100 * normal.cdf(-z)
     return tail, 100 - tail
 
 
-def _student(z: float, freedom: int) -> float:
-    """Student's t for the quantile at which the normal distribution has z.
+def _student(probability: float, freedom: int) -> float:
+    """The quantile of Student's t distribution, for a probability over a half.
 
     Source:
-        Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5.
+        Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5; exact for one and two degrees of freedom.
     """
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        central = 2 * probability - 1
+        return central * math.sqrt(2 / (1 - central**2))
+    z = NormalDist().inv_cdf(probability)
     terms = (
         z,
         (z**3 + z) / 4,

@@ -27,6 +27,7 @@ class Layer:
         outputs: Channels out.
         kernel: Size of a convolution's kernel; empty of a product.
         groups: Of a convolution; 1 of a product.
+        is_float32: Whether its weights are.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     outputs: int
     kernel: tuple[int, ...]
     groups: int
+    is_float32: bool = True
 
     @property
     def is_convolution(self) -> bool:
@@ -54,14 +56,15 @@ class Layer:
 
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """The layers of a model, in the order of its nodes; its weights need not be loaded."""
-    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         for entry in node.attribute if node.op_type == "Constant" else ():
             if entry.name == "value":
-                constants[node.output[0]] = tuple(entry.t.dims)
+                constants[node.output[0]] = entry.t
     found = []
     for node in model.graph.node:
-        weights = constants.get(node.input[1], ()) if len(node.input) > 1 else ()
+        tensor = constants.get(node.input[1]) if len(node.input) > 1 else None
+        weights = () if tensor is None else tuple(tensor.dims)
         attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
         groups = int(attributes.get("group", 1))
         if node.op_type == "Conv" and len(weights) > 2:
@@ -72,8 +75,12 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
         else:
             continue
         name = node.name or node.output[0]
-        found.append(Layer(name, node.op_type, node.input[0], attributes, *sizes, groups))
+        found.append(Layer(name, node.op_type, node.input[0], attributes, *sizes, groups, _is_float32(tensor)))
     return tuple(found)
+
+
+def _is_float32(tensor: onnx.TensorProto | None) -> bool:
+    return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
 
 
 def read_layers(path: str | os.PathLike[str]) -> tuple[Layer, ...]:

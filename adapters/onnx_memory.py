@@ -52,8 +52,10 @@ def session_memory(
         arrays = Path(folder, "feed.npz")
         np.savez(arrays, *feed.values())  # names of inputs may be none that an archive takes
         names = json.dumps(list(feed))
-        command = [sys.executable, "-I", __file__, os.fspath(path), str(arrays), names, provider, str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-P", __file__, os.fspath(path), str(arrays), names, provider, str(threads)]
+        paths = os.pathsep.join(part for part in sys.path if part)  # a process of its own finds what this one found
+        environment = os.environ | {"PYTHONPATH": paths}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise ExportError(f"the memory of {str(path)!r} cannot be measured ({last[:300]}); see whether it runs alone")
@@ -73,7 +75,7 @@ def _measure(path: str, arrays: str, names: str, provider: str, threads: int) ->
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     before = process.memory_info().rss
-    session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    session = onnxruntime.InferenceSession(path, options, providers=[provider], enable_fallback=0)
     opened = process.memory_info().rss
     for _ in range(RUNS):
         session.run(None, feed)

@@ -120,8 +120,8 @@ def rounding_gains(
         sessions: Pairs of sessions that they are taken in.
 
     Returns:
-        What was measured, layers that gain most first; only convolutions and matrix products with constant weights
-        whose sizes the file tells, and no convolutions in several groups.
+        What was measured, layers that gain most first; only convolutions and matrix products with constant float32
+        weights whose sizes the file tells, and no convolutions in several groups.
     """
     found = []
     for latency in comparison.latency:
@@ -178,7 +178,7 @@ def _layers(path: Path, batch: int) -> Iterator[tuple[str, _Layer]]:
     shapes = {value.name: _sizes(value) for value in (*inferred.input, *inferred.value_info)}
     for layer in layers(model):
         shape = shapes.get(layer.input)
-        if shape is None or 0 in shape or layer.groups != 1 or len(shape) < 2:
+        if shape is None or 0 in shape or layer.groups != 1 or len(shape) < 2 or not layer.is_float32:
             continue
         if layer.is_convolution:
             yield (

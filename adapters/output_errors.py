@@ -13,6 +13,7 @@ from nns_plugin.errors import ExportError
 
 Kind = Literal["masked against removed", "torch against ONNX", "dense against pruned"]
 
+_MOST_KEPT = 2**22  # errors that percentiles are taken of
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)
 
 
@@ -172,8 +173,10 @@ class Comparing:
     def __init__(self, names: Sequence[str], rtol: float, atol: float) -> None:
         check_tolerances(rtol, atol)
         self.names, self.rtol, self.atol = tuple(names), rtol, atol
-        self._found: list[tuple[str, Errors]] = []
+        self._worst: list[tuple[str, Errors]] = []
         self._first: dict[str, Divergence] = {}
+        self._kept, self._size, self._stride = [np.zeros(0)], 0, 1
+        self._largest = 0.0
 
     def add(
         self, expected: Sequence[npt.NDArray[Any]], found: Sequence[npt.NDArray[Any]], first_input: int = 0
@@ -181,11 +184,21 @@ class Comparing:
         """Compare the outputs of a batch whose first input has a number."""
         for name, reference, candidate in zip(self.names, expected, found, strict=True):
             of = errors(reference, candidate, self.rtol, self.atol)
-            self._found.append((name, of))
             if of.place is not None and name not in self._first:
                 index = tuple(int(axis) for axis in np.unravel_index(of.place, reference.shape))
                 position = (index[0] + first_input, *index[1:]) if index else ()
                 self._first[name] = Divergence(name, position, float(reference[index]), float(candidate[index]))
+            self._largest = float(np.max(of.absolute, initial=self._largest))
+            self._keep(of.absolute)
+            self._worst.append((name, of._replace(absolute=np.zeros(0))))
+
+    def _keep(self, absolute: npt.NDArray[np.float64]) -> None:
+        """Keep errors for the percentiles: all, or every second, fourth and so on where there are very many."""
+        self._kept.append(absolute[:: self._stride])
+        self._size += self._kept[-1].size
+        while self._size > _MOST_KEPT:
+            self._kept = [np.concatenate(self._kept)[::2]]
+            self._size, self._stride = self._kept[0].size, 2 * self._stride
 
     def report(
         self,
@@ -199,22 +212,22 @@ class Comparing:
         incomparable: tuple[str, ...] = (),
     ) -> ParityReport:
         """All that was compared."""
-        absolute = np.concatenate([of.absolute for _, of in self._found] or [np.zeros(0)])
+        absolute = np.concatenate(self._kept)
         if not absolute.size and not incomparable:
             raise ExportError(f"{names[0]} and {names[1]} give no values to compare; pass inputs that they answer")
-        worst, of_worst = max(self._found, key=lambda named: named[1].excess, default=("", None))
+        worst, of_worst = max(self._worst, key=lambda named: named[1].excess, default=("", None))
         method: Any = "linear" if np.isfinite(absolute).all() else "higher"  # nothing lies between infinite errors
         p50, p90, p99 = map(float, np.percentile(absolute, (50, 90, 99), method=method) if absolute.size else (0, 0, 0))
-        rtol = max((of.rtol for _, of in self._found), default=0.0)
-        atol = max((of.atol for _, of in self._found), default=0.0)
+        rtol = max((of.rtol for _, of in self._worst), default=0.0)
+        atol = max((of.atol for _, of in self._worst), default=0.0)
         firsts = [self._first[name] for name in self.names if name in self._first]
         return ParityReport(
             kind=kind,
             reference=names[0],
             candidate=names[1],
             passed=not incomparable and of_worst is not None and of_worst.excess <= 1,
-            max_absolute_error=float(absolute.max(initial=0)),
-            max_relative_error=float(np.max([of.relative for _, of in self._found], initial=0)),
+            max_absolute_error=self._largest,
+            max_relative_error=float(np.max([of.relative for _, of in self._worst], initial=0)),
             p50_absolute_error=p50,
             p90_absolute_error=p90,
             p99_absolute_error=p99,

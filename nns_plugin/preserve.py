@@ -25,6 +25,16 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, NumPy and ``random``, and restore their states on leaving."""
+    with preserved_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+@contextmanager
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Restore everything but the values of the parameters on leaving, also after an exception.
 

@@ -138,17 +138,39 @@ def test_bounds_follow_confidence_and_seed(tmp_path: Path) -> None:
 
 def test_nothing_is_lost_by_the_same_weights(dense: Path, tmp_path: Path) -> None:
     for labels in (NAMES, ["owl", "cat"]):
-        small = linear(tmp_path / "small.onnx", W[:, [NAMES.index(name) for name in labels]], labels)
+        columns = [NAMES.index(name) for name in labels]
+        small = linear(tmp_path / "small.onnx", W[:, columns], labels, metadata={"another": "file"})
         accuracy = compare(dense, small, X, TRUTH, **QUICK).accuracy
         assert accuracy is not None
-        assert (accuracy.drop, accuracy.drop_bound) == (0, 0)
-        assert all((each.drop, each.bound) == (0, 0) for each in accuracy.labels)
+        assert accuracy.drop == 0
+        assert accuracy.drop_bound == pytest.approx(-np.log(0.05) / accuracy.candidate.inputs), "the rule of three"
+        for each, result in zip(accuracy.labels, accuracy.candidate.labels, strict=True):
+            assert (each.drop, each.bound) == (0, pytest.approx(-np.log(0.05) / 2 / result.inputs))
+        estimate = compare(dense, small, X, TRUTH, confidence=0.5, **QUICK).accuracy
+        assert estimate is not None
+        assert [estimate.drop_bound, *(each.bound for each in estimate.labels)] == [0] * (1 + len(labels))
+    same = compare(dense, dense, X, TRUTH, **QUICK).accuracy
+    assert same is not None
+    assert [same.drop_bound, *(each.bound for each in same.labels)] == [0] * 5, "one and the same file"
 
 
-def test_a_single_label_without_other_can_lose_nothing(dense: Path, tmp_path: Path) -> None:
-    accuracy = compare(dense, linear(tmp_path / "small.onnx", OFF[:, :1], ["cat"]), X, TRUTH, **QUICK).accuracy
+def test_few_inputs_on_which_nothing_is_lost_prove_little(dense: Path, tmp_path: Path) -> None:
+    """A candidate that answers some inputs otherwise, but none of the eight that are given."""
+    off = linear(tmp_path / "off.onnx", OFF, NAMES)
+    logits = X @ W, X @ OFF
+    alike = np.flatnonzero(logits[0].argmax(1) == logits[1].argmax(1))
+    rows = np.concatenate([alike[TRUTH[alike] == label][:2] for label in range(4)])
+    accuracy = compare(dense, off, X[rows], TRUTH[rows], **QUICK).accuracy
     assert accuracy is not None
-    assert (accuracy.drop, accuracy.drop_bound, accuracy.labels[0].bound) == (0, 0, 0)
+    assert accuracy.drop == 0
+    assert accuracy.drop_bound == pytest.approx(-np.log(0.05) / 8)
+    assert [each.bound for each in accuracy.labels] == [0.5] * 4
+
+
+def test_a_single_label_without_other_has_no_accuracy(dense: Path, tmp_path: Path) -> None:
+    found = compare(dense, linear(tmp_path / "small.onnx", OFF[:, :1], ["cat"]), X, TRUTH, **QUICK)
+    assert found.accuracy is None
+    assert found.accuracy_fault == "label 'cat' alone cannot be mistaken for another: it has no accuracy to judge"
 
 
 # What is found out ----------------------------------------------------------------------------------------------

@@ -84,26 +84,33 @@ def test_a_wrong_order_of_labels_is_found_out(labels: list[str], dense: Path, tm
     assert (report.top1_agreement or 0) < 0.6
 
 
-def test_names_that_are_given_take_the_place_of_those_in_the_files(dense: Path, tmp_path: Path) -> None:
-    small = linear(tmp_path / "small.onnx", W[:, [2, 0]], ["cat", "dog"])
-    assert not parity(compare(dense, small, X, **QUICK)).passed
-    found = compare(dense, small, X, candidate_labels=["owl", "cat"], **QUICK)
+def test_names_are_given_where_the_files_tell_none(tmp_path: Path) -> None:
+    dense, small = linear(tmp_path / "dense.onnx", W), linear(tmp_path / "small.onnx", W[:, [2, 0]])
+    assert not parity(compare(dense, small, X, candidate_labels=["0", "2"], **QUICK)).passed
+    assert parity(compare(dense, small, X, candidate_labels=["2", "0"], **QUICK)).passed
+    found = compare(dense, small, X, label_names=NAMES, candidate_labels=["owl", "cat"], **QUICK)
     assert parity(found).passed
-    found = compare(dense, small, X, label_names=["dog", "a", "cat", "b"], **QUICK)
-    assert parity(found).passed
-    assert found.labels == ("cat", "dog")
+    assert found.labels == ("owl", "cat")
+
+
+def test_scores_that_are_not_as_many_without_names_cannot_be_compared(dense: Path, tmp_path: Path) -> None:
+    found = compare(dense, linear(tmp_path / "small.onnx", W[:, :2]), X, **QUICK)
+    assert parity(found).incomparable == (
+        "output 'y' has 4 scores of the baseline and 2 of the candidate, which says not for which labels: name them",
+    )
+    assert (parity(found).passed, parity(found).top1_agreement, found.labels) == (False, None, ())
 
 
 @pytest.mark.parametrize(
     ("columns", "labels", "options", "message"),
     [
-        ([0, 1], None, {}, "says not for which labels; name the candidate's labels"),
+        ([0, 1], ["cat", "dog"], {"candidate_labels": ["dog", "cat"]}, r"says that its labels are .*'dog'\], but"),
         ([0, 1], ["cat", "cow"], {}, r"has the labels \['cat', 'cow'\], the baseline"),
         ([0], ["other"], {}, r"has the labels \['other'\], the baseline"),
         ([0, 1], ["cat"], {}, "gives 2 scores, but there are 1 names of labels"),
         ([0, 1], ["cat", "cat"], {}, "2 names of labels, 1 different ones"),
         ([0, 1], None, {"candidate_labels": ["cat"]}, "gives 2 scores, but there are 1 names"),
-        ([0, 1, 2, 3], None, {"label_names": ["cat"]}, "gives 4 scores, but there are 1 names"),
+        ([0, 1, 2, 3], None, {"label_names": ["cat"]}, "says that its labels are .* but .* were given; drop"),
     ],
 )
 def test_labels_that_cannot_be_matched(
@@ -149,7 +156,7 @@ def test_outputs_of_other_shapes_are_named(tmp_path: Path) -> None:
     one, two = (linear(tmp_path / f"{n}.onnx", W, more={"a": W[:, :n]}) for n in (2, 3))
     report = parity(compare(one, two, X, **QUICK))
     assert not report.passed
-    assert report.incomparable == ("output 'a' is [90, 2] of the baseline, [90, 3] of the candidate",)
+    assert report.incomparable == ("output 'a' is [64, 2] of the baseline, [64, 3] of the candidate in a batch",)
 
 
 @pytest.mark.parametrize("row", [1, 6])

@@ -205,20 +205,20 @@ def test_what_cannot_be_drawn(spec: Any) -> None:
 def test_free_batches_are_cut_with_a_short_last_one() -> None:
     feeds = feeds_of(TWO, {"z": floats(5, 3), "x": floats(5, 2)})
     assert (feeds.inputs, feeds.fixed, dict(feeds.constant), feeds.path) == (5, None, {}, "m.onnx")
-    cut = list(feeds.batches(2))
-    assert [count for _, count in cut] == [2, 2, 1]
-    assert [len(values["x"]) for values, _ in cut] == [2, 2, 1]
+    cut = [batch for first in (0, 2, 4) for batch in feeds.batches(first, min(first + 2, 5))]
+    assert [(whole, count) for _, whole, count in cut] == [(2, 2), (2, 2), (1, 1)]
+    assert [len(values["x"]) for values, _, _ in cut] == [2, 2, 1]
     for name, columns in (("x", 2), ("z", 3)):
-        np.testing.assert_array_equal(np.concatenate([values[name] for values, _ in cut]), floats(5, columns))
+        np.testing.assert_array_equal(np.concatenate([values[name] for values, _, _ in cut]), floats(5, columns))
 
 
 def test_a_fixed_batch_is_filled_up_and_told_how_many_count() -> None:
     feeds = feeds_of(file_with(("x", (4, 1))), {"x": floats(6, 1)})
     assert (feeds.inputs, feeds.fixed) == (6, 4)
-    cut = [(values["x"].ravel().tolist(), count) for values, count in feeds.batches(4)]
-    assert cut == [([0, 1, 2, 3], 4), ([4, 5, 0, 1], 2)]
+    cut = [(values["x"].ravel().tolist(), whole, count) for values, whole, count in feeds.batches(0, 6)]
+    assert cut == [([0, 1, 2, 3], 4, 4), ([4, 5, 0, 1], 4, 2)]
     few = feeds_of(file_with(("x", (4, 1))), {"x": floats(1, 1)})
-    assert [(values["x"].ravel().tolist(), count) for values, count in few.batches(4)] == [([0, 0, 0, 0], 1)]
+    assert [(values["x"].ravel().tolist(), count) for values, _, count in few.batches(0, 1)] == [([0, 0, 0, 0], 1)]
 
 
 def test_a_batch_repeats_too_few_inputs() -> None:
@@ -238,16 +238,19 @@ def test_inputs_without_a_batch_are_the_same_in_every_run() -> None:
     file = file_with(X, ("k", (3,)), ("s", ()))
     feeds = feeds_of(file, {"x": floats(5, 2), "k": floats(3), "s": np.array(2.0)})
     assert (feeds.inputs, feeds.fixed, sorted(feeds.constant)) == (5, None, ["k", "s"])
-    for values, count in feeds.batches(2):
-        assert len(values["x"]) == count
+    for values, whole, count in [*feeds.batches(0, 2), *feeds.batches(2, 5)]:
+        assert len(values["x"]) == count == whole
         assert values["k"].tolist() == [0, 1, 2]
         assert (values["s"].shape, float(values["s"]), values["s"].dtype) == ((), 2.0, np.float32)
 
 
-def test_fixed_first_sizes_that_differ_are_no_batch() -> None:
-    file = file_with(("x", (4, 2)), ("z", (3, 2)))
-    with pytest.raises(ExportError, match="no common batch in dimension 0"):
-        feeds_of(file, {"x": floats(4, 2), "z": floats(3, 2)})
+def test_where_fixed_first_sizes_differ_that_of_the_first_input_is_the_batch() -> None:
+    file = file_with(("x", (4, 2)), ("z", (3, 2)), ("w", (4,)))
+    feeds = feeds_of(file, {"x": floats(9, 2), "z": floats(3, 2), "w": floats(9)})
+    assert (feeds.inputs, feeds.fixed, list(feeds.batched), list(feeds.constant)) == (9, 4, ["x", "w"], ["z"])
+    assert {name: array.shape for name, array in random_values(file, 8).items()} == {
+        "x": (8, 2), "z": (3, 2), "w": (8,)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

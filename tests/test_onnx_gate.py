@@ -66,7 +66,7 @@ def of_latency(batch: int = 1, low: float = 1.25, p90_high: float | None = 3.0) 
 
     return LatencyComparison(
         report("baseline"), report("candidate"), 1.5, low, 1.75, CPU, 1, False, False, batch,
-        300 if p90_high is not None else 50, 1, 20, True, 0,
+        300 if p90_high is not None else 50, 10, 20, True, 0,
     )  # fmt: skip
 
 
@@ -250,6 +250,11 @@ def test_a_provider_that_runs_nothing_fails(batches: tuple[int, ...], tmp_path: 
     ("options", "changes", "message"),
     [
         ({"min_speedup": 1}, {"latency": ()}, "need latencies, found none"),
+        (
+            {"min_speedup": 1},
+            {"latency": (replace(of_latency(), sessions=1),)},
+            "min_speedup needs two pairs of sessions",
+        ),
         ({"max_p90_ms": 1}, {"latency": ()}, "need latencies, found none"),
         ({"max_p90_ms": 1}, {"latency": (of_latency(p90_high=None),)}, "needs at least 100 samples, found 50"),
         ({"max_accuracy_drop": 1}, {"accuracy": None}, "need inputs with labels"),

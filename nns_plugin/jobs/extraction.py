@@ -21,7 +21,7 @@ from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.jobs.budget import Judge, smallest_within
 from nns_plugin.jobs.datasets import Datasets
-from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, MeasureSection, check_cut
+from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, MeasureSection, Recipe, check_cut
 from nns_plugin.operations import layer_operations, unit_operations
 from nns_plugin.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
@@ -156,7 +156,6 @@ def extract(
     validation: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     snapshot: WeightSnapshot | None = None,
-    measure: MeasureSection | None = None,
     progress: bool = False,
 ) -> tuple[Cut, tuple[Trial, ...]]:
     """Cut a copy of a model as a section says.
@@ -233,8 +232,7 @@ def extract(
 
     if section.has_target:
         data = loader if validation is None else validation
-        settings = measure or MeasureSection()
-        return _by_latency(dense, prepared, section, settings, by_ratio, finished, names, data, progress)
+        return _by_latency(dense, prepared, section, by_ratio, finished, names, data, progress)
     max_drop, confidence = section.max_balanced_accuracy_drop, section.effective_confidence
     if max_drop is None or confidence is None:
         return finished(by_ratio(0.5 if section.ratio is None else section.ratio)), ()
@@ -272,7 +270,6 @@ def extract_from(
         validation=data.decisive,
         statistics=statistics,
         snapshot=snapshot,
-        measure=getattr(section, "measure", None),
         progress=progress,
     )
 
@@ -281,7 +278,6 @@ def _by_latency(
     dense: nn.Module,
     prepared: Cut,
     section: CutSection,
-    settings: MeasureSection,
     keep: Callable[[float, int], Mapping[str, Tensor]],
     finish: Callable[[Mapping[str, Tensor]], Cut],
     names: Sequence[str],
@@ -306,7 +302,10 @@ def _by_latency(
             section.effective_confidence or CONFIDENCE,
             section.calibrate_head,
         )
-    with stage("searching"), Stopwatch(dense, prepared.example_inputs, settings) as stopwatch:
+    how: dict[str, Any] = {"settings": MeasureSection()}
+    if isinstance(section, Recipe):
+        how = {"settings": section.measure, "opset": section.export.opset, "seed": section.seed}
+    with stage("searching"), Stopwatch(dense, prepared.example_inputs, **how) as stopwatch:
         return fast_enough(
             stopwatch,
             keep,

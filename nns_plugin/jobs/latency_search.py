@@ -20,7 +20,7 @@ from nns_plugin.subnet import Trial
 
 BISECTIONS = 6
 MOST = 0.99  # share of units that is tried first, to see whether the target can be met at all
-STEPS = 3  # further shares that are tried where a finished cut misses what its sketch met
+STEPS = 8  # further shares that are tried where a finished cut misses what its sketch met
 STEP = 0.05  # of what is left
 
 
@@ -224,9 +224,11 @@ def _missed(trials: Sequence[Trial], target: Target, max_drop: float | None) -> 
             f"{nearest.ratio:.2f}, rounded to {nearest.round_to}), more than {100 * max_drop:g}: allow a larger drop, "
             "ask for less speed, or fine-tune"
         )
-    nearest = max(trials, key=lambda trial: trial.speedup_low or 0.0)
+    finished = [trial for trial in trials if trial.drop_bound is not None]
+    tried = finished or list(trials)
+    nearest = max(tried, key=lambda trial: trial.speedup_low or 0.0)
     return (
-        f"{target} cannot be met: the fastest of {len(trials)} cuts has a median of {nearest.latency_ms:.4f} ms and a "
-        f"speed-up of at least {nearest.speedup_low:.2f} (ratio {nearest.ratio:.2f}, rounded to {nearest.round_to}); "
-        "ask for less, or measure on a quieter machine"
+        f"{target} cannot be met: the fastest of {len(tried)} {'finished ' if finished else ''}cuts has a median of "
+        f"{nearest.latency_ms:.4f} ms and a speed-up of at least {nearest.speedup_low:.2f} (ratio {nearest.ratio:.2f}, "
+        f"rounded to {nearest.round_to}); ask for less, or measure on a quieter machine"
     )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,6 +16,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.evaluation import drops, evaluate, judged, predict
 from nns_plugin.adapters.onnxruntime import (
+    LatencyComparison,
     ParityReport,
     check_parity,
     check_provider,
@@ -38,13 +36,14 @@ from nns_plugin.jobs.datasets import Datasets, repeated
 from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.job_figures import job_figures
+from nns_plugin.jobs.latency_search import Target
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.report import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
-from nns_plugin.preserve import preserved, preserved_rng
+from nns_plugin.preserve import preserved, seeded
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.subnet import InexactMaskWarning, Subnet, Trial
 
@@ -81,7 +80,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
     surgeon_of(recipe)
     if figures:
         new_figure(1, 1)  # tells what is missing before any work
-    with staged_folder(output, FILES, FIGURES) as staging, _seeded(recipe.seed):
+    with staged_folder(output, FILES, FIGURES) as staging, seeded(recipe.seed):
         data = Datasets.parse(
             call_factory("data.factory", recipe.data.factory, recipe.data.arguments), recipe.data.factory
         )
@@ -216,6 +215,7 @@ def _prove(
         units={group.name: group.size for group in cut.groups},
         kept_units={name: tuple(units.tolist()) for name, units in cut.kept.items()},
         trials=trials,
+        target_met=_target_met(recipe, latency),
         balanced_accuracy_drop=drop,
         balanced_accuracy_drop_interval=drop_limits,
         baseline=reports["baseline"],
@@ -245,6 +245,13 @@ def _removal(recipe: Recipe, data: Datasets, dense: nn.Module, cut: Cut, subnet:
         masked = subnet.mask(dense, data.example_inputs)
     settings = recipe.measure
     return check_removal(masked, cut.model, _test_inputs(data, 64), rtol=settings.rtol, atol=settings.atol)
+
+
+def _target_met(recipe: Recipe, latency: LatencyComparison) -> bool | None:
+    """Whether the finished subnet, measured again, is as fast as it was to be."""
+    if not recipe.has_target:
+        return None
+    return Target(recipe.target_latency_ms, recipe.target_speedup).is_met(latency)
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -345,12 +352,3 @@ def _test_inputs(data: Datasets, count: int) -> Any:
         batch = parse_batch(item, 0)
 
     return repeated(batch.inputs, count)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with preserved_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield

@@ -83,8 +83,14 @@ def check_writable(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     for path in paths:
         if path.is_dir():
             raise OutputError(f"output: {str(path)!r} is a folder; expected the name of a file")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise OutputError(f"output: {str(path.parent)!r} is no folder that can be written; choose another")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"output: {str(path)!r} is no ordinary file; expected the name of one to write")
+        try:
+            tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f".{path.name}-").cleanup()
+        except OSError as error:
+            raise OutputError(
+                f"output: {str(path.parent)!r} is no folder that can be written: {error.strerror}; choose another"
+            ) from error
 
 
 def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
@@ -96,20 +102,20 @@ def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
     Raises:
         OutputError: If one cannot be written.
     """
-    with ExitStack() as stack:
-        folders = {
-            path: Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-")))
-            for path in contents
-        }
-        try:
+    folders: dict[Path, Path] = {}
+    try:
+        with ExitStack() as stack:
             for path, write in contents.items():
-                write(folders[path] / "new")
-                if path.exists():
-                    shutil.copy2(path, folders[path] / "old")
+                target = path.resolve()  # what a link leads to
+                folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name}-")
+                folders[target] = Path(stack.enter_context(folder))
+                write(folders[target] / "new")
+                if target.exists():
+                    shutil.copy2(target, folders[target] / "old")
             _replaced(folders)
-        except OSError as error:
-            listed = ", ".join(map(str, contents))
-            raise OutputError(f"output: {listed} cannot be written: {error.strerror}; choose another place") from error
+    except OSError as error:
+        listed = ", ".join(map(str, contents))
+        raise OutputError(f"output: {listed} cannot be written: {error.strerror}; choose another place") from error
 
 
 def _replaced(folders: Mapping[Path, Path]) -> None:

@@ -59,7 +59,8 @@ class Report:
         labels: Names of the labels of the set.
         units: Number of units of each group of the dense model.
         kept_units: The units that are left, for each pruned group.
-        trials: What a search within a budget tried, in order.
+        trials: What a search within a budget or for a latency tried, in order.
+        target_met: Whether the last measurement meets the target for latency; None if there is none.
         balanced_accuracy_drop: What the subnet loses of the mean balanced accuracy; ``None`` if there is none.
         balanced_accuracy_drop_interval: Its 95 % bootstrap interval, if asked for.
         baseline: The dense model.
@@ -76,6 +77,7 @@ class Report:
     units: dict[str, int]
     kept_units: dict[str, tuple[int, ...]]
     trials: tuple[Trial, ...]
+    target_met: bool | None
     balanced_accuracy_drop: float | None
     balanced_accuracy_drop_interval: Interval | None
     baseline: ModelReport

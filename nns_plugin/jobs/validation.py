@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nns_plugin.adapters.onnxruntime import (
     Comparison,
@@ -28,16 +29,18 @@ from nns_plugin.adapters.onnxruntime import (
     rounding_gains,
     values_of,
 )
-from nns_plugin.errors import GateError, OutputError, RecipeError
+from nns_plugin.errors import GateError, LabelError, OutputError, RecipeError
 from nns_plugin.forward import parse_batch
+from nns_plugin.heads import OTHER
 from nns_plugin.jobs.datasets import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, stage
 from nns_plugin.jobs.figures import latency_figure, new_figure
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import check_writable, written_together
-from nns_plugin.jobs.recipe import Recipe, call_factory
+from nns_plugin.jobs.recipe import WEIGHTS, Recipe, call_factory
 from nns_plugin.jobs.validation_report import junit, junit_of_error, markdown, markdown_of_error
-from nns_plugin.subnet import Subnet
+from nns_plugin.preserve import seeded
+from nns_plugin.subnet import InexactMaskWarning, Subnet
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,11 @@ def validate(
     Raises:
         NNSError: If anything cannot be used; ProviderError if a session does not get its provider.
     """
-    found = _validated(baseline, candidate, gate, data, recipe, subnet, suggest_rounding, options)
     reports = reports or Reports()
+    if recipe is not None:
+        weights = [getattr(recipe.model, name) for name in WEIGHTS]
+        check_writable(reports.paths, [path for path in weights if path is not None])
+    found = _validated(baseline, candidate, gate, data, recipe, subnet, reports, suggest_rounding, options)
     link = None
     if reports.figure is not None and reports.markdown is not None:
         link = Path(os.path.relpath(reports.figure.resolve(), reports.markdown.resolve().parent)).as_posix()
@@ -168,8 +174,10 @@ def reported_errors(reports: Reports, baseline: Path, candidate: Path, inputs: S
         yield
     except OutputError:
         raise
-    except Exception as error:
+    except BaseException as error:  # also what stops the process
         told = {"passed": False, "error": {"type": type(error).__name__, "text": str(error)}}
+        if reports.figure is not None:
+            reports.figure.unlink(missing_ok=True)
         _write(reports, told, junit_of_error(error), markdown_of_error(error, baseline, candidate))
         raise
 
@@ -181,6 +189,7 @@ def _validated(
     data: Path | None,
     recipe: Recipe | None,
     subnet: Path | None,
+    reports: Reports,
     suggest_rounding: bool,
     options: Mapping[str, Any],
 ) -> Validation:
@@ -191,17 +200,22 @@ def _validated(
     settings = dict(options)
     if recipe is not None:
         measured = {name: getattr(recipe.measure, name) for name in ("provider", "threads", "samples", "rtol", "atol")}
-        settings = measured | {"batches": (recipe.measure.batch,)} | settings
+        settings = measured | settings
     if gate.max_p90_ms is not None and settings.get("samples", 100) < 100:
         raise GateError(f"max_p90_ms needs at least 100 samples, found {settings['samples']}; ask for more")
     check_provider(settings.get("provider", "cpu"))
     files = [read_file(path) for path in (baseline, candidate)]
+    pairs = zip((baseline, candidate), files, strict=True)
+    check_writable(reports.paths, [path.parent / name for path, file in pairs for name in file.sha256])
+    if recipe is not None and not any(file.fixed_batch for file in files):
+        settings = {"batches": (recipe.measure.batch,)} | settings
     evidence = Evidence()
     if data is not None:
         inputs, labels = read_values(data, files[0])
         evidence = Evidence(inputs, labels)
     elif recipe is not None:
-        evidence = _from_recipe(recipe, files, subnet)
+        with seeded(recipe.seed):  # as the job does, so that its test data are the same
+            evidence = _from_recipe(recipe, files, subnet)
     if gate.needs_labels and evidence.labels is None:
         raise GateError(
             "max_accuracy_drop and max_label_drop need inputs with labels; give data with an array 'labels', or a "
@@ -239,13 +253,28 @@ def _from_recipe(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None)
     chosen = chosen_labels(recipe, data.label_names)
     if files[1].labels is None and chosen is not None and recipe.effective_head != "keep":
         kept = tuple(data.label_names[label] for label in chosen)
-        names = (*kept, "other") if recipe.effective_head == "open" else kept
+        names = (*kept, OTHER) if recipe.effective_head == "open" else kept
     models = {} if subnet is None else _models(recipe, data, subnet)
-    return Evidence(inputs, labels, data.label_names, names, models)
+    if files[0].labels is None:
+        return Evidence(inputs, labels, data.label_names, names, models)
+    return Evidence(inputs, _renumbered(labels, data.label_names, files[0]), None, names, models)
+
+
+def _renumbered(labels: Tensor, names: Sequence[str], file: OnnxFile) -> Tensor:
+    """Labels of the data as the numbers that a file's own names give them."""
+    theirs = {name: place for place, name in enumerate(file.labels or ())}
+    places = [theirs.get(name, theirs.get(OTHER)) for name in names]
+    unknown = [names[label] for label in sorted(set(labels.tolist())) if places[label] is None]
+    if unknown:
+        raise LabelError(
+            f"{file.path!r} has the labels {list(theirs)[:20]}, the recipe's data {unknown[:20]} besides; give data "
+            "with the same labels"
+        )
+    return torch.tensor([-1 if place is None else place for place in places])[labels.long()]
 
 
 def _models(recipe: Recipe, data: Datasets, path: Path) -> dict[str, nn.Module]:
-    """The subnet in torch; with a checkpoint of the dense model that, too, and the same with masks."""
+    """The subnet in torch; with a checkpoint of the dense model that, too, and with masks, where these are exact."""
 
     def parent() -> nn.Module:
         model: nn.Module = call_factory("model.factory", recipe.model.factory, recipe.model.arguments)
@@ -253,15 +282,18 @@ def _models(recipe: Recipe, data: Datasets, path: Path) -> dict[str, nn.Module]:
 
     subnet = Subnet.load(path)
     small = subnet.materialise(parent, data.example_inputs)
-    if recipe.model.checkpoint is None:
-        return {"candidate_model": small}
+    if recipe.model.checkpoint is None or recipe.train.epochs:
+        return {"candidate_model": small}  # the dense model was trained by the job, and is in its ONNX file only
     dense = parent()
     load_checkpoint(dense, recipe.model.checkpoint)
-    return {
-        "baseline_model": dense,
-        "candidate_model": small,
-        "masked": subnet.mask(dense, data.example_inputs),
-    }
+    models = {"baseline_model": dense, "candidate_model": small}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        masked = subnet.mask(dense, data.example_inputs)
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    inexact = any(issubclass(warning.category, InexactMaskWarning) for warning in caught)
+    return models if inexact else models | {"masked": masked}
 
 
 def _write(

@@ -37,7 +37,7 @@ def junit(found: Validation) -> str:
     return _xml(suite)
 
 
-def junit_of_error(error: Exception) -> str:
+def junit_of_error(error: BaseException) -> str:
     """One test case that could not be carried out."""
     suite = _suite(tests=1, failures=0, errors=1)
     case = ElementTree.SubElement(suite, "testcase", classname="nns", name="comparison")
@@ -104,7 +104,7 @@ def markdown(found: Validation, figure: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_error(error: Exception, baseline: Path, candidate: Path) -> str:
+def markdown_of_error(error: BaseException, baseline: Path, candidate: Path) -> str:
     """What is wrong, in place of a summary."""
     return f"# ERROR: {_code(candidate)} beside {_code(baseline)}\n\n{_cell(_line(error))}"
 
