@@ -195,7 +195,8 @@ def compare(
         if labels is not None:
             accuracy, fault = accuracy_report(answers, labels, confidence, resamples, seed)
         options: dict[str, Any] = {"provider": provider_name(provider), "threads": threads}
-        latencies, profiles = [], []
+        latencies: list[LatencyComparison] = []
+        profiles: list[ProfileComparison] = []
         for size in sizes:
             latencies.append(
                 measure_latency(
@@ -216,7 +217,7 @@ def compare(
                 profile(path, feed.batch(size), batch=size, runs=profile_runs, **options)
                 for path, feed in zip(paths, feeds, strict=True)
             ]
-            profiles.append(compare_profiles(of[0], of[1], layers))
+            profiles.append(compare_profiles(of[0], of[1], () if profiles else layers))  # told once
         largest = max(sizes, default=fixed)
         taken = [
             _memory(path, feed.batch(largest), options) if memory else None

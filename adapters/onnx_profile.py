@@ -224,8 +224,8 @@ def _notes(baseline: Profile, candidate: Profile, layers: Sequence[Layer]) -> li
         more = ", ..." if len(odd) > 5 else ""
         smaller = len(odd_layers(layers, MULTIPLES[-1]))
         notes.append(
-            f"candidate: {len(odd)} of {len(layers)} layers have channels that are no multiple of {MULTIPLES[0]}, "
-            f"{smaller} none of {MULTIPLES[-1]}, to which kernels pad them: {shown}{more}"
+            f"candidate: {len(odd)} of {len(layers)} layers have channels that are no multiple of {MULTIPLES[0]} "
+            f"({smaller} of them none of {MULTIPLES[-1]}), to which kernels pad them: {shown}{more}"
         )
     notes += _other_kernels(baseline, candidate)
     return notes

@@ -211,6 +211,17 @@ def convolutions(path: Path, channels: int) -> Path:
     return save(path, [value("x", "n", 3, 8, 8)], [value("y", "n", 3)], nodes, weights)
 
 
+def test_odd_channels_are_told_once_and_below_the_table(tmp_path: Path) -> None:
+    odd = convolutions(tmp_path / "odd.onnx", 21)
+    assert validate(odd, odd, "--batch", "1,2", *reports(tmp_path)) == 0
+    lines = read_markdown(tmp_path)
+    (place,) = (here for here, line in enumerate(lines) if "no multiple of 16" in line)
+    assert lines[place].startswith(
+        "- candidate: 3 of 3 layers have channels that are no multiple of 16 (3 of them none of 8)"
+    )
+    assert lines[place - 1] == "", "a list right below a table is a row of it"
+
+
 def test_rounding_is_suggested_for_odd_channels_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd, even = convolutions(tmp_path / "odd.onnx", 21), convolutions(tmp_path / "even.onnx", 16)
     assert validate(odd, odd, "--suggest-rounding", *reports(tmp_path)) == 0

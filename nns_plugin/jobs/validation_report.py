@@ -96,7 +96,7 @@ def markdown(found: Validation, figure: str | None = None) -> str:
                 for change in compared.operators[:_OPERATORS]
             ],
         )
-        lines += [f"- {note}" for note in compared.notes]
+        lines += ["", *(f"- {_cell(note)}" for note in compared.notes)] if compared.notes else []
     if found.rounding is not None:
         lines += ["", "## Layers alone, with channels rounded up", "", *_rounding(found)]
     lines += ["", "## Measured on", ""]
