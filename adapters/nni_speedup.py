@@ -189,8 +189,8 @@ def removed_by_nni(
             ModelSpeedup(small, inputs, given, graph_module=traced).speedup_model()
     except Exception as failure:  # the host fails in any way
         return None, _told(failure)
-    small = graft(copied(masked), small)
     try:
+        small = graft(copied(masked), small)
         error = largest_error(expected, outputs_of(small, example_inputs))
         other = other_than_planned(small, planned, masked)
     except Exception as failure:

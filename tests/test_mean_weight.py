@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nns_plugin import Port, UnitGroup
-from nns_plugin.criteria import MeanWeight
+from nns_plugin.criteria import MeanWeight, score_groups
 from nns_plugin.errors import CriterionError, PruningError
 from nns_plugin.producers import incoming_weights
 from nns_plugin.synapses import over_mean, prune_under_mean
@@ -28,6 +28,14 @@ def test_filters_by_their_sum_against_the_mean() -> None:
     # sums of magnitudes 4, 1, 4 (mean 3); of values -2, 1, 4 (mean magnitude 7/3)
     torch.testing.assert_close(MeanWeight(model)(group), torch.tensor([4.0, 1.0, 4.0]).double() / 3)
     torch.testing.assert_close(MeanWeight(model, "values")(group), torch.tensor([-2.0, 1.0, 4.0]).double() * 3 / 7)
+
+
+def test_weights_that_are_not_a_number_are_not_scored_as_zero() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    with torch.no_grad():
+        model[0].weight[1, 0] = torch.nan
+    with pytest.raises(CriterionError, match="scores must be finite"):
+        score_groups(MeanWeight(model), [group_of("0", size=3)])
 
 
 def test_all_writers_of_a_stream_count() -> None:

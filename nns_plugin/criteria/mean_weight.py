@@ -63,4 +63,4 @@ class MeanWeight:
 def relative_to_mean(sums: Tensor) -> Tensor:
     """Sums ``[U]`` over the mean of their magnitudes; all 0 where that is 0."""
     mean = sums.abs().mean()
-    return sums / mean if float(mean) > 0 else torch.zeros_like(sums)
+    return torch.zeros_like(sums) if float(mean) == 0 else sums / mean  # a NaN stays one, which the contract refuses
