@@ -132,6 +132,8 @@ def test_all_reports_tell_the_same(
     properties = {of.get("name"): of.get("value") for of in suite.findall("properties/property")}
     assert properties["candidate.sha256"] == f"candidate.onnx {digest(candidate)}"
     assert properties["versions.numpy"] == np.__version__
+    conditions_told = "2 thread(s), spinning on, inputs and outputs bound, 30 samples each in 3 pair(s) of sessions"
+    assert conditions_told in properties["latency.batch 3"]
 
     lines = read_markdown(tmp_path)
     assert lines[0] == f"# FAIL: `{candidate}` beside `{baseline}`"

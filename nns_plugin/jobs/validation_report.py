@@ -202,6 +202,8 @@ def _facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
         if memory is not None:
             yield f"{name}.session_bytes", str(memory.session_bytes)
             yield f"{name}.running_bytes", str(memory.running_bytes)
+    for latency in comparison.latency:
+        yield f"latency.batch {latency.batch}", latency.conditions
     for section, facts in comparison.environment.items():
         for name, value in facts.items():
             yield f"{section}.{name}", _fact(name, value)
