@@ -56,8 +56,8 @@ def answers_of(
 ) -> Answers:
     """Run a baseline and a candidate on all inputs, in batches, and compare what they give.
 
-    Outputs correspond by name, or in order where no name is the same. Of the first that are floating-point numbers
-    ``[N, labels, ...]`` in both, the scores, the columns of the labels that both have are compared.
+    Outputs correspond by name, or in order where no name is the same. The baseline's first floating-point output
+    ``[N, labels, ...]`` is the scores, of which the columns of the labels that both have are compared.
 
     Args:
         files: The baseline and the candidate.
@@ -180,8 +180,8 @@ class _Scores:
             self.parts.append((before, after))
         alike, counted = _alike(before, after, self.columns)
         self.alike, self.counted = self.alike + alike, self.counted + counted
-        left[self.place] = before[:, [column for column in self.columns if column is not None]]
-        right[self.place] = after[:, [here for here, column in enumerate(self.columns) if column is not None]]
+        ours, theirs = _shared(self.columns)
+        left[self.place], right[self.place] = before[:, ours], after[:, theirs]
 
     @property
     def agreement(self) -> float | None:
@@ -296,6 +296,12 @@ def _columns(
     return tuple(names.index(name) if name in names else None for name in theirs)
 
 
+def _shared(columns: Sequence[int | None]) -> tuple[list[int], list[int]]:
+    """Columns of the labels that both have: the dense model's, and the pruned model's."""
+    ours = [column for column in columns if column is not None]
+    return ours, [place for place, column in enumerate(columns) if column is not None]
+
+
 def label_parity(
     dense: Array,
     pruned: Array,
@@ -316,9 +322,8 @@ def label_parity(
         atol: Absolute tolerance.
     """
     comparing = Comparing(["scores"], rtol, atol)
-    shared = [column for column in columns if column is not None]
-    theirs = [place for place, column in enumerate(columns) if column is not None]
-    comparing.add([dense[:, shared]], [pruned[:, theirs]])
+    ours, theirs = _shared(columns)
+    comparing.add([dense[:, ours]], [pruned[:, theirs]])
     same = agreement(dense, pruned, columns)
     return comparing.report(KIND, names, inputs=len(dense), batch_sizes=(len(dense),), top1=same)
 
@@ -349,10 +354,9 @@ def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> flo
 
 def _alike(dense: Array, pruned: Array, columns: Sequence[int | None]) -> tuple[int, int]:
     """How many answers are the same, and how many count."""
-    shared = [column for column in columns if column is not None]
-    theirs = [place for place, column in enumerate(columns) if column is not None]
     if len(columns) < 2:
         return 0, 0
+    shared, theirs = _shared(columns)
     finite = np.isfinite(dense).all(1) & np.isfinite(pruned).all(1)
     if None in columns:
         answer = np.full(dense.shape[1], columns.index(None))

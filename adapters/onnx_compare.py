@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.onnx_accuracy import AccuracyReport, accuracy_report
 from nns_plugin.adapters.onnx_answers import answers_of
 from nns_plugin.adapters.onnx_export import export
-from nns_plugin.adapters.onnx_feeds import Array, feeds_of, random_values, values_of
+from nns_plugin.adapters.onnx_feeds import Array, Feeds, feeds_of, random_values, values_of
 from nns_plugin.adapters.onnx_file import OnnxFile, read_file
 from nns_plugin.adapters.onnx_latency import SESSIONS, FeedPair, LatencyComparison, measure_latency
 from nns_plugin.adapters.onnx_layers import read_layers
@@ -158,7 +158,7 @@ def compare(
         LabelError: If the labels of the two cannot be matched, or have no inputs.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> found = compare(model, model, torch.randn(32, 4), samples=20, sessions=1, memory=False)
         >>> [(report.kind, report.passed) for report in found.parity]
@@ -183,7 +183,9 @@ def compare(
         values = values_of(inputs, files[0]) if given else random_values(files[0], count, seed)
         feeds = [feeds_of(file, values) for file in files]
         reports: list[ParityReport] = []
-        some: Any = _some(list(values.values()) if inputs is None else inputs, _CHUNK) if any(in_torch) else ()
+        some: Any = (
+            _some(list(values.values()) if inputs is None else inputs, _CHUNK) if in_torch != [None, None] else ()
+        )
         for model, path in zip(in_torch, paths, strict=True):
             if model is not None:
                 reports.append(check_parity(model, path, some, rtol=rtol, atol=atol, provider=provider))
@@ -195,29 +197,21 @@ def compare(
         if labels is not None:
             accuracy, fault = accuracy_report(answers, labels, confidence, resamples, seed)
         options: dict[str, Any] = {"provider": provider_name(provider), "threads": threads}
-        latencies: list[LatencyComparison] = []
-        profiles: list[ProfileComparison] = []
-        for size in sizes:
-            latencies.append(
-                measure_latency(
-                    dict(zip(("baseline", "candidate"), paths, strict=True)),
-                    FeedPair(feeds[0].batch(size), feeds[1].batch(size), size),
-                    samples=samples,
-                    sessions=sessions,
-                    io_binding=io_binding,
-                    allow_spinning=allow_spinning,
-                    seed=seed,
-                    progress=progress,
-                    **options,
-                )
+        latencies = [
+            measure_latency(
+                dict(zip(("baseline", "candidate"), paths, strict=True)),
+                FeedPair(feeds[0].batch(size), feeds[1].batch(size), size),
+                samples=samples,
+                sessions=sessions,
+                io_binding=io_binding,
+                allow_spinning=allow_spinning,
+                seed=seed,
+                progress=progress,
+                **options,
             )
-        layers = read_layers(paths[1])
-        for size in sizes or (fixed,):  # the profile also tells which provider ran what
-            of = [
-                profile(path, feed.batch(size), batch=size, runs=profile_runs, **options)
-                for path, feed in zip(paths, feeds, strict=True)
-            ]
-            profiles.append(compare_profiles(of[0], of[1], () if profiles else layers))  # told once
+            for size in sizes
+        ]
+        profiles = _profiles(paths, feeds, sizes or (fixed,), profile_runs, options)
         largest = max(sizes, default=fixed)
         taken = [
             _memory(path, feed.batch(largest), options) if memory else None
@@ -238,6 +232,20 @@ def compare(
         candidate_memory=taken[1],
         environment={"machine": asdict(machine()), "onnxruntime": runtime_build(), "versions": versions()},
     )
+
+
+def _profiles(
+    paths: Sequence[Path], feeds: Sequence[Feeds], sizes: Sequence[int], runs: int, options: Mapping[str, Any]
+) -> list[ProfileComparison]:
+    """Where the time goes at each batch size, and which provider ran what; widths of layers are told with the first."""
+    found: list[ProfileComparison] = []
+    for size in sizes:
+        baseline, candidate = (
+            profile(path, feed.batch(size), batch=size, runs=runs, **options)
+            for path, feed in zip(paths, feeds, strict=True)
+        )
+        found.append(compare_profiles(baseline, candidate, () if found else read_layers(paths[1])))
+    return found
 
 
 def _memory(path: Path, feed: dict[str, Array], options: Mapping[str, Any]) -> SessionMemory | None:
