@@ -71,6 +71,11 @@ class Evaluation:
     worst_label: str
     intervals: dict[str, Interval] = field(default_factory=dict)
 
+    @property
+    def accuracy(self) -> float:
+        """Share answered right: open-set where something else than the set can be answered, else closed-set."""
+        return self.closed_set_accuracy if self.open_set_accuracy is None else self.open_set_accuracy
+
 
 def predict(
     model: nn.Module, loader: Iterable[Any], progress: bool = False, like: Tensor | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nns_plugin.adapters.onnx_answers import Answers
 from nns_plugin.errors import LabelError
-from nns_plugin.intervals import percentile
+from nns_plugin.intervals import percentile, unseen_share
 
 if TYPE_CHECKING:  # needs the extra cli, and only where there are labels
     from nns_plugin.adapters.evaluation import Evaluation
@@ -105,18 +104,16 @@ def accuracy_report(
         exact = drop > 0 or confidence <= 0.5 or answers.one_file  # resamples of what is lost on no input lose nothing
         return found if exact else max(found, drop + unseen)
 
-    before, after = (
-        each.closed_set_accuracy if each.open_set_accuracy is None else each.open_set_accuracy for each in evaluations
-    )
+    before, after = (each.accuracy for each in evaluations)
     pairs = zip(*(each.labels for each in evaluations), strict=True)
     drops = []
     for left, right in pairs:
         if left.balanced_accuracy is None or right.balanced_accuracy is None:
             raise LabelError(f"label {left.label!r} has no other inputs beside it, so no balanced accuracy; give some")
         drop = left.balanced_accuracy - right.balanced_accuracy
-        missed = unseen_drop(left.inputs, confidence) / 2  # of recall, which is half of it
+        missed = min(1.0, unseen_share(left.inputs, confidence)) / 2  # of recall, which is half of it
         drops.append(LabelDrop(left.label, drop, bound(left.label, drop, missed)))
-    unseen = unseen_drop(evaluations[1].inputs, confidence)
+    unseen = min(1.0, unseen_share(evaluations[1].inputs, confidence))
     found = AccuracyReport(
         baseline=evaluations[0],
         candidate=evaluations[1],
@@ -126,18 +123,6 @@ def accuracy_report(
         confidence=confidence,
     )
     return found, None
-
-
-def unseen_drop(inputs: int, confidence: float) -> float:
-    """What may be lost elsewhere though nothing is lost on some inputs, as a share of them.
-
-    Resamples of inputs on which nothing is lost lose nothing. Of n inputs that are all answered as before, up to
-    ``-ln(1 - confidence) / n`` may be answered otherwise on other data: the "rule of three" at 95 %.
-
-    Source:
-        Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?" (1983).
-    """
-    return min(1.0, -math.log(1 - confidence) / inputs)
 
 
 def _indices(labels: Any, count: int) -> Tensor:

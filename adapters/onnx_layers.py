@@ -46,12 +46,15 @@ class Layer:
         return self.operator == "Conv"
 
     def is_odd(self, multiple: int) -> bool:
-        """Whether its channels are no multiple of a number.
+        """Whether its channels, of those that can be rounded up, are no multiple of a number."""
+        channels = self.inputs, self.outputs
+        return rounded_up(*channels, multiple, self.is_convolution) != channels
 
-        Those of an image do not count, nor do the outputs of a product, which may be labels.
-        """
-        sizes = (self.inputs, self.outputs) if self.is_convolution else (self.inputs,)
-        return any(size > IMAGE_CHANNELS and size % multiple for size in sizes)
+
+def rounded_up(inputs: int, outputs: int, multiple: int, is_convolution: bool) -> tuple[int, int]:
+    """Channels of a layer rounded up: not those of an image, nor the outputs of a product, which may be labels."""
+    up = [size if size <= IMAGE_CHANNELS else -(-size // multiple) * multiple for size in (inputs, outputs)]
+    return up[0], up[1] if is_convolution else outputs
 
 
 def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from nns_plugin.adapters.onnx_compare import Comparison
 from nns_plugin.adapters.onnx_feeds import Array
 from nns_plugin.adapters.onnx_latency import FeedPair, measure_latency
-from nns_plugin.adapters.onnx_layers import IMAGE_CHANNELS, MULTIPLES, layers
+from nns_plugin.adapters.onnx_layers import MULTIPLES, layers, rounded_up
 
 _OPSET = 17
 
@@ -71,11 +71,9 @@ class _Layer(NamedTuple):
         return self.operator == "Conv"
 
     def rounded(self, multiple: int) -> _Layer:
-        """With more channels: not of an image, and not the outputs of a product, which may be labels."""
-        inputs, outputs = (
-            size if size <= IMAGE_CHANNELS else -(-size // multiple) * multiple for size in (self.inputs, self.outputs)
-        )
-        return self._replace(inputs=inputs, outputs=outputs if self.is_convolution else self.outputs)
+        """With more channels."""
+        inputs, outputs = rounded_up(self.inputs, self.outputs, multiple, self.is_convolution)
+        return self._replace(inputs=inputs, outputs=outputs)
 
     def feed(self, batch: int) -> dict[str, Array]:
         """Random inputs."""

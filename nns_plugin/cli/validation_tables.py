@@ -76,10 +76,7 @@ def _accuracy(comparison: Comparison) -> Table:
         shown = [f"{100 * value:.2f}" for value in (*values, lost.drop, lost.bound)]
         table.add_row(escape(lost.label), str(after.inputs), *shown)
     table.add_section()
-    both = [
-        each.closed_set_accuracy if each.open_set_accuracy is None else each.open_set_accuracy
-        for each in (accuracy.baseline, accuracy.candidate)
-    ]
+    both = accuracy.baseline.accuracy, accuracy.candidate.accuracy
     shown = [f"{100 * value:.2f}" for value in (*both, accuracy.drop, accuracy.drop_bound)]
     table.add_row("all inputs", str(accuracy.candidate.inputs), *shown)
     table.caption = "labels: balanced accuracy; all inputs: share answered right"

@@ -13,7 +13,7 @@ from nns_plugin.adapters.evaluation import drops, evaluate, judged, log_probabil
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.heads import cross_calibrated
-from nns_plugin.intervals import percentile
+from nns_plugin.intervals import percentile, unseen_share
 from nns_plugin.jobs.recipe import CONFIDENCE
 from nns_plugin.subnet import Trial
 
@@ -118,7 +118,7 @@ def smallest_within(
     for step in tqdm(range(1 + BISECTIONS), desc="searching", disable=not progress, leave=False):
         share = (low + high) / 2 if step else 0.0
         kept = keep(share)
-        mark = tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
+        mark = mark_of(kept)
         if mark not in known:
             cut = finish(kept)
             known[mark] = trial(share, cut)
@@ -136,6 +136,11 @@ def smallest_within(
     return best[1], tuple(known.values())
 
 
+def mark_of(kept: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What tells kept units from others."""
+    return tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
+
+
 def _check_inputs(
     truth: Tensor, labels: Sequence[int], names: Sequence[str], max_drop: float, confidence: float
 ) -> None:
@@ -146,7 +151,7 @@ def _check_inputs(
     """
     if confidence <= 0.5:
         return
-    least = -math.log(1 - confidence) / (2 * max_drop) if max_drop else math.inf
+    least = unseen_share(1, confidence) / (2 * max_drop) if max_drop else math.inf
     for label in labels:
         count = int((truth == label).sum())
         if 0 < count < least:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from nns_plugin.adapters.onnxruntime import LatencyComparison, export, measure_latency
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
+from nns_plugin.jobs.budget import mark_of
 from nns_plugin.jobs.datasets import repeated
 from nns_plugin.jobs.recipe import MeasureSection
 from nns_plugin.subnet import Trial
@@ -129,7 +130,7 @@ def fast_enough(
     def is_met(share: float, multiple: int) -> bool:
         """Whether the sketch for a share of units is fast enough; shares that keep the same units are tried once."""
         kept = keep(share, multiple)
-        mark = _mark(kept)
+        mark = mark_of(kept)
         bar.update()
         if mark not in known:
             model = sketch(kept)
@@ -169,17 +170,12 @@ def fast_enough(
     return best[1], tuple(trials)
 
 
-def _mark(kept: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What tells kept units from others."""
-    return tuple(unit for units in kept.values() for unit in (-1, *units.tolist()))
-
-
 def _further(share: float, keep: Callable[[float, int], Mapping[str, Tensor]], multiple: int) -> Iterator[float]:
     """A share of units to remove, and larger ones that keep other units: none is measured until it happens to pass."""
     tried: set[tuple[int, ...]] = set()
     for step in range(round(1 / STEP)):
         further = share + step * STEP * (1 - share)
-        mark = _mark(keep(further, multiple))
+        mark = mark_of(keep(further, multiple))
         if mark not in tried and len(tried) < STEPS:
             tried.add(mark)
             yield further

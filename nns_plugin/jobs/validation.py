@@ -85,7 +85,7 @@ class Validation:
         """The validation as JSON types."""
         found = {
             "passed": self.verdict.passed,
-            "verdict": asdict(self.verdict),
+            "verdict": self.verdict.to_dict(),
             "gate": asdict(self.gate),
             "rounding": None if self.rounding is None else [asdict(gain) for gain in self.rounding],
         }
