@@ -23,14 +23,13 @@ from nns_plugin.adapters.removals import (
 )
 from nns_plugin.batch_norm import reestimate_batch_norms
 from nns_plugin.channel_plans import ChannelMethod, Plan, apply_plan, plan_removal, worse_than_nothing
-from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, has_bias
 from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.fingerprint import difference, fingerprint
 from nns_plugin.forward import device_of, first_inputs, run_model, to_device
 from nns_plugin.group_mixing import GroupMixing
 from nns_plugin.observe import axis_length
-from nns_plugin.preserve import in_evaluation, preserved
+from nns_plugin.preserve import copied, in_evaluation, preserved
 from nns_plugin.refit import weight_matrix
 from nns_plugin.refitting import Refitting
 from nns_plugin.statistics import Statistics

@@ -10,8 +10,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from nns_plugin.circle import copied
 from nns_plugin.errors import SnapshotError
+from nns_plugin.preserve import copied
 from nns_plugin.snapshot import WeightSnapshot, named_weights
 
 Cut = tuple[str, Callable[..., Any], list[int], list[int]]  # module, pruning function, its positions, the root's

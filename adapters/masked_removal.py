@@ -18,11 +18,10 @@ from nns_plugin.adapters.unit_masks import (
     masked_units,
     silencing_masks,
 )
-from nns_plugin.circle import copied
 from nns_plugin.errors import PruningError
 from nns_plugin.forward import run_model, tensors_of
 from nns_plugin.observe import axis_length
-from nns_plugin.preserve import preserved
+from nns_plugin.preserve import copied, preserved
 from nns_plugin.units import Port, UnitGroup, removed_positions
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics are of other units as well

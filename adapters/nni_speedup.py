@@ -25,11 +25,10 @@ from nns_plugin.adapters.masked_removal import (
 from nns_plugin.adapters.nni_wrapped import check_unwrapped
 from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.adapters.unit_masks import Masks
-from nns_plugin.circle import copied
 from nns_plugin.errors import PruningError, StaleStatisticsError
 from nns_plugin.forward import map_tensors
 from nns_plugin.observe import calibrate
-from nns_plugin.preserve import preserved_rng
+from nns_plugin.preserve import copied, preserved_rng
 from nns_plugin.statistics import Statistics
 from nns_plugin.surgery import Compensation, Method
 

@@ -16,8 +16,8 @@ from nns_plugin.adapters.nni_speedup import graft, removed_by_nni
 from nns_plugin.adapters.surgery import TorchPruningSurgery
 from nns_plugin.adapters.unit_masks import silencing_masks
 from nns_plugin.batch_norm import reestimate_batch_norms
-from nns_plugin.circle import copied
 from nns_plugin.criteria.contract import Criterion
+from nns_plugin.preserve import copied
 from nns_plugin.statistics import Statistics
 from nns_plugin.surgery import Compensation
 from nns_plugin.survivors import Survivors

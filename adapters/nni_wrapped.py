@@ -11,8 +11,8 @@ from nni.compression.base.target_space import TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.errors import PruningError
+from nns_plugin.preserve import copied
 
 SELECTORS = ("op_names", "op_types", "op_names_re", "exclude_op_names", "exclude_op_types", "exclude_op_names_re")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import PruningError
+from nns_plugin.preserve import copied
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,3 @@ def train_prune_circle(
             break
         best = candidate
     return Circle(best, pretrained, tuple(rounds))
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; of masked weights, which are computed anew in each forward, without the graph they hang on."""
-    computed = [
-        value
-        for module in model.modules()
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    ]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, weight_of
 from nns_plugin.errors import PruningError
 from nns_plugin.forward import device_of, map_tensors, run_model, tensors_of
 from nns_plugin.input_selection import InputSelection, narrowed_to_used
-from nns_plugin.preserve import preserved_rng
+from nns_plugin.preserve import copied, preserved_rng
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.unreached import without_unreached_units
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nns_plugin.circle import copied
 from nns_plugin.forward import map_tensors, run_model, tensors_of, to_device
-from nns_plugin.preserve import preserved_rng
+from nns_plugin.preserve import copied, preserved_rng
 
 
 def same_outputs(left: nn.Module, right: nn.Module, inputs: Any, right_inputs: Any = None) -> bool:

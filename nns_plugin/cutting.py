@@ -9,13 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
 from nns_plugin.fingerprint import fingerprint
 from nns_plugin.forward import device_of, run_model, to_device
 from nns_plugin.heads import OTHER, balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
 from nns_plugin.observe import calibrate
-from nns_plugin.preserve import preserved
+from nns_plugin.preserve import copied, preserved
 from nns_plugin.statistics import Statistics
 from nns_plugin.surgery import Compensation, Surgeon
 from nns_plugin.survivors import Survivors

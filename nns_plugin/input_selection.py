@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
 from nns_plugin.consumers import is_plain_convolution, narrow_columns, weight_of
 from nns_plugin.forward import run_model
-from nns_plugin.preserve import preserved
+from nns_plugin.preserve import copied, preserved
 
 
 class UnnarrowedWarning(UserWarning):

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.circle import copied
 from nns_plugin.compaction import Compact, compact
 from nns_plugin.errors import CheckpointError, NNSError, PruningError, SearchError
 from nns_plugin.fingerprint import digest, fingerprint, fingerprint_of
-from nns_plugin.preserve import preserved_rng
+from nns_plugin.preserve import copied, preserved_rng
 from nns_plugin.snapshot import WeightSnapshot
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
 from nns_plugin.surgery import Surgeon, find_surgeon

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.compaction import permanent
 from nns_plugin.consumers import Transposed, weight_of
 from nns_plugin.errors import PruningError
 from nns_plugin.forward import device_of, inputs_like, kinds_of
-from nns_plugin.preserve import preserved
+from nns_plugin.preserve import copied, preserved
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.synapses import synapse_layers
 from nns_plugin.taps import tap

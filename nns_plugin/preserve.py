@@ -1,14 +1,15 @@
-"""Leave the user's model, and the random number generators, exactly as they were found."""
+"""Leave the user's model, and the random number generators, exactly as they were found; and copies of models."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -107,3 +108,14 @@ def in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model that is being changed into evaluation mode; training flags and random states come back, no more."""
     with preserved_modes(model), preserved_rng():
         yield model.eval()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; of masked weights, which are computed anew in each forward, without the graph they hang on."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})

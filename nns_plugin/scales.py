@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.compaction import compact
 from nns_plugin.consumers import weight_key, weight_of
 from nns_plugin.errors import SwitchError
 from nns_plugin.observe import axis_length
+from nns_plugin.preserve import copied
 from nns_plugin.selected import selected
 from nns_plugin.statistics_file import read_safetensors, write_safetensors
 from nns_plugin.surgery import Surgeon

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.consumers import narrow_columns
+from nns_plugin.preserve import copied
 
 
 class Selected(nn.Module):

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
 from nns_plugin.cutting import Cut
 from nns_plugin.errors import NNSError, SubnetError
 from nns_plugin.fingerprint import digest, fingerprint
 from nns_plugin.forward import device_of, inputs_like, kinds_of
 from nns_plugin.heads import OTHER, linear_head, resize_head
+from nns_plugin.preserve import copied
 from nns_plugin.surgery import Surgery, find_surgeon
 from nns_plugin.units import UnitGroup
 

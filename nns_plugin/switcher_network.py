@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, weight_key, weight_of
 from nns_plugin.errors import PruningError, SwitchError
+from nns_plugin.preserve import copied
 from nns_plugin.producers import rows_of
 from nns_plugin.scales import Scales
 from nns_plugin.surgery import Surgeon

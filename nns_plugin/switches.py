@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.consumers import Convolution, Transposed, weight_key, weight_of
 from nns_plugin.errors import PruningError
 from nns_plugin.forward import device_of, inputs_like, kinds_of, tensors_of
 from nns_plugin.input_selection import input_readers
 from nns_plugin.observe import axis_length
+from nns_plugin.preserve import copied
 from nns_plugin.surgery import Surgeon, find_surgeon
 from nns_plugin.synapses import synapse_layers
 from nns_plugin.units import Port, UnitGroup

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import copied
 from nns_plugin.comparison import same_outputs
 from nns_plugin.consumers import add_to_bias, has_bias, is_plain_convolution, padded_positions, weight_of
 from nns_plugin.errors import NNSError
 from nns_plugin.forward import device_of, to_device
-from nns_plugin.preserve import preserved
+from nns_plugin.preserve import copied, preserved
 from nns_plugin.surgery import Surgeon
 from nns_plugin.taps import tap
 from nns_plugin.unit_synapses import incoming_synapses, outgoing_synapses, synapse_axis

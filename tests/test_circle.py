@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.circle import Circle, Round, copied, train_prune_circle
+from nns_plugin.circle import Circle, Round, train_prune_circle
 from nns_plugin.errors import PruningError
+from nns_plugin.preserve import copied
 from nns_plugin.synapses import prune_under_mean
 
 

@@ -20,10 +20,10 @@ from torch.nn.utils import prune
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
-from nns_plugin.circle import copied  # noqa: E402
 from nns_plugin.compaction import compact, count_synapses, permanent  # noqa: E402
 from nns_plugin.forward import run_model  # noqa: E402
 from nns_plugin.input_selection import UnnarrowedWarning  # noqa: E402
+from nns_plugin.preserve import copied  # noqa: E402
 from nns_plugin.unreached import UnremovedWarning  # noqa: E402
 
 

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
 from nns_plugin.adapters.dependency_graph import unit_groups  # noqa: E402
-from nns_plugin.circle import copied  # noqa: E402
 from nns_plugin.errors import CheckpointError, NNSError, PruningError, SearchError, SnapshotError  # noqa: E402
 from nns_plugin.minimal import MinimalNetwork, minimal_network  # noqa: E402
+from nns_plugin.preserve import copied  # noqa: E402
 from nns_plugin.snapshot import WeightSnapshot  # noqa: E402
 from nns_plugin.synapses import significance, synapse_mask  # noqa: E402
 from nns_plugin.unit_synapses import scores_by_unit  # noqa: E402

@@ -19,7 +19,6 @@ pytest.importorskip("torch_pruning")
 
 from switch_models import IMAGES, ROWS, Flat, perceptron, random_scales, scaled_by_hooks  # noqa: E402
 
-from nns_plugin.circle import copied  # noqa: E402
 from nns_plugin.criteria import Switcher, UnscoredGroupWarning, score  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CriterionError,
@@ -27,6 +26,7 @@ from nns_plugin.errors import (  # noqa: E402
     SwitchError,
 )
 from nns_plugin.forward import run_model  # noqa: E402
+from nns_plugin.preserve import copied  # noqa: E402
 from nns_plugin.scales import Counts, Scales, fold, switch_off  # noqa: E402
 from nns_plugin.selected import Selected, selected  # noqa: E402
 from nns_plugin.switched_weights import WeightCount  # noqa: E402

@@ -20,12 +20,12 @@ pytest.importorskip("torch_pruning")
 from switch_models import ROWS, switcher_for  # noqa: E402
 
 from nns_plugin import Port  # noqa: E402
-from nns_plugin.circle import copied  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CheckpointError,
     PruningError,
     TrainingError,
 )
+from nns_plugin.preserve import copied  # noqa: E402
 from nns_plugin.scales import Scales  # noqa: E402
 from nns_plugin.switcher_network import SwitcherNetwork  # noqa: E402
 from nns_plugin.switches import Switch, find_switches  # noqa: E402
