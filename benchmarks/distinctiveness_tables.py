@@ -29,17 +29,17 @@ from torch.nn.utils import prune
 from tqdm import tqdm
 
 from nns_plugin import calibrate
-from nns_plugin.adapters.angle_pruning import prune_by_angle
-from nns_plugin.adapters.compensated import compensated_removal
-from nns_plugin.adapters.dependency_graph import build_graph, graph_groups, resolve_layers
-from nns_plugin.adapters.removals import removals_of
-from nns_plugin.circle import train_prune_circle
+from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
+from nns_plugin.adapters.torch_pruning.compensated import compensated_removal
+from nns_plugin.adapters.torch_pruning.graph import build_graph, graph_groups, resolve_layers
+from nns_plugin.adapters.torch_pruning.removals import removals_of
+from nns_plugin.backends import Compensation
 from nns_plugin.criteria import Distinctiveness, MeanWeight, score_groups
+from nns_plugin.jobs.iterative import train_prune_circle
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
-from nns_plugin.statistics import Statistics
-from nns_plugin.surgery import Compensation
-from nns_plugin.synapses import prune_under_mean
+from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.synapses.masks import prune_under_mean
 
 BATCH = 64
 

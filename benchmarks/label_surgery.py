@@ -42,14 +42,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from nns_plugin import Statistics, Subnet, calibrate
-from nns_plugin.adapters.dependency_graph import unit_groups
-from nns_plugin.adapters.evaluation import evaluate, predict
 from nns_plugin.adapters.onnxruntime import export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_operations
-from nns_plugin.heads import balancing_shift, cross_calibrated, shift_output
-from nns_plugin.jobs.budget import drop_bound
+from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.evaluation.evaluation import evaluate, predict
+from nns_plugin.jobs.accuracy_search import drop_bound
 from nns_plugin.jobs.extraction import extract_subnet
 from nns_plugin.jobs.training import train_classifier
+from nns_plugin.subnets.head import balancing_shift, cross_calibrated, shift_output
 
 Loader = list[tuple[Tensor, Tensor]]
 

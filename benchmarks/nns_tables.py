@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import Statistics, UnitGroup, calibrate
-from nns_plugin.adapters.dependency_graph import build_graph, remove_units, unit_groups
+from nns_plugin.adapters.torch_pruning.graph import build_graph, remove_units, unit_groups
 from nns_plugin.criteria import Semantic, score_groups
 from nns_plugin.selection import keep_by_threshold
 

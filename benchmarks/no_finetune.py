@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import calibrate
-from nns_plugin.adapters.dependency_graph import unit_groups
 from nns_plugin.adapters.torch_pruning import (
     DistinctivenessImportance,
     MeanWeightImportance,
     compensated_step,
     count_operations,
 )
+from nns_plugin.adapters.torch_pruning.graph import unit_groups
 from nns_plugin.jobs.training import train_classifier
 
 METHODS = ("none", "least_squares", "refit")

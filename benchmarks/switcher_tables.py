@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin.errors import SwitchError, TrainingError
-from nns_plugin.scales import switch_off
-from nns_plugin.switcher_network import AllOffWarning, SwitcherNetwork
-from nns_plugin.switching import Epoch, train_switched
+from nns_plugin.switcher.network import AllOffWarning, SwitcherNetwork
+from nns_plugin.switcher.scaling_factors import switch_off
+from nns_plugin.switcher.training import Epoch, train_switched
 
 BATCH, SWITCHER_RATE, TASK_STEPS = 64, 3e-3, 20
 SEPARATE_RATE = 1e-3  # with 3e-3 one of three trainings collapses

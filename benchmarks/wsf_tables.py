@@ -35,9 +35,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nns_plugin.minimal import minimal_network
-from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.synapses import exchange_synapses, prune_synapses, significance, synapse_gradients, synapse_mask
+from nns_plugin.synapses.masks import exchange_synapses, prune_synapses, significance, synapse_gradients, synapse_mask
+from nns_plugin.synapses.minimal import minimal_network
+from nns_plugin.synapses.snapshot import WeightSnapshot
 
 Scores = Callable[[nn.Module], Mapping[str, Tensor]]
 

@@ -3,12 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from nns_plugin.errors import NNSError
-from nns_plugin.integration import integrate
-from nns_plugin.minimal import MinimalNetwork, minimal_network
-from nns_plugin.observe import calibrate
-from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.statistics import Statistics
-from nns_plugin.subnet import Subnet
+from nns_plugin.statistics.calibration import calibrate
+from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.subnets.integration import integrate
+from nns_plugin.subnets.subnet import Subnet
+from nns_plugin.synapses.minimal import MinimalNetwork, minimal_network
+from nns_plugin.synapses.snapshot import WeightSnapshot
 from nns_plugin.units import Port, UnitGroup
 
 try:

@@ -129,7 +129,7 @@ def keep_by_angle(degrees: Tensor, rule: AngleRule = AngleRule()) -> AngleSelect
     and so do two that cancel if nothing else would be left.
 
     Args:
-        degrees: ``[U, U]`` angles, from :func:`nns_plugin.angles.angles`.
+        degrees: ``[U, U]`` angles, from :func:`nns_plugin.statistics.angles.angles`.
         rule: Which pairs are redundant.
 
     Returns:

@@ -82,8 +82,8 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
-    from nns_plugin.jobs.main_job import FILES, run_job
     from nns_plugin.jobs.recipe import load_recipe, parse_settings
+    from nns_plugin.jobs.run import FILES, run_job
 
     given: dict[str, Any] = {
         "labels": None if labels is None else _names(labels),

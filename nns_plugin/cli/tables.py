@@ -12,9 +12,9 @@ from nns_plugin.jobs.recipe import CONFIDENCE
 
 if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.environment import Host
-    from nns_plugin.jobs.report import Report
+    from nns_plugin.jobs.reports import Report
     from nns_plugin.jobs.sweep import Sweep
-    from nns_plugin.subnet import Trial
+    from nns_plugin.subnets.subnet import Trial
 
 
 def comparison(report: Report) -> Table:

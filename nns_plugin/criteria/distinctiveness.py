@@ -9,14 +9,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.angles import Center, angles, centred, check_center, silent
-from nns_plugin.compensation import RIDGE
-from nns_plugin.consumers import channel_groups, reading_matrices
+from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
 from nns_plugin.errors import CriterionError, StaleStatisticsError
-from nns_plugin.producers import incoming_weights
+from nns_plugin.models.layers import channel_groups, reading_matrices
+from nns_plugin.models.producers import incoming_weights
 from nns_plugin.selection import AngleRule, AngleSelection, keep_by_angle
-from nns_plugin.statistics import Record, Statistics
+from nns_plugin.statistics.angles import Center, angles, centred, check_center, silent
+from nns_plugin.statistics.statistics import Record, Statistics
 from nns_plugin.units import Port, UnitGroup
 
 Mode = Literal["pairwise", "span"]
@@ -73,11 +73,11 @@ class Distinctiveness:
             ``"mean"`` for each unit's own mean.
         vectors: For ``"pairwise"``: ``"activations"``, or ``"weights"`` for the incoming weights.
         ridge: For ``"span"``: added to the diagonals of the Gram matrices, relative to their means.
-        sensitivity: For ``"span"``, from :func:`nns_plugin.sensitivity.output_sensitivity`: errors count by the
-            geometric mean of what they are relative to the reader's output energy and what they move the model's
+        sensitivity: For ``"span"``, from :func:`nns_plugin.statistics.sensitivity.output_sensitivity`: errors count by
+            the geometric mean of what they are relative to the reader's output energy and what they move the model's
             outputs.
         cost: For ``"span"``, by group name: what one unit costs, such as operations from
-            :func:`nns_plugin.operations.unit_operations`; scores are errors per cost, for ranking across groups.
+            :func:`nns_plugin.statistics.macs.unit_operations`; scores are errors per cost, for ranking across groups.
 
     Raises:
         CriterionError: If an option is unknown, the statistics have no Gram matrices, or a group has no cost.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.errors import CriterionError
-from nns_plugin.producers import incoming_weights
+from nns_plugin.models.producers import incoming_weights
 from nns_plugin.units import UnitGroup
 
 Weights = Literal["magnitudes", "values"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError, LabelError, StaleStatisticsError
-from nns_plugin.statistics import Record, Statistics
+from nns_plugin.statistics.statistics import Record, Statistics
 from nns_plugin.units import Port, UnitGroup
 
 Measure = Literal["mean", "frequency"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError
-from nns_plugin.scales import Scales
+from nns_plugin.switcher.scaling_factors import Scales
 from nns_plugin.units import UnitGroup
 
 
@@ -17,7 +17,7 @@ class Switcher:
     """The factor of each unit: 0 prunes, below 1 weakens, from 1 on strengthens.
 
     Attributes:
-        scales: What :class:`nns_plugin.switcher_network.SwitcherNetwork` gives for the model as it is now.
+        scales: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model as it is now.
 
     Source:
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures".
@@ -25,7 +25,7 @@ class Switcher:
     Example:
         >>> import torch
         >>> from nns_plugin import Port
-        >>> from nns_plugin.switches import Switch
+        >>> from nns_plugin.switcher.switches import Switch
         >>> units = torch.arange(2)
         >>> group = UnitGroup("0", 2, producers=(Port("0", units, units),), consumers=(Port("1", units, units),))
         >>> scales = Scales([Switch("0", 2, group.consumers, group.producers)], {"0": torch.tensor([0.0, 1.5])})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.errors import CriterionError
-from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.unit_synapses import summed_synapses
+from nns_plugin.synapses.by_unit import summed_synapses
+from nns_plugin.synapses.snapshot import WeightSnapshot
 from nns_plugin.units import UnitGroup
 
 Reduction = Literal["mean", "sum", "max", "first"]

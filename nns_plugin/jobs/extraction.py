@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.surgery import TorchPruningSurgery
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
+from nns_plugin.backends import Compensation, Method, Surgeon
+from nns_plugin.compensation.survivors import Survivors, survivors_of
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.criteria.semantic import resolve_label
-from nns_plugin.cutting import Cut, Head, carry_out, prepare
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
-from nns_plugin.fingerprint import digest, fingerprint
-from nns_plugin.forward import device_of, run_model, to_device
-from nns_plugin.jobs.budget import Judge, smallest_within
-from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.accuracy_search import Judge, smallest_within
+from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, MeasureSection, Recipe, check_cut
-from nns_plugin.operations import layer_operations, unit_operations
-from nns_plugin.preserve import preserved
+from nns_plugin.models.fingerprint import digest, fingerprint
+from nns_plugin.models.inputs import device_of, run_model, to_device
+from nns_plugin.models.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
-from nns_plugin.sensitivity import output_sensitivity
-from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.statistics import Statistics
-from nns_plugin.subnet import Provenance, Subnet, Trial, current_versions
-from nns_plugin.surgery import Compensation, Method, Surgeon
-from nns_plugin.survivors import Survivors, survivors_of
+from nns_plugin.statistics.macs import layer_operations, unit_operations
+from nns_plugin.statistics.sensitivity import output_sensitivity
+from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.subnets.steps import Cut, Head, carry_out, prepare
+from nns_plugin.subnets.subnet import Provenance, Subnet, Trial, current_versions
+from nns_plugin.synapses.snapshot import WeightSnapshot
 
 EVIDENCE = ("statistics", "model", "snapshot")
 
@@ -356,7 +356,7 @@ def criterion_class(section: CutSection) -> type[Any]:
     if missing:
         raise CriterionError(
             f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide; use its importance class "
-            "in nns_plugin.adapters.torch_pruning"
+            "in nns_plugin.adapters.torch_pruning.importances"
         )
     taken = {*criterion.requires, *getattr(criterion, "optional", ()), "labels"}
     allowed = [option for option in inspect.signature(criterion).parameters if option not in taken]

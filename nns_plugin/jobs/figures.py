@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError, MissingExtraError
-from nns_plugin.scales import Counts
+from nns_plugin.switcher.scaling_factors import Counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +184,7 @@ def inputs_figure(paths: Mapping[str, Tensor], label_names: Sequence[str], shape
     """Which pixels a sparse network uses, in all and for each label: with how many synapses that lead to it.
 
     Args:
-        paths: From :func:`nns_plugin.paths.synapse_paths`; the first layer reads the pixels.
+        paths: From :func:`nns_plugin.synapses.paths.synapse_paths`; the first layer reads the pixels.
         label_names: Name of each output.
         shape: Height and width of the image.
 
@@ -222,7 +222,7 @@ def paths_figure(paths: Mapping[str, Tensor], label_names: Sequence[str]) -> Fig
     """Which synapses lead from the inputs to each output: one panel a label, its paths in black, the others in grey.
 
     Args:
-        paths: From :func:`nns_plugin.paths.synapse_paths`, of layers each of which reads the one before.
+        paths: From :func:`nns_plugin.synapses.paths.synapse_paths`, of layers each of which reads the one before.
         label_names: Name of each output.
 
     Source:
@@ -296,7 +296,7 @@ def states_figure(epochs: Sequence[Mapping[str, Counts]]) -> Figure:
     """How many factors prune, weaken and strengthen after each epoch: one panel a switch.
 
     Args:
-        epochs: The ``counts`` of each :class:`nns_plugin.switching.Epoch`.
+        epochs: The ``counts`` of each :class:`nns_plugin.switcher.training.Epoch`.
 
     Source:
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", figure 4, right.

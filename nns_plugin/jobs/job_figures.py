@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.dependency_graph import unit_groups
-from nns_plugin.adapters.evaluation import evaluate, judged, predict
+from nns_plugin.adapters.torch_pruning.graph import unit_groups
 from nns_plugin.criteria import Semantic, score_groups
-from nns_plugin.integration import integrate
-from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.evaluation.evaluation import evaluate, judged, predict
+from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, provenance, stage
 from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
 from nns_plugin.jobs.recipe import Recipe
-from nns_plugin.observe import calibrate
-from nns_plugin.snapshot import WeightSnapshot
-from nns_plugin.statistics import Statistics
-from nns_plugin.subnet import Subnet
+from nns_plugin.statistics.calibration import calibrate
+from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.subnets.integration import integrate
+from nns_plugin.subnets.subnet import Subnet
+from nns_plugin.synapses.snapshot import WeightSnapshot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.adapters.onnxruntime import LatencyComparison, export, measure_latency
-from nns_plugin.cutting import Cut
 from nns_plugin.errors import LabelError, SelectionError
-from nns_plugin.jobs.budget import mark_of
-from nns_plugin.jobs.datasets import repeated
+from nns_plugin.jobs.accuracy_search import mark_of
+from nns_plugin.jobs.data import repeated
 from nns_plugin.jobs.recipe import MeasureSection
-from nns_plugin.subnet import Trial
+from nns_plugin.subnets.steps import Cut
+from nns_plugin.subnets.subnet import Trial
 
 BISECTIONS = 6
 MOST = 0.99  # share of units that is tried first, to see whether the target can be met at all

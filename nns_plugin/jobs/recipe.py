@@ -19,12 +19,12 @@ from pydantic import (
     model_validator,
 )
 
-from nns_plugin.compensation import Merge
+from nns_plugin.backends import Compensation, Method, Recalibrate
+from nns_plugin.compensation.least_squares import Merge
 from nns_plugin.criteria import available
-from nns_plugin.cutting import Head
 from nns_plugin.errors import NNSError, RecipeError
 from nns_plugin.selection import Complement
-from nns_plugin.surgery import Compensation, Method, Recalibrate
+from nns_plugin.subnets.steps import Head
 
 CONFIDENCE = 0.95
 ROUNDINGS = (1, 8, 16)
@@ -73,7 +73,7 @@ class CriterionSection(Section):
 
 
 class CompensationSection(Section):
-    """How kept units take over from removed ones; see :class:`nns_plugin.surgery.Compensation`."""
+    """How kept units take over from removed ones; see :class:`nns_plugin.backends.Compensation`."""
 
     method: Method | None = None
     recalibrate: Recalibrate = "once"
@@ -362,7 +362,7 @@ def default_recipe() -> dict[str, Any]:
     """The recipe of ``nns run`` without one: digits that come with scikit-learn, labels 3 and 5."""
     return {
         "model": {"factory": "nns_plugin.jobs.models:digits_classifier"},
-        "data": {"factory": "nns_plugin.jobs.datasets:digits"},
+        "data": {"factory": "nns_plugin.jobs.data:digits"},
         "labels": ["3", "5"],
         "ratio": 0.45,
         "round_to": 8,

@@ -21,7 +21,7 @@ from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection, load_recipe
 from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
 
 if TYPE_CHECKING:  # needs the extra nni
-    from nns_plugin.adapters.nni_experiment import Ended
+    from nns_plugin.adapters.nni_engine.experiment import Ended
 
 FORMAT = "nns-plugin sweep 1"
 STATE, FIGURE = "sweep.json", "pareto.png"
@@ -99,7 +99,7 @@ def run_sweep(
         NNSError: If the recipe is wrong, the folder holds another sweep, no trial succeeds, or NNI fails.
         KeyboardInterrupt: On Ctrl-C; what has ended by then is in the folder, and nothing runs any more.
     """
-    from nns_plugin.adapters.nni_experiment import ended_trials, experiment_config
+    from nns_plugin.adapters.nni_engine.experiment import ended_trials, experiment_config
 
     if nni_config is not None:
         experiment_config(nni_config)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError, RecipeError
-from nns_plugin.forward import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
 
 
 def train_classifier(

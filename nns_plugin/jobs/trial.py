@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nns_plugin.errors import NNSError, RecipeError, SweepError
-from nns_plugin.jobs.main_job import run_job
 from nns_plugin.jobs.recipe import load_recipe
-from nns_plugin.jobs.report import Report
+from nns_plugin.jobs.reports import Report
+from nns_plugin.jobs.run import run_job
 
 PLAN, RECIPE = "plan.json", "recipe.yaml"
 NUMBERS = {
@@ -109,7 +109,7 @@ def _found(report: Any, name: str) -> float | None:
 
 def main() -> None:
     """Get parameters from NNI, and give numbers back; a known error is one line and exit code 2."""
-    from nns_plugin.adapters.nni_trial import next_trial, report
+    from nns_plugin.adapters.nni_engine.trial import next_trial, report
 
     parameters, number = next_trial()
     try:

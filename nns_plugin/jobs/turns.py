@@ -9,16 +9,16 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from nns_plugin.adapters.evaluation import evaluate, predict
-from nns_plugin.adapters.surgery import TorchPruningSurgery
-from nns_plugin.circle import train_prune_circle
-from nns_plugin.cutting import Cut, carry_out, finish_head, prepare
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
+from nns_plugin.backends import Compensation
 from nns_plugin.errors import LabelError
-from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.evaluation.evaluation import evaluate, predict
+from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
+from nns_plugin.jobs.iterative import train_prune_circle
 from nns_plugin.jobs.recipe import CircleSection, Recipe, SynapsesSection
-from nns_plugin.surgery import Compensation
-from nns_plugin.synapses import prune_under_mean
+from nns_plugin.subnets.steps import Cut, carry_out, finish_head, prepare
+from nns_plugin.synapses.masks import prune_under_mean
 
 
 class _Holder(nn.Module):

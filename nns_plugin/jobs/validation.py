@@ -30,17 +30,17 @@ from nns_plugin.adapters.onnxruntime import (
     values_of,
 )
 from nns_plugin.errors import GateError, LabelError, OutputError, RecipeError
-from nns_plugin.forward import parse_batch
-from nns_plugin.heads import OTHER
-from nns_plugin.jobs.datasets import Datasets
+from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, stage
 from nns_plugin.jobs.figures import latency_figure, new_figure
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import check_writable, written_together
 from nns_plugin.jobs.recipe import WEIGHTS, Recipe, call_factory
 from nns_plugin.jobs.validation_report import junit, junit_of_error, markdown, markdown_of_error
-from nns_plugin.preserve import seeded
-from nns_plugin.subnet import InexactMaskWarning, Subnet
+from nns_plugin.models.inputs import parse_batch
+from nns_plugin.models.preserve import seeded
+from nns_plugin.subnets.head import OTHER
+from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def validate(
             removal, are compared as well.
         reports: Where to write what was found.
         suggest_rounding: Whether to measure what more channels in the candidate's layers would gain.
-        options: Of :func:`nns_plugin.adapters.onnxruntime.compare`.
+        options: Of :func:`nns_plugin.adapters.onnxruntime.comparison`.
 
     Raises:
         NNSError: If anything cannot be used; ProviderError if a session does not get its provider.

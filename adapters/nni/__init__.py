@@ -1,0 +1,65 @@
+"""NNI: our criteria as pruners, config lists that know which layers share units, and masks that become small models."""
+
+from __future__ import annotations
+
+from nns_plugin.errors import MissingExtraError
+
+try:
+    import nni.compression.pruning as host
+except ImportError as error:
+    raise MissingExtraError("nni", "nni") from error
+
+from nns_plugin.adapters.nni.backend import NNIFallbackWarning, NNISurgery, kept_by_masks
+from nns_plugin.adapters.nni.criterion_pruner import CriterionPruner
+from nns_plugin.adapters.nni.dependency_groups import UngroupedLayersWarning, with_dependency_groups
+from nns_plugin.adapters.nni.masked_removal import MaskedUnits
+from nns_plugin.adapters.nni.masked_speedup import Speedup, speedup
+from nns_plugin.adapters.nni.pruners import (
+    DistinctivenessPruner,
+    MeanWeightPruner,
+    SemanticPruner,
+    SwitcherPruner,
+    WSFPruner,
+)
+from nns_plugin.adapters.torch_pruning.installation import put, take
+
+__all__ = [
+    "CriterionPruner",
+    "DistinctivenessPruner",
+    "MaskedUnits",
+    "MeanWeightPruner",
+    "NNIFallbackWarning",
+    "NNISurgery",
+    "SemanticPruner",
+    "Speedup",
+    "SwitcherPruner",
+    "UngroupedLayersWarning",
+    "WSFPruner",
+    "install",
+    "kept_by_masks",
+    "speedup",
+    "uninstall",
+    "with_dependency_groups",
+]
+
+PRUNERS: dict[str, type[CriterionPruner]] = {
+    "DistinctivenessPruner": DistinctivenessPruner,
+    "MeanWeightPruner": MeanWeightPruner,
+    "SemanticPruner": SemanticPruner,
+    "SwitcherPruner": SwitcherPruner,
+    "WSFPruner": WSFPruner,
+}
+
+
+def install() -> None:
+    """Put our pruners beside NNI's own in ``nni.compression.pruning``.
+
+    Raises:
+        CriterionError: If something else has one of the names already; nothing is added then.
+    """
+    put(host, "nni.compression.pruning", PRUNERS)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; does nothing where it was not called."""
+    take(host, PRUNERS)

@@ -1,0 +1,113 @@
+"""Masks of weights and units: which units a mask turns off, and what has to be 0 for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.models.layers import Convolution, Transposed
+from nns_plugin.models.producers import rows_of
+from nns_plugin.units import Port, UnitGroup
+
+Masks = Mapping[str, Mapping[str, Tensor | None]]
+"""By name of a module and of its parameter: 0 where a weight is masked, of the parameter's shape or broadcast to it."""
+
+
+def full_mask(module: nn.Module, name: str, mask: Tensor) -> Tensor:
+    """A mask as wide as the parameter that it masks, on the CPU, bool: where weights stay."""
+    shape = getattr(module, name).shape
+    return mask.detach().cpu().broadcast_to(shape).bool()
+
+
+def masked_positions(module: nn.Module, mask: Tensor) -> Tensor:
+    """Which out-positions of a module have no weight left, ``[out-positions]`` bool."""
+    rows = rows_of(module, full_mask(module, "weight", mask))
+    return ~rows.reshape(len(rows), -1).any(1)
+
+
+def masked_units(model: nn.Module, groups: Sequence[UnitGroup], masks: Masks) -> dict[str, Tensor]:
+    """Units of each group that no layer writes any more: ``[U]`` bool by the group's name.
+
+    A unit that one producer still writes stays, as the sum of both does.
+    """
+    found = {}
+    for group in groups:
+        written = torch.zeros(group.size, dtype=torch.bool)
+        for port in group.producers:
+            mask = masks.get(port.name, {}).get("weight")
+            if mask is None:
+                written[port.unit] = True
+            else:
+                gone = masked_positions(model.get_submodule(port.name), mask)
+                written[port.unit[~gone[port.index]]] = True
+        found[group.name] = ~written
+    return found
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Put 0 where weights are masked, in place."""
+    for name, targets in masks.items():
+        module = model.get_submodule(name)
+        for target, mask in targets.items():
+            parameter = getattr(module, target, None)
+            if mask is not None and isinstance(parameter, Tensor):
+                parameter.masked_fill_(~full_mask(module, target, mask).to(parameter.device), 0)
+
+
+def silencing_masks(
+    model: nn.Module, carriers: Mapping[str, Sequence[Port]], units: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Masks of all weights and biases that write units or pass them on, so that these are 0 where they are read.
+
+    Masked rows of a producer alone do not turn a unit off: a bias, or a norm's shift, passes on.
+
+    Args:
+        model: The model.
+        carriers: For each group's name where its units stand on out axes.
+        units: For each group's name which units are off, ``[U]`` bool.
+
+    Returns:
+        For each carrier with units that are off, masks of the shapes of its weight and bias.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for group, off in units.items():
+        for port in carriers.get(group, ()) if bool(off.any()) else ():
+            module = model.get_submodule(port.name)
+            gone = port.index[off[port.unit]]
+            for target in ("weight", "bias"):
+                value = getattr(module, target, None)
+                if not isinstance(value, Tensor) or not gone.numel() or value.numel() == 1:  # one slope for all
+                    continue
+                mask = found.setdefault(port.name, {}).setdefault(target, torch.ones(value.shape, dtype=torch.bool))
+                rows = torch.ones(len(rows_of(module, value)) if target == "weight" else len(value), dtype=torch.bool)
+                rows[gone] = False
+                mask &= spread(module, rows, "out", value.shape) if target == "weight" else rows
+    return found
+
+
+def out_axis(module: nn.Module) -> int:
+    """The axis of a module's weight that counts its out-positions."""
+    return int(isinstance(module, nn.Embedding) or (isinstance(module, Transposed) and module.groups == 1))
+
+
+def spread(module: nn.Module, values: Tensor, side: str, shape: Sequence[int]) -> Tensor:
+    """Values of a layer's positions, at each of its weights.
+
+    Args:
+        module: Says how its weight is laid out.
+        values: ``[n]``, one for each position on the side.
+        side: ``"out"`` or ``"in"``.
+        shape: Of the weight.
+    """
+    if len(shape) == 1:
+        return values
+    groups = module.groups if isinstance(module, Convolution) else 1
+    along_first = (side == "out") != isinstance(module, (Transposed, nn.Embedding))
+    if along_first:
+        table = values[:, None].expand(-1, shape[1])
+    else:  # rows of one group of a convolution see the positions of that group
+        table = values.reshape(groups, 1, -1).expand(groups, shape[0] // groups, -1).flatten(0, 1)
+    return table.reshape(*table.shape, *[1] * (len(shape) - 2)).expand(*shape)

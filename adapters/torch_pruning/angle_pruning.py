@@ -1,0 +1,110 @@
+"""Pruning by angles: one unit of each pair that does the same goes, and one or both of each pair that cancels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from nns_plugin.adapters.torch_pruning.compensated import check_current, compensated_removal
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.removals import removals_of
+from nns_plugin.backends import Compensation
+from nns_plugin.compensation.least_squares import Merge
+from nns_plugin.compensation.survivors import survivors_of
+from nns_plugin.criteria.distinctiveness import Distinctiveness, Vectors
+from nns_plugin.errors import PruningError
+from nns_plugin.selection import AngleRule
+from nns_plugin.statistics.angles import Center
+from nns_plugin.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class AnglePruning:
+    """What was pruned.
+
+    Attributes:
+        kept: By name of the group its kept units, ``[k]`` int64; groups without angles are left out.
+        removed: Number of units that went.
+        pairs: Number of pairs that were acted on.
+        statistics: Of the pruned model, narrowed.
+    """
+
+    kept: Mapping[str, Tensor]
+    removed: int
+    pairs: int
+    statistics: Statistics
+
+
+def prune_by_angle(
+    model: nn.Module,
+    example_inputs: Any,
+    statistics: Statistics,
+    rule: AngleRule = AngleRule(),  # noqa: B008, it is frozen
+    *,
+    vectors: Vectors = "activations",
+    center: Center = None,
+    merge: Merge = "scaled",
+    groups: Sequence[str] | None = None,
+    loader: Iterable[Any] | None = None,
+    reestimate: bool = True,
+) -> AnglePruning:
+    """Remove redundant units by the angles between their vectors, and merge them into those that stay.
+
+    Args:
+        model: Pruned in place.
+        example_inputs: As for torch-pruning.
+        statistics: Of the model, with ``gram=True``.
+        rule: Which pairs are redundant.
+        vectors: ``"activations"``, or ``"weights"`` for the incoming weights.
+        center: What is taken off the activations: ``None``, a number (0.5 for sigmoid units) or ``"mean"``.
+        merge: How a survivor takes over: ``"none"``, ``"add"`` (the removed unit's outgoing weights are added to its
+            own) or ``"scaled"`` (exact for a pair whose centred vectors are parallel).
+        groups: Names of the groups to prune; all of the statistics' by default.
+        loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are re-estimated.
+        reestimate: Whether to do so.
+
+    Raises:
+        PruningError: If an option is unknown.
+        StaleStatisticsError: If the statistics do not belong to the model.
+
+    Source:
+        Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995: of
+        activations, both of a pair that cancels, ``"add"``.
+
+    Example:
+        >>> import torch
+        >>> from nns_plugin import calibrate
+        >>> from nns_plugin.adapters.torch_pruning.graph import unit_groups
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 2))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]]))
+        >>> _ = model[0].bias.data.zero_()
+        >>> x = torch.randn(100, 2)
+        >>> statistics = calibrate(model, [x], unit_groups(model, x[:2], [model[2]]), gram=True)
+        >>> prune_by_angle(model, x[:2], statistics, center=0.5).kept
+        {'0': tensor([0, 2])}
+    """
+    names = [group.name for group in statistics.groups]
+    unknown = [name for name in groups or () if name not in names]
+    if isinstance(groups, str) or unknown:
+        raise PruningError(f"groups is {groups!r}; expected a list of names among {', '.join(names)}")
+    if merge not in get_args(Merge):
+        raise PruningError(f"merge is {merge!r}; it must be one of {', '.join(get_args(Merge))}")
+    check_current(statistics, model)
+    criterion = Distinctiveness(statistics, model, "pairwise", center, vectors)
+    chosen = [group for group in statistics.groups if groups is None or group.name in groups]
+    selections = criterion.select(chosen, rule)
+    kept = {name: selection.kept for name, selection in selections.items()}
+    graph = build_graph(model, example_inputs)
+    narrowed = compensated_removal(
+        graph,
+        removals_of(graph, chosen, kept),
+        statistics,
+        Compensation("merge", reestimate=reestimate),
+        loader,
+        survivors=survivors_of(statistics, chosen, selections, merge, center),
+    )
+    removed = sum(group.size - kept[group.name].numel() for group in chosen if group.name in kept)
+    return AnglePruning(kept, removed, sum(selection.pairs for selection in selections.values()), narrowed)

@@ -1,0 +1,365 @@
+"""Criteria as torch-pruning importances: pass one as ``importance=`` to any of its pruners."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from nns_plugin.adapters.torch_pruning.compensated import compensated_step
+from nns_plugin.adapters.torch_pruning.followed_snapshot import FollowedSnapshot
+from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
+from nns_plugin.adapters.torch_pruning.graph import (
+    UnusableGroupWarning,
+    groups_again,
+    trace_group,
+    unit_groups,
+    writes_output,
+)
+from nns_plugin.adapters.torch_pruning.installation import put, take
+from nns_plugin.compensation.least_squares import RIDGE
+from nns_plugin.criteria.contract import Criterion, score
+from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
+from nns_plugin.criteria.mean_weight import MeanWeight, Weights
+from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
+from nns_plugin.criteria.switcher import Switcher
+from nns_plugin.criteria.ties import separate_ties
+from nns_plugin.criteria.wsf import WSF, Reduction
+from nns_plugin.errors import GroupError
+from nns_plugin.models.inputs import device_of
+from nns_plugin.models.preserve import preserved
+from nns_plugin.statistics.calibration import calibrate
+from nns_plugin.statistics.macs import layer_operations, unit_operations
+from nns_plugin.statistics.sensitivity import output_sensitivity
+from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.synapses.snapshot import WeightSnapshot
+
+__all__ = [
+    "CriterionImportance",
+    "DistinctivenessImportance",
+    "MeanWeightImportance",
+    "SemanticImportance",
+    "SwitcherImportance",
+    "WSFImportance",
+    "compensated_step",
+    "count_operations",
+    "install",
+    "uninstall",
+]
+
+
+class CriterionImportance(tp.importance.Importance):
+    """Any criterion as a torch-pruning importance.
+
+    Equal scores are told apart by the smallest steps that single precision knows, lower units above higher ones,
+    because global pruning removes everything at or under its threshold.
+    """
+
+    def __init__(self, criterion: Criterion, followed: FollowedStatistics | None = None) -> None:
+        self._criterion = criterion
+        self._followed = followed
+        self._ordinals: dict[str, int] = {}
+
+    @torch.no_grad()
+    def __call__(self, group: tp.dependency.Group) -> Tensor | None:
+        """Scores of a full group, one a root position, float64.
+
+        Returns:
+            The scores, or ``None`` (after a warning that names the group) if the group is malformed, writes the
+            model's output, or cannot be scored by the criterion. torch-pruning leaves such a group alone.
+
+        Raises:
+            StaleStatisticsError: If the model has changed in a way that the statistics cannot follow.
+            CriterionError: If the criterion breaks the score contract.
+        """
+        try:
+            traced = trace_group(group)
+        except GroupError as error:
+            warnings.warn(f"left alone: {error}", UnusableGroupWarning, stacklevel=2)
+            return None
+        if writes_output(group):
+            warnings.warn(
+                f"left alone: group {traced.group.name!r} writes the model's output; list it in ignored_layers",
+                UnusableGroupWarning,
+                stacklevel=2,
+            )
+            return None
+        scores = score(self._current(group), traced.group)
+        if self._followed is not None:
+            self._followed.saw(group, traced)
+        if scores is None:
+            return None
+        ordinal = self._ordinals.setdefault(traced.group.name, len(self._ordinals))
+        separated = separate_ties(scores, ordinal)[traced.unit_of_root]
+        device = device_of(group._DG.model)  # where the host's regularisers multiply weights with them
+        return separated if device.type == "mps" else separated.to(device)
+
+    def follow(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
+        """Go on with statistics that somebody else has kept in step with the graph's model."""
+        if self._followed is not None:
+            self._followed.accept(graph, statistics)
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        if self._followed is None:
+            return self._criterion
+        statistics = self._followed.current(group._DG)
+        found = {"statistics": statistics, "model": group._DG.model}
+        changed = {name: found[name] for name in self._criterion.requires if name in found}
+        if any(getattr(self._criterion, name) is not value for name, value in changed.items()):
+            self._criterion = dataclasses.replace(self._criterion, **changed)  # type: ignore[type-var]
+        return self._criterion
+
+
+class DistinctivenessImportance(CriterionImportance):
+    """Units that others can stand in for go first, as a torch-pruning importance.
+
+    Args:
+        statistics: Collected with ``gram=True``; labels are not needed.
+        mode: ``"pairwise"`` or ``"span"``.
+        center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
+        vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
+        ridge: For ``"span"``.
+        sensitivity: For ``"span"``; of one state of the model, so not for iterative pruning.
+        cost: For ``"span"``.
+
+    Raises:
+        CriterionError: If an option is unknown, or the statistics have no Gram matrices.
+
+    Source:
+        See :class:`nns_plugin.criteria.Distinctiveness`.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        mode: Mode = "pairwise",
+        center: float | Literal["mean"] | None = None,
+        vectors: Vectors = "activations",
+        ridge: float = RIDGE,
+        sensitivity: Mapping[str, Tensor] | None = None,
+        cost: Mapping[str, float] | None = None,
+    ) -> None:
+        # The model is the pruner's; it is put in its place when the first group comes.
+        criterion = Distinctiveness(statistics, nn.Identity(), mode, center, vectors, ridge, sensitivity, cost)
+        super().__init__(criterion, FollowedStatistics(statistics))
+
+    @classmethod
+    def for_operations(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        statistics: Statistics | None = None,
+        ridge: float = RIDGE,
+        **options: Any,
+    ) -> DistinctivenessImportance:
+        """Span scores for ``global_pruning=True``: how much removal moves the model's outputs, per operation it saves.
+
+        Measures the sensitivity of the model's outputs, which needs gradients but no labels, and the operations that
+        a unit of each group costs. Both belong to the model as it is: for one step, not for iterative pruning.
+
+        Args:
+            model: The model that is going to be pruned.
+            example_inputs: As for torch-pruning.
+            loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
+            statistics: Of the model, with ``gram=True``; collected from the loader by default.
+            ridge: See the class.
+            **options: Of :func:`nns_plugin.calibrate`, where statistics are collected.
+        """
+        if statistics is None:
+            statistics = calibrate(model, loader, unit_groups(model, example_inputs), gram=True, **options)
+        groups = statistics.groups
+        sensitivity = output_sensitivity(model, loader, groups)
+        cost = unit_operations(model, groups, layer_operations(model, example_inputs))
+        return cls(statistics, "span", ridge=ridge, sensitivity=sensitivity, cost=cost)
+
+
+class MeanWeightImportance(CriterionImportance):
+    """Units whose incoming weights sum up to little go first, as a torch-pruning importance.
+
+    Args:
+        weights: Sum of ``"magnitudes"`` or of ``"values"``.
+
+    Raises:
+        CriterionError: If ``weights`` is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.MeanWeight`.
+    """
+
+    def __init__(self, weights: Weights = "magnitudes") -> None:
+        super().__init__(MeanWeight(nn.Identity(), weights))
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        model = group._DG.model
+        if not isinstance(self._criterion, MeanWeight) or self._criterion.model is not model:
+            self._criterion = dataclasses.replace(self._criterion, model=model)  # type: ignore[type-var]
+        return self._criterion
+
+
+class SemanticImportance(CriterionImportance):
+    """Label-driven activity of units as a torch-pruning importance.
+
+    Args:
+        statistics: Labelled statistics from :func:`nns_plugin.calibrate`.
+        labels: The labels to keep, by index or name; all of them by default.
+        measure: ``"mean"`` or ``"frequency"``.
+        contrast: ``None`` or ``"rest"``.
+
+    Raises:
+        LabelError: If a label is unknown or was never seen.
+        CriterionError: If an option is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.Semantic`.
+
+    Example:
+        >>> import torch, torch_pruning as tp
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> loader = [(torch.randn(16, 4), torch.arange(16) % 3)]
+        >>> importance = SemanticImportance.from_loader(model, torch.randn(2, 4), loader, labels=[0, 2])
+        >>> pruner = tp.pruner.BasePruner(
+        ...     model, torch.randn(2, 4), importance=importance, pruning_ratio=0.5, ignored_layers=[model[2]]
+        ... )
+        >>> pruner.step()
+        >>> model[0].out_features
+        4
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        labels: Sequence[int | str] | None = None,
+        measure: Measure = "mean",
+        contrast: Contrast | None = None,
+    ) -> None:
+        super().__init__(Semantic(statistics, labels, measure, contrast), FollowedStatistics(statistics))
+
+    @classmethod
+    def from_loader(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        labels: Sequence[int | str] | None = None,
+        measure: Measure = "mean",
+        contrast: Contrast | None = None,
+        **options: Any,
+    ) -> SemanticImportance:
+        """Calibrate now, and again by itself whenever the model has changed.
+
+        Args:
+            model: The model that is going to be pruned.
+            example_inputs: As for torch-pruning.
+            loader: Yields ``(inputs, labels)``; must yield anew each time it is iterated.
+            labels: See the class.
+            measure: See the class.
+            contrast: See the class.
+            **options: Further options of :func:`nns_plugin.calibrate`.
+        """
+        statistics = calibrate(model, loader, unit_groups(model, example_inputs), **options)
+
+        def recollect(graph: tp.DependencyGraph) -> Statistics:
+            return calibrate(graph.model, loader, groups_again(graph, statistics.groups), **options)
+
+        importance = cls(statistics, labels, measure, contrast)
+        importance._followed = FollowedStatistics(statistics, recollect)
+        return importance
+
+
+class WSFImportance(CriterionImportance):
+    """Units whose synapses training hardly moved go first, as a torch-pruning importance.
+
+    The snapshot follows what torch-pruning removes; training in between does not matter.
+
+    Args:
+        snapshot: The model's weights before training, or at any earlier checkpoint.
+        reduction: Over the layers that write and read a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
+
+    Raises:
+        CriterionError: If the reduction is unknown.
+
+    Source:
+        See :class:`nns_plugin.criteria.WSF`.
+    """
+
+    def __init__(self, snapshot: WeightSnapshot, reduction: Reduction = "mean") -> None:
+        super().__init__(WSF(nn.Identity(), snapshot, reduction))
+        self._reduction = reduction
+        self._snapshot = FollowedSnapshot(snapshot)
+
+    @property
+    def snapshot(self) -> WeightSnapshot:
+        """The snapshot as wide as the model is now, such as for :func:`nns_plugin.synapses.masks.significance`.
+
+        Raises:
+            SnapshotError: If units went in a way that the pruning history does not tell.
+        """
+        return self._snapshot.latest()
+
+    def _current(self, group: tp.dependency.Group) -> Criterion:
+        snapshot = self._snapshot.current(group._DG)
+        self._snapshot.saw(group)
+        model = group._DG.model
+        self._criterion = WSF(model, snapshot, self._reduction)
+        return self._criterion
+
+
+class SwitcherImportance(CriterionImportance):
+    """Units with the lowest factors go first, as a torch-pruning importance.
+
+    Args:
+        scales: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model. They do not follow
+            removals: for iterative pruning, ask the switcher again, or a group with other units is an error.
+
+    Source:
+        See :class:`nns_plugin.criteria.Switcher`.
+    """
+
+    def __init__(self, scales: Scales) -> None:
+        super().__init__(Switcher(scales))
+
+
+def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+    """Multiply-accumulate operations for one input, and parameters, as torch-pruning counts them.
+
+    Args:
+        model: The model; left as it was found.
+        example_inputs: A tensor, or a tuple or mapping of tensors; the host averages over their batch.
+
+    Returns:
+        MACs for one input, and the number of parameters.
+    """
+    with preserved(model), torch.no_grad():
+        operations, _ = tp.utils.count_ops_and_params(model, example_inputs)
+    return round(operations), sum(parameter.numel() for parameter in model.parameters())
+
+
+IMPORTANCES: dict[str, type[CriterionImportance]] = {
+    "DistinctivenessImportance": DistinctivenessImportance,
+    "MeanWeightImportance": MeanWeightImportance,
+    "SemanticImportance": SemanticImportance,
+    "SwitcherImportance": SwitcherImportance,
+    "WSFImportance": WSFImportance,
+}
+
+
+def install() -> None:
+    """Add our importances to ``torch_pruning.importance``, for tools that look them up by name there.
+
+    Raises:
+        CriterionError: If something else has one of the names already; nothing is added then.
+    """
+    put(tp.importance, "torch_pruning.importance", IMPORTANCES)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; does nothing where it was not called."""
+    take(tp.importance, IMPORTANCES)

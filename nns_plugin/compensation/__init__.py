@@ -1,0 +1,1 @@
+"""Compensation: kept units take over what removed ones contributed; no host in here."""

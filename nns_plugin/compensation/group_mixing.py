@@ -1,0 +1,114 @@
+"""Group mixing: channels of the narrowed model stand in for the dense model's, while group after group goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.compensation.least_squares import RIDGE
+from nns_plugin.compensation.plans import add_shift, exceeds
+from nns_plugin.compensation.unfolding import LeastSquares, channel_matrix
+from nns_plugin.models.activations import passage
+from nns_plugin.models.inputs import device_of, parse_batch, to_device
+from nns_plugin.models.layers import (
+    Convolution,
+    channel_groups,
+    has_bias,
+    padded_positions,
+    reading_matrices,
+    tap_share,
+    write_matrices,
+)
+from nns_plugin.statistics.statistics import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMixing:
+    """A dense model and the copy that is being narrowed, both in evaluation mode.
+
+    Attributes:
+        dense: Whose channels are to be stood in for.
+        model: The narrowed model; consumers are changed in place.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
+        shifts: For each consumer that was mixed already the shift ``[O]`` of the dense model's outputs.
+    """
+
+    dense: nn.Module
+    model: nn.Module
+    loader: Iterable[Any]
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+
+    def mix(self, name: str, whole: Layout, narrow: Layout, norm: nn.Module | None, kept: Tensor | None) -> bool:
+        """Let a consumer read, from its real input, the best linear replacement of the dense model's input.
+
+        ``x_dense ~ M x + m`` by least squares over the loader, then ``W = W_dense M``, and ``W_dense m`` goes into
+        the bias or the batch norm. Where a kernel spans several positions, that need not be the best for the outputs:
+        if it errs more there than the weights that the consumer has, they stay.
+
+        Args:
+            name: Of the consumer.
+            whole: Layout of its input in the dense model.
+            narrow: Layout of its input in the narrowed model.
+            norm: The batch norm that alone reads its output, if there is one.
+            kept: ``[k]`` int64, the dense layer's outputs that it still has; ``None`` for all.
+
+        Returns:
+            Whether the weights were changed.
+        """
+        module, original = self.model.get_submodule(name), self.dense.get_submodule(name)
+        weights = reading_matrices(original, whole)
+        before = reading_matrices(module, narrow)
+        if weights is None or before is None or channel_groups(module) != channel_groups(original):
+            return False
+        sums = self._sums(name, whole, narrow)
+        constant = has_bias(module) or norm is not None
+        mix = sums.solve(torch.zeros_like(sums.cross), constant, RIDGE)
+        outputs = sum(matrix.shape[0] for matrix in weights)
+        kept = torch.arange(outputs) if kept is None else kept
+        taken = torch.cat([matrix @ part[:, :-1] for matrix, part in zip(weights, mix, strict=True)])[kept]
+        shift = torch.cat([(matrix @ part[:, -1]).sum(1) for matrix, part in zip(weights, mix, strict=True)])
+        shift *= tap_share(module)
+        step = (shift - self.shifts.get(name, torch.zeros_like(shift)))[kept]
+        write_matrices(module, narrow, list(taken.chunk(len(before))))
+        if before[0].shape[1] > 1 and exceeds(self._errors(name, kept, before, narrow, step)):
+            write_matrices(module, narrow, before)
+            return False
+        add_shift(module, norm, step)
+        self.shifts[name] = shift
+        return True
+
+    def _sums(self, name: str, whole: Layout, narrow: Layout) -> LeastSquares:
+        """Of the consumer's real input with the dense model's, by channel."""
+        module = self.model.get_submodule(name)
+        groups = channel_groups(module)
+        sums = LeastSquares.empty(groups, narrow.slot.numel() // groups, whole.slot.numel() // groups)
+        device = device_of(self.model)
+        for number, item in enumerate(self.loader):
+            inputs = to_device(parse_batch(item, number).inputs, device)
+            dense, found = (passage(model, name, inputs).inputs for model in (self.dense, self.model))
+            sums.add(channel_matrix(module, narrow, found), channel_matrix(module, whole, dense))
+            sums.inner[:, -1, -1] += found.shape[0] * padded_positions(module, found.shape[2:])
+        return sums
+
+    def _errors(self, name: str, kept: Tensor, before: list[Tensor], layout: Layout, step: Tensor) -> Tensor:
+        """Squared errors ``[2]`` of the consumer's outputs, with its new weights and with those before."""
+        module, device = self.model.get_submodule(name), device_of(self.model)
+        after = reading_matrices(module, layout) or []
+        axis = 1 if isinstance(module, Convolution) else -1
+        errors = torch.zeros(2, dtype=torch.float64)
+        for number, item in enumerate(self.loader):
+            inputs = to_device(parse_batch(item, number).inputs, device)
+            target = passage(self.dense, name, inputs).output.index_select(axis, kept.to(device))
+            reached = passage(self.model, name, inputs).inputs
+            rises = (torch.zeros_like(step), step)
+            for place, (matrices, rise) in enumerate(zip((before, after), rises, strict=True)):
+                write_matrices(module, layout, matrices)  # the new weights last: they are left there
+                shape = [1] * target.dim()
+                shape[axis] = -1
+                output = module(reached) + rise.to(target).reshape(shape)
+                errors[1 - place] += float((output - target).double().square().sum())
+        return errors

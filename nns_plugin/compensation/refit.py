@@ -1,0 +1,126 @@
+"""Refitting: one consumer of a pruned model after the other learns to repeat what the dense model has there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.compensation.unfolding import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
+from nns_plugin.errors import CalibrationError
+from nns_plugin.models.activations import only_summed, passage
+from nns_plugin.models.inputs import device_of, parse_batch, to_device
+from nns_plugin.models.layers import has_bias
+
+# A batch norm's channel is taken for switched off under this share of the median factor.
+WEAK = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Refitting:
+    """A dense model and its pruned copy, both in evaluation mode.
+
+    Attributes:
+        dense: What is to be repeated.
+        model: What is to repeat it; its consumers are changed in place.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
+        ridge: Pull towards the weights before, relative to the inputs' energy.
+    """
+
+    dense: nn.Module
+    model: nn.Module
+    loader: Iterable[Any]
+    ridge: float
+
+    def refit(self, name: str, norm: str | None, kept: Tensor | None) -> None:
+        """Give one consumer the weights with which it best repeats the dense model's outputs.
+
+        Where its output, or that of the batch norm behind it, is read by a sum alone (with the skip connection of a
+        residual block), what is repeated is the sum: the layer then makes up for what has gone wrong beside it, too.
+        The batch norm behind it gets the dense model's statistics back, since that is what comes to it.
+
+        Args:
+            name: Of a linear or convolutional layer. What runs before it should be final.
+            norm: The batch norm that alone reads its output, if there is one.
+            kept: ``[k]`` int64, the dense layer's outputs that it still has; ``None`` for all.
+
+        Raises:
+            CalibrationError: If the loader is empty.
+        """
+        module = self.model.get_submodule(name)
+        weights = weight_matrix(module).double().cpu()
+        prior = torch.cat([weights, torch.zeros(*weights.shape[:2], 1, dtype=torch.float64)], 2)
+        if has_bias(module):
+            prior[:, :, -1] = cast(Tensor, module.bias).detach().double().cpu().reshape(weights.shape[:2])
+        kept = torch.arange(weights.shape[0] * weights.shape[1]) if kept is None else kept
+        scale = torch.ones(kept.numel(), dtype=torch.float64)
+        if norm is not None:
+            own, whole = self.model.get_submodule(norm), self.dense.get_submodule(norm)
+            prior = _in_terms_of(prior, own, whole, kept)
+            scale = _factor(own)
+        sums = self._sums(name, norm or name, kept, scale)
+        solution = sums.solve(prior, has_bias(module) or norm is not None, self.ridge)
+        chosen = solution if sums.error(solution) <= sums.error(prior) else prior
+        set_weight_matrix(module, chosen[:, :, :-1])
+        constant = chosen[:, :, -1].flatten()
+        if has_bias(module):
+            bias = cast(Tensor, module.bias)
+            bias.copy_(constant)
+        elif norm is not None:
+            running_mean = cast(Tensor, own.running_mean)
+            running_mean.sub_(constant.to(running_mean))
+
+    def _sums(self, name: str, last: str, kept: Tensor, scale: Tensor) -> LeastSquares:
+        """Of a consumer's real inputs with its targets, over the loader."""
+        module, device = self.model.get_submodule(name), device_of(self.model)
+        groups, outputs, depth = weight_matrix(module).shape
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        sums = LeastSquares.empty(groups, depth, outputs)
+        added: str | None = None
+        # A channel that the norm switches off, or nearly, cannot make up for anything.
+        weak = scale.abs() <= WEAK * scale.abs().median()
+        share = torch.where(weak, 0.0, 1 / scale)
+        for number, item in enumerate(self.loader):
+            inputs = to_device(parse_batch(item, number).inputs, device)
+            if number == 0 and only_summed(self.dense, last, inputs):
+                added = last
+            dense = passage(self.dense, name, inputs, added)
+            found = passage(self.model, name, inputs, added)
+            target = dense.output.index_select(axis, kept.to(device))
+            if dense.beside is not None and found.beside is not None:
+                gap = dense.beside.index_select(axis, kept.to(device)) - found.beside
+                per_channel = share if axis == -1 else share.reshape(-1, *[1] * (gap.dim() - 2))
+                target = target + gap * per_channel.to(gap)
+            sums.add(unfolded(module, found.inputs), output_matrix(module, target))
+        if float(sums.inner[0, -1, -1]) == 0:
+            raise CalibrationError("the loader yielded no inputs; refit needs at least one batch")
+        return sums
+
+
+def _in_terms_of(weights: Tensor, own: nn.Module, whole: nn.Module, kept: Tensor) -> Tensor:
+    """Weights whose outputs mean to the dense model's statistics what the given ones mean to the norm's own.
+
+    The norm gets the dense model's statistics; together with the new weights it computes what it did.
+    """
+    variance, mean = cast(Tensor, own.running_var), cast(Tensor, own.running_mean)
+    dense_variance = cast(Tensor, whole.running_var)[kept.to(variance.device)]
+    dense_mean = cast(Tensor, whole.running_mean)[kept.to(variance.device)]
+    eps = cast(float, own.eps)
+    ratio = ((dense_variance.double() + eps) / (variance.double() + eps)).sqrt()
+    shift = dense_mean.double() - mean.double() * ratio
+    variance.copy_(dense_variance)
+    mean.copy_(dense_mean)
+    result = weights * ratio.cpu().reshape(*weights.shape[:2], 1)
+    result[:, :, -1] += shift.cpu().reshape(weights.shape[:2])
+    return result
+
+
+def _factor(norm: nn.Module) -> Tensor:
+    """By how much a batch norm in evaluation multiplies each channel, ``[O]`` float64."""
+    variance = cast(Tensor, norm.running_var).double()
+    factor = 1 / (variance + cast(float, norm.eps)).sqrt()
+    gain = cast("Tensor | None", norm.weight)
+    return (factor if gain is None else factor * gain.detach().double()).cpu()

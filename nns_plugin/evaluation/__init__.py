@@ -1,0 +1,1 @@
+"""Evaluation: metrics, their intervals, and how far outputs differ."""

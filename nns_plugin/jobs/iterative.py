@@ -1,0 +1,111 @@
+"""The circle of training, pruning and fine-tuning, until accuracy falls or nothing more qualifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import PruningError
+from nns_plugin.models.preserve import copied
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of the circle.
+
+    Attributes:
+        removed: What the prune step said that it removed.
+        pruned: Accuracy after pruning.
+        tuned: Accuracy after fine-tuning.
+        accepted: Whether the model went on from here.
+    """
+
+    removed: int
+    pruned: float
+    tuned: float
+    accepted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Circle:
+    """What the circle led to.
+
+    Attributes:
+        model: The last accepted model.
+        pretrained: Accuracy before the first pruning.
+        rounds: All turns, the last of which may have been rejected.
+    """
+
+    model: nn.Module
+    pretrained: float
+    rounds: tuple[Round, ...]
+
+    @property
+    def removed(self) -> int:
+        """Total of the accepted turns."""
+        return sum(turn.removed for turn in self.rounds if turn.accepted)
+
+    @property
+    def accuracy(self) -> float:
+        """Of the last accepted model."""
+        return next((turn.tuned for turn in reversed(self.rounds) if turn.accepted), self.pretrained)
+
+
+def train_prune_circle(
+    model: nn.Module,
+    prune: Callable[[nn.Module], int],
+    train: Callable[[nn.Module], object],
+    evaluate: Callable[[nn.Module], float],
+    *,
+    pretrain: bool = True,
+    max_drop: float = 0.0,
+    max_rounds: int = 100,
+    progress: bool = False,
+) -> Circle:
+    """Pre-train, prune, fine-tune, prune, fine-tune, ... until accuracy falls or nothing more is removed.
+
+    Args:
+        model: Left as it is; the circle works on copies.
+        prune: Removes something from a model, in place, and says how much; 0 ends the circle.
+        train: Trains a model, in place: the pre-training and every fine-tuning.
+        evaluate: Accuracy of a model, higher is better; on other data than the model is judged by in the end.
+        pretrain: Whether to train before the first pruning.
+        max_drop: How far accuracy may fall under that before the first pruning.
+        max_rounds: Most turns.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The last model that did not fall, and what happened in each turn.
+
+    Raises:
+        PruningError: If an option is out of range, or ``prune`` gives no count.
+
+    Source:
+        "The Pruning Methods for feed-forward network and Convolutional Neural Network", figure 2.
+    """
+    if max_rounds < 1 or not max_drop >= 0:
+        raise PruningError(f"max_rounds is {max_rounds} and max_drop {max_drop}; expected at least 1 and at least 0")
+    best = copied(model)
+    if pretrain:
+        train(best)
+    pretrained = evaluate(best)
+    rounds: list[Round] = []
+    for _ in tqdm(range(max_rounds), desc="train, prune, tune", disable=not progress, leave=False):
+        candidate = copied(best)
+        removed = prune(candidate)
+        if isinstance(removed, bool) or not isinstance(removed, int) or removed < 0:
+            raise PruningError(f"prune returned {removed!r}; expected the number of what it removed")
+        if removed == 0:
+            break
+        pruned = evaluate(candidate)
+        train(candidate)
+        tuned = evaluate(candidate)
+        accepted = tuned >= pretrained - max_drop
+        rounds.append(Round(removed, pruned, tuned, accepted))
+        if not accepted:
+            break
+        best = candidate
+    return Circle(best, pretrained, tuple(rounds))

@@ -1,0 +1,1 @@
+"""Any torch model: its inputs, copies, hooks, norms and the geometry of its layers."""

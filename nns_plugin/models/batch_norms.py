@@ -1,0 +1,65 @@
+"""Re-estimate batch norms after removal: their statistics describe the model before it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import CalibrationError
+from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.preserve import in_evaluation
+
+
+def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> None:
+    """Recompute the running mean and variance of every batch norm with ``torch.optim.swa_utils.update_bn``.
+
+    Only batch norms run in training mode meanwhile, so that dropout does not disturb the estimate. Nothing else
+    about the model changes.
+
+    Args:
+        model: The model.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        CalibrationError: If the loader is empty; the statistics stay as they are then.
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return
+    batches = iter(tqdm(loader, desc="re-estimating batch norms", disable=not progress, leave=False))
+    first = next(batches, None)
+    if first is None:
+        raise CalibrationError("the loader yielded no inputs; batch norms need at least one batch")
+    with in_evaluation(model), torch.no_grad():
+        update_bn(_inputs(model, itertools.chain([first], batches)), _OnlyBatchNorms(model))
+
+
+class _OnlyBatchNorms(nn.Module):
+    """Puts only the batch norms of a model into training mode, and feeds it whatever inputs it takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def train(self, mode: bool = True) -> _OnlyBatchNorms:
+        self.training = mode
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = mode
+        return self
+
+    def forward(self, inputs: Any) -> Any:
+        return run_model(self.model, inputs)
+
+
+def _inputs(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:
+    device = device_of(model)
+    for number, item in enumerate(loader):
+        # update_bn takes the first part of a list.
+        yield [to_device(parse_batch(item, number).inputs, device)]

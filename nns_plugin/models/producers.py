@@ -1,0 +1,55 @@
+"""Producers: the weights with which a group's units are written, as one vector a unit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.models.layers import Transposed
+from nns_plugin.units import UnitGroup
+
+
+def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
+    """The incoming weights of each unit, biases apart.
+
+    Args:
+        model: The model that the group belongs to.
+        group: Its U units.
+
+    Returns:
+        For each producer ``[U, D]`` float64 on the CPU: all weights that write the unit's positions there, 0 for
+        units that it does not write. ``None`` if a producer has no weight whose out-axis is known, or writes different
+        numbers of positions of its units.
+    """
+    vectors = []
+    for port in group.producers:
+        rows = _rows(model.get_submodule(port.name))
+        positions = torch.bincount(port.unit, minlength=group.size)
+        written = positions.nonzero().flatten()
+        if rows is None or positions[written].unique().numel() != 1:
+            return None
+        order = port.unit.argsort(stable=True)
+        found = rows[port.index[order]].reshape(written.numel(), -1)
+        vectors.append(found.new_zeros(group.size, found.shape[1]).index_copy(0, written, found))
+    return vectors
+
+
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """Values of a module's weight by the out-position that it writes, ``[out-positions, ...]``.
+
+    Args:
+        module: The module; says how its weight is laid out.
+        weight: Its weight, or other values of that shape.
+    """
+    if isinstance(module, Transposed):  # [C, O / G, K...]
+        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).flatten(0, 1)
+    return weight.T if isinstance(module, nn.Embedding) else weight
+
+
+def _rows(module: nn.Module) -> Tensor | None:
+    """Weights of a module, ``[out-positions, D]``."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    return rows_of(module, weight.detach()).double().cpu().flatten(1)

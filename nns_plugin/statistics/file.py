@@ -1,0 +1,158 @@
+"""Statistics on disk: one safetensors file with a JSON header, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nns_plugin.errors import GroupError, NNSError, StatisticsError
+from nns_plugin.models.fingerprint import difference, fingerprint
+from nns_plugin.statistics.statistics import SUMS, Key, Layout, Record, Statistics
+from nns_plugin.units import Port, UnitGroup, check_group
+
+Read = TypeVar("Read")
+
+FORMAT = "nns-plugin statistics 1"
+
+
+def save(statistics: Statistics, path: Path) -> None:
+    """Write statistics; the file appears whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for number, record in enumerate(statistics.records.values()):
+        tensors |= {f"record.{number}.{name}": value for name, value in record.sums().items()}
+        tensors |= {f"record.{number}.channel": record.layout.channel, f"record.{number}.slot": record.layout.slot}
+    for number, group in enumerate(statistics.groups):
+        for role, ports in (("producers", group.producers), ("consumers", group.consumers)):
+            for place, port in enumerate(ports):
+                tensors[f"group.{number}.{role}.{place}.index"] = port.index
+                tensors[f"group.{number}.{role}.{place}.unit"] = port.unit
+    header = {
+        "records": [list(key) for key in statistics.records],
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "producers": [port.name for port in group.producers],
+                "consumers": [port.name for port in group.consumers],
+            }
+            for group in statistics.groups
+        ],
+        "labels": statistics.labels,
+        "threshold": statistics.threshold,
+        "fingerprint": dict(statistics.fingerprint),
+    }
+    write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(header)}, path)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write a safetensors file that appears whole or not at all.
+
+    Raises:
+        StatisticsError: If the folder cannot be written.
+    """
+    contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+    except OSError as error:
+        raise StatisticsError(f"cannot write {str(path)!r}: {error.strerror}; choose a folder that exists") from error
+    try:
+        save_file(contiguous, temporary, metadata=metadata)
+        temporary.chmod(mode)  # save_file lets only the owner read
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise StatisticsError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(
+    path: Path, kind: str, error: type[NNSError], decode: Callable[[dict[str, str], dict[str, Tensor]], Read]
+) -> Read:
+    """Read a file of ours, and turn whatever is wrong with it into one error.
+
+    Args:
+        path: The file.
+        kind: What its metadata ``"format"`` must be.
+        error: Class of the error.
+        decode: Makes something of the metadata and the tensors.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise error(
+                    f"{str(path)!r} is no such file as is needed: its format is {metadata.get('format')!r}, expected "
+                    f"{kind!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        return decode(metadata, tensors)
+    except error:
+        raise
+    except FileNotFoundError as cause:
+        raise error(f"there is no file {str(path)!r}") from cause
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{str(path)!r} is damaged or no safetensors file: {cause}") from cause
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as cause:
+        raise error(f"{str(path)!r} is damaged: {type(cause).__name__}: {cause}") from cause
+
+
+def load(path: Path, model: nn.Module | None) -> Statistics:
+    """Read statistics and check that they are whole and, if a model is given, that they belong to it."""
+    statistics = read_safetensors(
+        path, FORMAT, StatisticsError, lambda metadata, tensors: _decode(json.loads(metadata["nns"]), tensors)
+    )
+    if model is not None:
+        differs = difference(statistics.fingerprint, fingerprint(model))
+        if differs:
+            raise StatisticsError(
+                f"{str(path)!r} belongs to another model: {differs}; calibrate again, or load the weights it was made "
+                "with"
+            )
+    return statistics
+
+
+def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+    groups = []
+    for number, item in enumerate(header["groups"]):
+        ports = {
+            role: tuple(
+                Port(
+                    name,
+                    tensors[f"group.{number}.{role}.{place}.index"],
+                    tensors[f"group.{number}.{role}.{place}.unit"],
+                )
+                for place, name in enumerate(item[role])
+            )
+            for role in ("producers", "consumers")
+        }
+        group = UnitGroup(str(item["name"]), int(item["size"]), ports["producers"], ports["consumers"])
+        check_group(group)
+        groups.append(group)
+    labels = None if header["labels"] is None else tuple(str(label) for label in header["labels"])
+    records: dict[Key, Record] = {}
+    for number, (side, name) in enumerate(header["records"]):
+        layout = Layout(tensors[f"record.{number}.channel"], tensors[f"record.{number}.slot"])
+        if side not in ("in", "out") or not bool(torch.isin(layout.channel, torch.arange(layout.slot.numel())).all()):
+            raise GroupError(f"record {number} has side {side!r} or a channel out of range")
+        sums = {field: tensors[f"record.{number}.{field}"] for field in SUMS}
+        record = Record(layout, **sums, gram=tensors.get(f"record.{number}.gram"))
+        empty = Record.empty(layout, sums["inputs"].numel())
+        for field, value in sums.items():
+            like = getattr(empty, field)
+            if value.shape != like.shape or value.dtype != like.dtype or not bool(torch.isfinite(value).all()):
+                raise GroupError(f"{field} of {name!r} is {value.dtype}{list(value.shape)} or not finite")
+        if sums["inputs"].numel() != (1 if labels is None else len(labels)):
+            raise GroupError(f"{name!r} has sums of {sums['inputs'].numel()} labels, not of {labels}")
+        records[side, name] = record
+    return Statistics(records, tuple(groups), labels, float(header["threshold"]), dict(header["fingerprint"]))

@@ -1,0 +1,79 @@
+"""Operations: what a unit costs, from the multiply-accumulate operations of the layers that write and read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.models.inputs import device_of, run_model, to_device
+from nns_plugin.models.layers import Convolution, Transposed
+from nns_plugin.models.preserve import preserved
+from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.units import UnitGroup, role_ports
+
+
+def layer_operations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Multiply-accumulate operations of every linear and convolutional layer for the example inputs.
+
+    Args:
+        model: The model; left exactly as it was found.
+        example_inputs: A tensor, or a tuple or mapping of tensors.
+
+    Returns:
+        By name, summed over all calls of a layer; layers that do not run are left out.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5))
+        >>> layer_operations(model, torch.zeros(1, 3, 4, 4))
+        {'0': 864, '2': 160}
+    """
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            # Each input of a transposed convolution, each output of any other layer meets the rest of the weight.
+            values = args[0] if isinstance(module, Transposed) else output
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            counts[name] = counts.get(name, 0) + values.numel() * weight.numel() // values.shape[axis]
+
+        return add
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Convolution)):
+                handles.append(module.register_forward_hook(count(name)))
+        with preserved(model), torch.no_grad():
+            model.eval()
+            run_model(model, to_device(example_inputs, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def unit_operations(model: nn.Module, groups: Sequence[UnitGroup], operations: Mapping[str, int]) -> dict[str, float]:
+    """Multiply-accumulate operations that go with one unit of each group, on average over its units.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        operations: Of its layers, from :func:`layer_operations`.
+
+    Returns:
+        By name of the group: the sum over the layers that write or read it of their operations times the share of
+        their positions that one unit takes.
+    """
+    costs = {}
+    for group in groups:
+        cost = 0.0
+        for role, port in role_ports(group):
+            length = axis_length(model.get_submodule(port.name), role, port.name)
+            cost += operations.get(port.name, 0) * port.index.numel() / length / group.size
+        costs[group.name] = cost
+    return costs

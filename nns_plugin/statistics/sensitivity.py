@@ -1,0 +1,99 @@
+"""Sensitivity: how strongly a model's outputs move with what its layers give; needs gradients, but no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nns_plugin.errors import CalibrationError
+from nns_plugin.models.inputs import device_of, map_tensors, parse_batch, run_model, to_device
+from nns_plugin.models.layers import Convolution
+from nns_plugin.models.preserve import preserved
+from nns_plugin.units import UnitGroup
+
+
+def output_sensitivity(
+    model: nn.Module, loader: Iterable[Any], groups: Sequence[UnitGroup], *, probes: int = 4, progress: bool = False
+) -> dict[str, Tensor]:
+    """Mean squared gradient of a model's outputs with respect to each output channel of the groups' readers.
+
+    ``s[o] = E[sum_k (d y_k / d z_o)^2]`` over inputs and positions of a reader's output z, with random signs v:
+    ``E_v[(d (v . y) / d z_o)^2]`` is the same. A small error e of z moves the outputs y by about ``s |e|^2``.
+
+    Args:
+        model: The model; runs in evaluation mode and is left exactly as it was found, gradients included.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
+        groups: Whose readers are measured.
+        probes: Number of random sign vectors a batch.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``[O]`` float64 by name of the reader, for linear and convolutional ones that run.
+
+    Raises:
+        CalibrationError: If the loader is empty, or no output of the model has a gradient.
+    """
+    names = dict.fromkeys(port.name for group in groups for port in group.consumers)
+    readers = {name: model.get_submodule(name) for name in names}
+    readers = {name: module for name, module in readers.items() if isinstance(module, (nn.Linear, Convolution))}
+    if not readers:
+        return {}
+    sums: dict[str, Tensor] = {}
+    elements: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(0)
+    device = device_of(model)
+    with preserved(model), torch.inference_mode(False), torch.enable_grad():
+        model.eval()
+        for number, item in enumerate(tqdm(loader, desc="measuring sensitivity", disable=not progress, leave=False)):
+            reached, scores = _forward(model, readers, to_device(parse_batch(item, number).inputs, device))
+            for _ in range(probes):
+                signs = [torch.randint(0, 2, score.shape, generator=generator) * 2 - 1 for score in scores]
+                total = torch.stack(
+                    [(score * sign.to(score)).sum() for score, sign in zip(scores, signs, strict=True)]
+                ).sum()
+                gradients = torch.autograd.grad(total, list(reached.values()), retain_graph=True, allow_unused=True)
+                for (name, output), gradient in zip(reached.items(), gradients, strict=True):
+                    gradient = torch.zeros_like(output) if gradient is None else gradient
+                    squares = _by_channel(readers[name], gradient.square())
+                    sums[name] = sums.get(name, 0.0) + squares
+                    elements[name] = elements.get(name, 0) + output.numel() // squares.numel()
+    if not elements:
+        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
+    return {name: value / elements[name] for name, value in sums.items()}
+
+
+def _forward(model: nn.Module, readers: Mapping[str, nn.Module], inputs: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What the readers give, with gradients, and the model's floating-point outputs; in frozen models, too."""
+    reached: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            reached[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return reached[name].clone()  # what follows may work in place
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in readers.items():
+            handles.append(module.register_forward_hook(keep(name)))
+        outputs = run_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scores: list[Tensor] = []
+    map_tensors(outputs, lambda value: scores.append(value) or value)  # type: ignore[func-returns-value]
+    scores = [score for score in scores if score.requires_grad]
+    if not scores:
+        raise CalibrationError("no output of the model has a gradient; sensitivity cannot be measured")
+    return reached, scores
+
+
+def _by_channel(module: nn.Module, values: Tensor) -> Tensor:
+    """Sums of a layer's outputs by channel, ``[O]`` float64 on the CPU."""
+    axis = values.dim() - 1 if isinstance(module, nn.Linear) else 1
+    return values.detach().double().sum([other for other in range(values.dim()) if other != axis]).cpu()

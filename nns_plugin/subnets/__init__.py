@@ -1,0 +1,1 @@
+"""Subnets: a model restricted to some units and labels."""

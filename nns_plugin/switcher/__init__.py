@@ -1,0 +1,1 @@
+"""Switcher: a network that learns how much each unit matters."""

@@ -1,0 +1,218 @@
+"""Scales: the factors that a switcher gives, how they fold into the weights, and what they turn off."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.backends import Surgeon
+from nns_plugin.errors import SwitchError
+from nns_plugin.models.layers import weight_key, weight_of
+from nns_plugin.models.preserve import copied
+from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.statistics.file import read_safetensors, write_safetensors
+from nns_plugin.switcher.selected import selected
+from nns_plugin.switcher.switches import Switch, scaled_columns
+from nns_plugin.synapses.compaction import compact
+from nns_plugin.units import Port
+
+FORMAT = "nns-plugin scales 1"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many factors of a switch prune (0), weaken (below 1) and strengthen (from 1 on)."""
+
+    pruned: int
+    weakened: int
+    strengthened: int
+
+
+class Scales(Mapping[str, Tensor]):
+    """Factors by name of the switch, ``[size]`` each.
+
+    Args:
+        switches: What gets the factors.
+        factors: One for each, finite and not negative.
+
+    Raises:
+        SwitchError: If factors are missing, of other lengths, negative or not finite.
+    """
+
+    def __init__(self, switches: Sequence[Switch], factors: Mapping[str, Tensor]) -> None:
+        self.switches = tuple(switches)
+        self._factors = {switch.name: factors.get(switch.name, torch.zeros(0)) for switch in self.switches}
+        for switch in self.switches:
+            values = self._factors[switch.name]
+            if values.shape != (switch.size,):
+                raise SwitchError(f"{switch.name!r} has {list(values.shape)} factors; expected [{switch.size}]")
+            if not bool((values.detach().isfinite() & (values.detach() >= 0)).all()):
+                raise SwitchError(f"the factors of {switch.name!r} are negative or not finite; expected at least 0")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._factors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def detach(self) -> Scales:
+        """The same without the graph that they hang on."""
+        return Scales(self.switches, {name: values.detach() for name, values in self.items()})
+
+    def counts(self) -> dict[str, Counts]:
+        """How many are pruned, weakened and strengthened, by name of the switch."""
+        return {
+            name: Counts(int((values == 0).sum()), int(((values > 0) & (values < 1)).sum()), int((values >= 1).sum()))
+            for name, values in self.items()
+        }
+
+    def parameters_of(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights of a model with scaled columns, by name, for ``torch.func.functional_call``; the model stays.
+
+        Args:
+            model: Left as it is.
+            weights: By name of the parameter, to be scaled in place of the model's own.
+
+        Raises:
+            SwitchError: If the model has other layers than those that the factors are for.
+        """
+        found: dict[str, Tensor] = {}
+        for name, factors in self._by_layer(model).items():
+            module = model.get_submodule(name)
+            key = weight_key(name)
+            found[key] = scaled_columns(module, weight_of(module) if weights is None else weights[key], factors)
+        return found
+
+    def _by_layer(self, model: nn.Module) -> dict[str, Tensor]:
+        """Factors of every in-position of each layer: products where several switches act on one."""
+        found: dict[str, Tensor] = {}
+        for switch in self.switches:
+            for place, port in enumerate(switch.readers):
+                if port.name not in found:
+                    found[port.name] = self._ones(model, port, *switch.positions[place : place + 1])
+                values = self[switch.name].to(found[port.name])
+                index, unit = port.index.to(values.device), port.unit.to(values.device)
+                found[port.name] = found[port.name].index_copy(0, index, found[port.name][index] * values[unit])
+        return found
+
+    @staticmethod
+    def _ones(model: nn.Module, port: Port, expected: int | None = None) -> Tensor:
+        try:
+            weight = weight_of(model.get_submodule(port.name))
+            length = axis_length(model.get_submodule(port.name), "in", port.name)
+        except AttributeError as error:
+            raise SwitchError(f"the model has no layer {port.name!r}; these factors are of another model") from error
+        least = int(port.index.max()) + 1
+        if length < least or expected not in (None, length):
+            raise SwitchError(
+                f"{port.name!r} reads {length} positions, and the factors are for {expected or least}; they are of "
+                "another model, or of this one before units were removed"
+            )
+        return torch.ones(length, dtype=weight.dtype, device=weight.device)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to a safetensors file, which appears whole or not at all."""
+        tensors = {f"factors {place}": self[switch.name].detach().cpu() for place, switch in enumerate(self.switches)}
+        described = []
+        for place, switch in enumerate(self.switches):
+            sides: dict[str, list[str]] = {"readers": [], "writers": []}
+            for side, ports in (("readers", switch.readers), ("writers", switch.writers)):
+                for number, port in enumerate(ports):
+                    sides[side].append(port.name)
+                    tensors[f"{side} {place} {number} index"] = port.index
+                    tensors[f"{side} {place} {number} unit"] = port.unit
+            described.append({"name": switch.name, "size": switch.size, "positions": switch.positions, **sides})
+        write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(described)}, Path(path))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scales:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            SwitchError: If it is missing or damaged.
+        """
+        return read_safetensors(Path(path), FORMAT, SwitchError, _decoded)
+
+
+def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Scales:
+    switches = []
+    factors = {}
+    for place, told in enumerate(json.loads(metadata["nns"])):
+        ports = {
+            side: tuple(
+                Port(name, tensors[f"{side} {place} {number} index"], tensors[f"{side} {place} {number} unit"])
+                for number, name in enumerate(told[side])
+            )
+            for side in ("readers", "writers")
+        }
+        positions = tuple(map(int, told["positions"]))
+        switches.append(Switch(str(told["name"]), int(told["size"]), ports["readers"], ports["writers"], positions))
+        factors[switches[-1].name] = tensors[f"factors {place}"]
+    return Scales(switches, factors)
+
+
+def fold(model: nn.Module, scales: Scales) -> nn.Module:
+    """A copy of a model with the factors multiplied into its weights: what it computes under them, without them.
+
+    Args:
+        model: Left as it is.
+        scales: Its factors.
+
+    Raises:
+        SwitchError: If the factors are of another model.
+    """
+    folded = copied(model)
+    with torch.no_grad():
+        for name, value in scales.parameters_of(folded).items():
+            folded.get_parameter(name).copy_(value)
+    return folded
+
+
+@dataclass(frozen=True, eq=False)
+class SwitchedOff:
+    """A model without what its factors turn off.
+
+    Attributes:
+        model: Takes the inputs that it took before; in evaluation mode. Layers of which single input positions are
+            gone are :class:`~nns_plugin.switcher.selected.Selected`.
+        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
+        inputs: The positions that are left of each layer that lost some, ``[k]`` int64 ascending, as counted after
+            units are gone.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+
+
+def switch_off(model: nn.Module, scales: Scales, example_inputs: Any, *, surgeon: Surgeon | None = None) -> SwitchedOff:
+    """Fold the factors into a copy, and remove what they turn off: units, input features and flattened positions.
+
+    Args:
+        model: Left as it is.
+        scales: Its factors.
+        example_inputs: Inputs that it can run on.
+        surgeon: Removes units; torch-pruning by default.
+
+    Raises:
+        SwitchError: If the factors are of another model.
+        PruningError: If the model cannot run in double precision on the CPU.
+
+    Warns:
+        UnremovedWarning: If units at 0 have to stay.
+    """
+    small = compact(fold(model, scales), example_inputs, narrow_inputs=False, surgeon=surgeon)
+    single = [switch.readers[0].name for switch in scales.switches if not switch.writers]
+    network, inputs = selected(small.model, single)
+    return SwitchedOff(network, small.kept, inputs)

@@ -1,0 +1,99 @@
+"""How many weights are left when switches turn units off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.models.layers import Convolution, weight_of
+from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.switcher.switches import Switch
+from nns_plugin.synapses.masks import synapse_layers
+from nns_plugin.units import Port
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer's weights: G groups, each of which has a kernel between each of its in- and out-positions."""
+
+    groups: int
+    kernel: int
+    read: int
+    written: int
+    readers: tuple[tuple[str, Port], ...]
+    writers: tuple[tuple[str, Port], ...]
+
+
+class WeightCount:
+    """Counts the weights of linear and convolutional layers (biases are none) that are left without some units.
+
+    Args:
+        model: Left as it is.
+        switches: What can be turned off.
+    """
+
+    def __init__(self, model: nn.Module, switches: Sequence[Switch]) -> None:
+        readers = [(switch.name, port) for switch in switches for port in switch.readers]
+        writers = [(switch.name, port) for switch in switches for port in switch.writers]
+        self._layers = []
+        for name, module in synapse_layers(model).items():
+            groups = module.groups if isinstance(module, Convolution) else 1
+            read, written = (axis_length(module, side, name) for side in ("in", "out"))
+            self._layers.append(
+                _Layer(
+                    groups,
+                    weight_of(module).numel() * groups // (read * written),
+                    read,
+                    written,
+                    tuple(pair for pair in readers if pair[1].name == name),
+                    tuple(pair for pair in writers if pair[1].name == name),
+                )
+            )
+        self.total = sum(layer.kernel * layer.read * layer.written // layer.groups for layer in self._layers)
+
+    def left(self, on: Mapping[str, Tensor]) -> int:
+        """Number of weights between what is on, by name of the switch ``[size]`` bool."""
+        total = 0
+        for layer in self._layers:
+            sides = []
+            for length, ports in ((layer.read, layer.readers), (layer.written, layer.writers)):
+                there = torch.ones(length, dtype=torch.bool)
+                for name, port in ports:
+                    there[port.index] &= on[name][port.unit]
+                sides.append(there.reshape(layer.groups, -1).sum(1))
+            total += layer.kernel * int((sides[0] * sides[1]).sum())
+        return total
+
+    def removed(self, on: Mapping[str, Tensor]) -> float:
+        """Share of the weights that are gone."""
+        return 1 - self.left(on) / max(self.total, 1)
+
+    def offset(self, levels: Mapping[str, Tensor], budget: float) -> float:
+        """The smallest number to subtract from all levels so that what is left above 0 keeps to the budget.
+
+        The strongest of each switch stays whatever is subtracted.
+
+        Args:
+            levels: By name of the switch ``[size]``.
+            budget: Share of the weights to remove, at least.
+        """
+        values = {name: level.detach().double().cpu() for name, level in levels.items()}
+
+        def on(offset: float) -> dict[str, Tensor]:
+            found = {name: value > offset for name, value in values.items()}
+            for name, there in found.items():
+                there[values[name].argmax()] = True
+            return found
+
+        if self.removed(on(0.0)) >= budget:
+            return 0.0
+        steps = torch.cat(list(values.values())).unique()
+        steps = steps[steps > 0]
+        low, high = 0, max(len(steps) - 1, 0)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.removed(on(float(steps[middle]))) >= budget else (middle + 1, high)
+        return float(steps[low]) if len(steps) else 0.0

@@ -1,0 +1,1 @@
+"""Single weights: masks, significance, and the minimal network."""

@@ -1,0 +1,141 @@
+"""Compaction: a masked model without the units and inputs that no synapse reaches, dense and without masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.errors import PruningError
+from nns_plugin.models.inputs import device_of, map_tensors, run_model, tensors_of
+from nns_plugin.models.layers import Convolution, weight_of
+from nns_plugin.models.preserve import copied, preserved_rng
+from nns_plugin.synapses.dead_units import without_unreached_units
+from nns_plugin.synapses.input_selection import InputSelection, narrowed_to_used
+
+ROWS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Compact:
+    """A model without what no synapse reaches.
+
+    Attributes:
+        model: Dense, without masks, in evaluation mode.
+        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
+        inputs: Picks the inputs that the model works on; ``None`` if it takes all, as before.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, Tensor]
+    inputs: InputSelection | None
+
+    @property
+    def synapses(self) -> int:
+        """Number of weights of linear and convolutional layers that are not 0."""
+        return count_synapses(self.model)
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the model on inputs of the wide one."""
+        with torch.no_grad():
+            return run_model(self.model, inputs if self.inputs is None else self.inputs(inputs))
+
+
+def compact(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    narrow_inputs: bool = True,
+    ignored_layers: Sequence[str] = (),
+    surgeon: Surgeon | None = None,
+) -> Compact:
+    """Make masks permanent, and remove units and inputs that no synapse reaches, in a copy.
+
+    Units that nothing reads go, and so do units that no input reaches, whose constant values the biases of their
+    readers take up; each layer keeps at least one. What is left computes what the model computes: both are run in
+    double precision to find out, and where it does not, units and inputs stay.
+
+    Args:
+        model: Its weights may be masked by ``torch.nn.utils.prune``; left as it is.
+        example_inputs: Inputs that it can run on; integers and truth values among them are not varied, so those of the
+            examples must be as telling as any.
+        narrow_inputs: Whether to narrow the layers that read the model's input, if it is one tensor.
+        ignored_layers: Names of layers whose outputs must stay whole.
+        surgeon: Removes units; torch-pruning by default.
+
+    Raises:
+        PruningError: If the model cannot run in double precision on the CPU.
+
+    Warns:
+        UnremovedWarning: If units that no synapse reaches have to stay.
+        UnnarrowedWarning: If inputs that a layer does not use have to stay.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _ = nn.init.zeros_(model[2].weight[:, 1:]), nn.init.zeros_(model[0].weight[:, 1])
+        >>> small = compact(model, torch.randn(2, 3))
+        >>> small.model[0].weight.shape, small.inputs.indices, small.synapses
+        (torch.Size([1, 2]), tensor([0, 2]), 4)
+    """
+    wide = permanent(copied(model)).eval()
+    types = {name: value.dtype for name, value in _named(wide)}
+    device = device_of(wide)
+    wide = wide.to("cpu", torch.float64)
+    with preserved_rng():
+        inputs, others = _examples(example_inputs)
+        try:
+            small, kept = without_unreached_units(wide, inputs, others, surgeon or find_surgeon(), ignored_layers)
+            narrowed = narrowed_to_used(small, others) if narrow_inputs else None
+        except Exception as error:  # whatever the user's forward raises in double precision
+            raise PruningError(f"the model cannot be compacted, in double precision on the CPU: {error}") from error
+    small, selection = narrowed or (small, None)
+    with torch.no_grad():
+        for name, value in _named(small):
+            value.data = value.data.to(types[name])
+    return Compact(small.to(device).eval(), kept, selection)
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _examples(inputs: Any) -> tuple[Any, Any]:
+    """Two batches of at least ``ROWS`` inputs: the examples, and normal numbers after them.
+
+    Whole numbers and truth values stay those of the examples.
+    """
+    rows = min((value.shape[0] for value in tensors_of(inputs) if value.dim()), default=1)
+    times = -(-ROWS // max(rows, 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def more(value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        if not value.dim():
+            return value
+        if not value.is_floating_point():
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        drawn = torch.randn(value.shape[0] * times, *value.shape[1:], generator=generator, dtype=torch.float64)
+        return torch.cat([value.double(), drawn[value.shape[0] :]])
+
+    return map_tensors(inputs, more), map_tensors(inputs, more)
+
+
+def permanent(model: nn.Module) -> nn.Module:
+    """Make the masks of ``torch.nn.utils.prune`` permanent, in place."""
+    for module in model.modules():
+        for name in [name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask")]:
+            if f"{name}_orig" in module._parameters:
+                prune.remove(module, name)
+    return model
+
+
+def count_synapses(model: nn.Module) -> int:
+    """Number of weights of linear and convolutional layers that are not 0; biases are no synapses."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Convolution))]
+    return sum(int(weight_of(module).count_nonzero()) for module in layers)

@@ -1,0 +1,145 @@
+"""Demystification: which inputs a sparse network uses, and which synapses lead to each of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.errors import PruningError
+from nns_plugin.models.activations import tap
+from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
+from nns_plugin.models.layers import Transposed, weight_of
+from nns_plugin.models.preserve import copied, preserved
+from nns_plugin.synapses.compaction import permanent
+from nns_plugin.synapses.masks import synapse_layers
+from nns_plugin.units import UnitGroup
+
+
+def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | None = None) -> dict[str, Tensor]:
+    """Which synapses lie on a path from an input to each output.
+
+    A synapse is a weight that is not 0; of a convolution's kernel, any of its positions. What a synapse only leads on
+    from a constant counts for nothing: a path begins at an input of the model.
+
+    Args:
+        model: A classifier whose outputs one layer writes; its weights may be masked by ``torch.nn.utils.prune``.
+        example_inputs: Inputs that it can run on.
+        surgeon: Traces the model; torch-pruning by default.
+
+    Returns:
+        For each linear and convolutional layer, in order, ``[L, out-positions, in-positions]`` bool: whether the
+        synapse is on a path to output l. Layers that no path to an output passes are left out.
+
+    Raises:
+        PruningError: If not exactly one layer writes the outputs, a layer reads in groups of channels, or reads what
+            other layers give and no unit group tells of (behind attention or a recurrent layer): such paths cannot be
+            followed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.eye(2)), model[2].weight.copy_(torch.eye(2))
+        >>> synapse_paths(model, torch.zeros(1, 2))["0"].nonzero()  # output, unit, input
+        tensor([[0, 0, 0],
+                [1, 1, 1]])
+    """
+    sparse = permanent(copied(model))
+    surgery = (surgeon or find_surgeon())(copied(sparse), example_inputs)
+    if len(surgery.heads) != 1:
+        raise PruningError(
+            f"the outputs are written by {len(surgery.heads)} layers ({', '.join(surgery.heads) or 'none'}); expected "
+            "one"
+        )
+    there = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
+    head = surgery.heads[0]
+    if head not in there:
+        raise PruningError(f"the outputs are written by {head!r}, a {type(sparse.get_submodule(head)).__name__}")
+    groups, labels = surgery.groups(), there[head].shape[0]
+    ends = {name: torch.zeros(labels, matrix.shape[0], dtype=torch.bool) for name, matrix in there.items()}
+    ends[head] = torch.eye(labels, dtype=torch.bool)
+    ends = _spread(ends, there, groups, backward=True)
+    begins = {name: torch.zeros(1, matrix.shape[1], dtype=torch.bool) for name, matrix in there.items()}
+    for name, read in _inputs(groups, begins).items():
+        if bool(read.any()):
+            _check_source(sparse, name, read, inputs_like(kinds_of(example_inputs), device_of(sparse)))
+        begins[name][0, read] = True
+    begins = _spread(begins, there, groups, backward=False)
+    found = {name: ends[name][:, :, None] & matrix & begins[name][:, None, :] for name, matrix in there.items()}
+    return {name: paths for name, paths in found.items() if bool(paths.any())}
+
+
+def _matrix(name: str, module: nn.Module) -> Tensor:
+    """Which in-positions each out-position reads, ``[O, I]`` bool."""
+    groups = getattr(module, "groups", 1)
+    if groups != 1:
+        raise PruningError(f"{name!r} reads its channels in {groups} groups; paths go through whole layers")
+    weight = weight_of(module).detach().cpu()
+    weight = weight.transpose(0, 1) if isinstance(module, Transposed) else weight
+    return (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+
+
+def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In-positions of each layer that no unit writes, bool: those are the model's inputs."""
+    found = {name: torch.ones(positions.shape[1], dtype=torch.bool) for name, positions in layers.items()}
+    for group in groups:
+        for port in group.consumers:
+            if port.name in found:
+                found[port.name][port.index] = False
+    return found
+
+
+def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> None:
+    """Refuse in-positions that no group writes, and that depend on layers all the same."""
+    weights = [
+        parameter
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1 and parameter.is_floating_point()
+    ]
+    with preserved(model), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        values = tap(model.eval(), name, inputs)
+        axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+        total = values.movedim(axis, 0)[read.to(values.device)].square().sum()
+        found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else ()
+    if any(gradient is not None and bool(gradient.any()) for gradient in found):
+        raise PruningError(
+            f"{name!r} reads what other layers give, and no unit group tells how (as behind attention or a recurrent "
+            "layer): its paths cannot be followed"
+        )
+
+
+def _spread(
+    start: dict[str, Tensor], there: dict[str, Tensor], groups: Sequence[UnitGroup], backward: bool
+) -> dict[str, Tensor]:
+    """Positions that are connected with those at the start.
+
+    Args:
+        start: For each layer ``[L, positions]`` bool: out-positions to go back from, or in-positions to go on from.
+        there: For each layer which in-positions each out-position reads.
+        groups: How layers hang together.
+        backward: Against the direction of the signals, or along it.
+    """
+    reached = {name: value.clone() for name, value in start.items()}
+    labels = next(iter(start.values())).shape[0]
+    for _ in range(len(there) + 1):
+        before = sum(int(value.sum()) for value in reached.values())
+        for group in groups:
+            near, far = (group.consumers, group.producers) if backward else (group.producers, group.consumers)
+            units = torch.zeros(labels, group.size)
+            for port in near:
+                if port.name in there:
+                    matrix = there[port.name] if backward else there[port.name].T
+                    through = (reached[port.name].float() @ matrix.float())[:, port.index]
+                    units.index_add_(1, port.unit, through)
+            for port in far:
+                if port.name in there:
+                    reached[port.name][:, port.index] |= units[:, port.unit] > 0
+        if sum(int(value.sum()) for value in reached.values()) == before:
+            break
+    return reached

@@ -1,0 +1,161 @@
+"""Refit: layers laid out as matrix products, and regression against NumPy."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nns_plugin.compensation.refit import Refitting
+from nns_plugin.compensation.unfolding import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
+from nns_plugin.errors import CalibrationError
+from nns_plugin.models.activations import passage
+
+LAYERS = [
+    (nn.Linear(5, 3), (7, 4, 5)),
+    (nn.Conv1d(4, 6, 3, padding=1, stride=2, groups=2), (3, 4, 11)),
+    (nn.Conv2d(4, 6, 3, padding=2, dilation=2), (3, 4, 9, 8)),
+    (nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"), (3, 4, 9, 8)),
+    (nn.Conv3d(4, 6, (3, 2, 1), padding=1, stride=(1, 2, 1)), (3, 4, 5, 6, 4)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=3, dilation=2), (3, 4, 5)),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (3, 4, 5, 6)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
+def test_a_layer_is_a_matrix_product(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with torch.no_grad():
+        weights = weight_matrix(layer)
+        expected = output_matrix(layer, layer(x))
+        bias = layer.bias.reshape(weights.shape[0], -1, 1)
+        torch.testing.assert_close(weights @ unfolded(layer, x) + bias, expected, atol=1e-5, rtol=1e-5)
+        before = layer.weight.clone()
+        set_weight_matrix(layer, weights)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_regression_is_numpys(constant: bool) -> None:
+    x, y = torch.randn(1, 6, 50, dtype=torch.float64), torch.randn(1, 3, 50, dtype=torch.float64)
+    sums = LeastSquares.empty(1, 6, 3)
+    for part in range(0, 50, 10):
+        sums.add(x[:, :, part : part + 10], y[:, :, part : part + 10])
+    solution = sums.solve(torch.zeros(1, 3, 7), constant, ridge=1e-12)[0].numpy()
+    design = np.concatenate([x[0].numpy(), np.ones((1, 50))])[: 7 if constant else 6].T
+    expected = np.linalg.lstsq(design, y[0].numpy().T, rcond=None)[0].T
+    np.testing.assert_allclose(solution[:, : design.shape[1]], expected, atol=1e-6)
+    error = ((y[0].numpy() - expected @ design.T) ** 2).sum()
+    assert sums.error(torch.from_numpy(solution)[None]) == pytest.approx(error)
+
+
+def test_a_strong_ridge_gives_back_the_prior() -> None:
+    sums = LeastSquares.empty(1, 4, 2)
+    sums.add(torch.randn(1, 4, 30), torch.randn(1, 2, 30))
+    prior = torch.randn(1, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(sums.solve(prior, True, ridge=1e9)[:, :, :4], prior[:, :, :4], atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    sums = LeastSquares.empty(1, 4, 2)
+    sums.add(torch.zeros(1, 4, 30), torch.ones(1, 2, 30))
+    solution: Tensor = sums.solve(torch.zeros(1, 2, 5, dtype=torch.float64), True, ridge=1e-4)
+    assert bool(torch.isfinite(solution).all())
+    torch.testing.assert_close(solution[0, :, 4], torch.ones(2, dtype=torch.float64))
+
+
+class Block(nn.Module):
+    """A residual block whose skip connection has weights of its own."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(3, 4, 1, bias=not norm)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return (self.norm(self.conv(x)) + self.skip(x)).relu()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_is_repeated_is_the_sum_with_the_skip_connection(norm: bool) -> None:
+    torch.manual_seed(0)
+    dense = Block(norm)
+    for _ in range(3):
+        dense(torch.randn(64, 3, 5, 5))  # running statistics
+    dense.eval()
+    model = copy.deepcopy(dense)
+    x = torch.randn(16, 3, 5, 5)
+    with torch.no_grad():
+        model.skip.weight[0] = 0.0  # what went wrong beside the layer
+        if norm:
+            dense.norm.weight.uniform_(-2, 2)
+            model.norm.load_state_dict(dense.norm.state_dict())
+            model.norm.running_var.mul_(1.7)  # as a re-estimation might leave it
+            model.norm.running_mean.add_(0.3)
+        Refitting(dense, model, [x[:8], x[8:]], ridge=1e-9).refit("conv", "norm" if norm else None, None)
+        inputs = x.relu().transpose(0, 1).flatten(1).double().numpy()
+        total = (dense.norm(dense.conv(x.relu())) + dense.skip(x.relu())).transpose(0, 1).flatten(1).double().numpy()
+        beside = model.skip(x.relu()).transpose(0, 1).flatten(1).double().numpy()
+        found = model.norm(model.conv(x.relu())).transpose(0, 1).flatten(1).double().numpy()
+    design = np.concatenate([inputs, np.ones((1, inputs.shape[1]))]).T
+    best = design @ np.linalg.lstsq(design, (total - beside).T, rcond=None)[0]
+    np.testing.assert_allclose(found, best.T, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["plus", "in place", "function", "method", "reversed"])
+def test_the_other_summand_is_found_however_the_sum_is_written(kind: str) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, other = self.layer(x), x * 2
+            match kind:
+                case "plus":
+                    return y + other
+                case "in place":
+                    y += other
+                    return y
+                case "function":
+                    return torch.add(y, other)
+                case "method":
+                    return y.add(other)
+            return other + y
+
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        beside = passage(Sum(), "layer", x, "layer").beside
+    assert beside is not None
+    torch.testing.assert_close(beside, x * 2)
+
+
+def test_without_a_sum_there_is_nothing_beside() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with torch.no_grad():
+        found = passage(model, "0", torch.ones(2, 3), "0")
+    assert found.beside is None
+    assert found.output.shape == (2, 3)
+    assert not model[0]._forward_hooks
+
+
+def test_a_norm_that_switches_a_channel_off_is_left_alone() -> None:
+    dense = Block(True).eval()
+    with torch.no_grad():
+        dense.norm.weight[1] = 0.0
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.skip.weight.zero_()
+        Refitting(dense, model, [torch.randn(8, 3, 5, 5)], ridge=1e-4).refit("conv", "norm", None)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+def test_an_empty_loader_is_an_error() -> None:
+    model = Block(False).eval()
+    with pytest.raises(CalibrationError, match="yielded no inputs"):
+        Refitting(copy.deepcopy(model), model, [], ridge=1e-4).refit("conv", None, None)
