@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nns_plugin import Statistics, calibrate
 from nns_plugin.adapters.onnxruntime import Comparison, SessionMemory, compare, export
-from nns_plugin.adapters.torch_pruning import compensated_step, count_operations
+from nns_plugin.adapters.torch_pruning import compensated_step, count_macs
 from nns_plugin.adapters.torch_pruning.graph import unit_groups
 
 ROUNDINGS = (1, 8, 16)
@@ -78,7 +78,7 @@ def main() -> None:
                 seed=options.seed,
             )  # fmt: skip
             widths = [module.out_channels for module in small.modules() if isinstance(module, nn.Conv2d)]
-            before, after = (count_operations(model, inputs[:1])[0] for model in (dense, small))
+            before, after = (count_macs(model, inputs[:1])[0] for model in (dense, small))
             found[rounding] = Deployed(before / after, widths, comparison)
     show(found, options)
 
@@ -108,12 +108,12 @@ def pruned(dense: ResNet20, statistics: Statistics, loader: list[Tensor], roundi
 def nearest_ratio(make: Make, dense: nn.Module, example: Tensor) -> float:
     """The smallest ratio that comes within NEAR of SPEED_UP, else the one that comes nearest, of all in small steps."""
 
-    whole, _ = count_operations(dense, example)
+    whole, _ = count_macs(dense, example)
 
     def distance(ratio: float) -> float:
         small = copy.deepcopy(dense)
         make(small, ratio).step()
-        return abs(whole / count_operations(small, example)[0] - SPEED_UP)
+        return abs(whole / count_macs(small, example)[0] - SPEED_UP)
 
     ratios = [step / RATIO_STEPS for step in range(1, RATIO_STEPS)]
     return min(tqdm(ratios, desc="searching the ratio", leave=False), key=lambda ratio: max(NEAR, distance(ratio)))

@@ -1,8 +1,8 @@
-"""The seeds' tables: distinctiveness and mean-weight threshold in the circle of training, pruning and fine-tuning.
+"""The seeds' tables: distinctiveness and mean-weight threshold in the iterative of training, pruning and fine-tuning.
 
 Waveform with 40 and 21 attributes (50 sigmoid hidden units), 32x32 cats against dogs (two convolutions and a hidden
 layer), and the other seed's two nets on data that comes with scikit-learn, since its own is not public. Every variant
-gets the same networks, data, and epochs; test data decides nothing: the circle judges by a validation share of the
+gets the same networks, data, and epochs; test data decides nothing: the iterative judges by a validation share of the
 training data. Published numbers stand beside ours. Mean and standard deviation over seeds.
 """
 
@@ -33,9 +33,9 @@ from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
 from nns_plugin.adapters.torch_pruning.compensated import compensated_removal
 from nns_plugin.adapters.torch_pruning.graph import build_graph, graph_groups, resolve_layers
 from nns_plugin.adapters.torch_pruning.removals import removals_of
-from nns_plugin.backends import Compensation
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.criteria import Distinctiveness, MeanWeight, score_groups
-from nns_plugin.jobs.iterative import train_prune_circle
+from nns_plugin.jobs.iterative import prune_iteratively
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics.statistics import Statistics
@@ -46,7 +46,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and labels: of training, of validation (the circle's judge) and of the test."""
+    """Inputs and labels: of training, of validation (the iterative's judge) and of the test."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -194,12 +194,12 @@ def outcome(task: Task, pretrained: nn.Module, step: Prune, max_rounds: int, max
     def evaluate(model: nn.Module) -> float:
         return accuracy(model.eval(), *task.split.validation) / 100
 
-    circle = train_prune_circle(
+    iterative = prune_iteratively(
         pretrained, step, train, evaluate, pretrain=False, max_drop=max_drop, max_rounds=max_rounds
     )
-    before, after = (accuracy(model.eval(), *task.split.test) for model in (pretrained, circle.model))
+    before, after = (accuracy(model.eval(), *task.split.test) for model in (pretrained, iterative.model))
     return Outcome(
-        before, after, sum(turn.accepted for turn in circle.rounds), removed_shares(pretrained, circle.model)
+        before, after, sum(turn.accepted for turn in iterative.rounds), removed_shares(pretrained, iterative.model)
     )
 
 
@@ -278,7 +278,7 @@ def compare(
 FIRST_RULE = AngleRule(15, 165, "one")
 WORDS_RULE, CODE_RULE = AngleRule(15, 165, "both"), AngleRule(15, 180)
 DISTINCTIVENESS, THRESHOLD = "distinctiveness (the seed's)", "mean-weight threshold (the seed's)"
-OURS, CIRCLE, REGRESSION = "span + refit (ours)", "span + refit, circle (ours)", "logistic regression"
+OURS, CIRCLE, REGRESSION = "span + refit (ours)", "span + refit, iterative (ours)", "logistic regression"
 
 
 def waveform(data_dir: Path, seeds: list[int]) -> None:

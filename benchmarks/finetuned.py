@@ -1,7 +1,7 @@
 """Accuracy after two epochs of fine-tuning: the shared ResNet-20 at 2.1x fewer operations, per importance.
 
 Importances rank the units of all groups together, at the ratio that reaches the speed-up. torch-pruning's get batch
-norms re-estimated after removal, ours its compensation as well; then all are trained with the same schedule, data order
+norms recalibrated after removal, ours its compensation as well; then all are trained with the same schedule, data order
 and seed. Test accuracy before and after.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import calibrate
-from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step, count_operations
+from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step, count_macs
 from nns_plugin.adapters.torch_pruning.graph import unit_groups
 
 SPEED_UP, EPOCHS, RATE, MOMENTUM, DECAY, BATCH = 2.1, 2, 0.05, 0.9, 5e-4, 128
@@ -48,7 +48,7 @@ def main() -> None:
             before = accuracy(pruned, *test)
             torch.manual_seed(seed)
             fine_tune(pruned, images, labels, name)
-            speed_up = count_operations(model, images[:1])[0] / count_operations(pruned, images[:1])[0]
+            speed_up = count_macs(model, images[:1])[0] / count_macs(pruned, images[:1])[0]
             rows.setdefault(name, []).append((before, accuracy(pruned, *test), speed_up))
             print(f"seed {seed}, {name}: {before:.2f} -> {rows[name][-1][1]:.2f} at {speed_up:.2f}x", flush=True)
     show(rows, accuracy(model, *test))
@@ -62,7 +62,7 @@ def candidates(
     statistics = calibrate(dense, loader, unit_groups(dense, inputs[:2], ["fc"]), gram=True)
     source = copy.deepcopy(dense)
     importances = {name: (found, source) for name, found in host_importances(source, inputs, labels).items()}
-    importances[BALANCED] = DistinctivenessImportance.for_operations(dense, example, loader, statistics), dense
+    importances[BALANCED] = DistinctivenessImportance.for_macs(dense, example, loader, statistics), dense
     pruned = []
     for name, found in importances.items():
         if wanted is None or name in wanted:

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from nns_plugin import Statistics, Subnet, calibrate
 from nns_plugin.adapters.onnxruntime import export, measure_latency
-from nns_plugin.adapters.torch_pruning import count_operations
+from nns_plugin.adapters.torch_pruning import count_macs
 from nns_plugin.adapters.torch_pruning.graph import unit_groups
 from nns_plugin.evaluation.evaluation import evaluate, predict
 from nns_plugin.jobs.accuracy_search import drop_bound
@@ -157,13 +157,13 @@ def mnist(data_dir: Path, net: str, seeds: Sequence[int]) -> None:
             for chosen in tqdm(sets, desc=f"{net}, seed {seed}, sets of {size}", leave=False):
                 dense.setdefault(size, []).append(judged(logits, truth, range(LABELS), chosen))
                 for (name, method), kept in itertools.product(METHODS.items(), KEPT):
-                    subnet = cut(model, calibration, statistics, chosen, kept, method, across)
+                    subnet = extraction(model, calibration, statistics, chosen, kept, method, across)
                     small = subnet.mask(model) if method.masked else subnet.materialise(make)
                     outputs = range(LABELS) if method.masked else subnet.outputs
                     value = judged(*predict(small, test), outputs, chosen)
                     found.setdefault((name, size, kept), []).append(value)
     show_mnist(net, found, dense, len(seeds))
-    every = [(kept, cut(model, calibration, statistics, [3], kept, METHODS[OURS], across)) for kept in KEPT]
+    every = [(kept, extraction(model, calibration, statistics, [3], kept, METHODS[OURS], across)) for kept in KEPT]
     show_files({f"{net}, label 3, {kept} of 100 units": stored(subnet) for kept, subnet in every})
 
 
@@ -196,7 +196,7 @@ def show_files(files: dict[str, tuple[int, int, float]]) -> None:
     )
 
 
-def cut(
+def extraction(
     model: nn.Module, loader: Loader, statistics: Statistics, chosen: list[int], kept: int, method: Method, across: bool
 ) -> Subnet:
     """A subnet of a number of the 100 units; fewer are asked for where groups that keep one at least add some."""
@@ -207,7 +207,7 @@ def cut(
             loader,
             labels=chosen,
             ratio=1 - asked / 100,
-            across_groups=across,
+            global_pruning=across,
             statistics=statistics,
             **method.options,
         )
@@ -330,7 +330,7 @@ def smallest(
             calibration,
             labels=chosen,
             criterion="distinctiveness",
-            across_groups=True,
+            global_pruning=True,
             calibrate_head=True,
             validation=validation,
             statistics=statistics,
@@ -397,8 +397,8 @@ def measured(
     name: str, chosen: list[int], small: nn.Module, before: float, after: float, dense: nn.Module
 ) -> list[str]:
     example = torch.randn(2, 3, 32, 32)
-    macs, parameters = count_operations(small, example)
-    dense_macs, dense_parameters = count_operations(dense, example)
+    macs, parameters = count_macs(small, example)
+    dense_macs, dense_parameters = count_macs(dense, example)
     with tempfile.TemporaryDirectory() as folder:
         paths = {part: Path(folder) / f"{part}.onnx" for part in ("baseline", "candidate")}
         export(copy.deepcopy(dense), example, paths["baseline"])

@@ -28,7 +28,7 @@ from nns_plugin.adapters.torch_pruning import (
     DistinctivenessImportance,
     MeanWeightImportance,
     compensated_step,
-    count_operations,
+    count_macs,
 )
 from nns_plugin.adapters.torch_pruning.graph import unit_groups
 from nns_plugin.jobs.training import train_classifier
@@ -111,7 +111,7 @@ def compared(
     importances["pairwise (ours)"] = DistinctivenessImportance(statistics), dense
     importances[SPAN] = DistinctivenessImportance(statistics, mode="span"), dense
     if across:
-        importances[BALANCED] = DistinctivenessImportance.for_operations(dense, example, loader, statistics), dense
+        importances[BALANCED] = DistinctivenessImportance.for_macs(dense, example, loader, statistics), dense
     rows = []
     bar = tqdm([name for name in importances if wanted is None or name in wanted], leave=False)
     for name in bar:
@@ -124,7 +124,7 @@ def compared(
                 smaller = copy.deepcopy(dense)
                 compensated_step(make(smaller, ratio), statistics, method=method, loader=loader)
                 accuracies.append(accuracy(smaller, *test))
-                speed_ups.append(count_operations(dense, example)[0] / count_operations(smaller, example)[0])
+                speed_ups.append(count_macs(dense, example)[0] / count_macs(smaller, example)[0])
             rows.append((name, method, accuracies, speed_ups))
     return rows
 

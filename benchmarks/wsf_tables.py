@@ -122,8 +122,8 @@ def xor_loss(model: nn.Module) -> Tensor:
 
 def exchange_idle(model: nn.Module) -> None:
     """Exchange synapses of hidden units that read no input or that nothing reads."""
-    (first, writer), (second, reader) = linear(model).items()
-    written, read = synapse_mask(writer), synapse_mask(reader)
+    (first, producer), (second, consumer) = linear(model).items()
+    written, read = synapse_mask(producer), synapse_mask(consumer)
     whole = written.any(1) & read[0]
     idle = int(written[~whole].sum()) + int(read[:, ~whole].sum())
     if idle and bool(whole.any()):
@@ -227,7 +227,7 @@ def stage(
     for step in range(1, steps + 1):
         now = synapses_left(model)
         target = round(before * (left / before) ** (step / steps))
-        prune_synapses(model, scores(model), amount=now - target, across_layers=True)
+        prune_synapses(model, scores(model), amount=now - target, global_pruning=True)
         train(model, images, labels, epochs, shifted)
     for turn in range(rounds):
         if exchanges:

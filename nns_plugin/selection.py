@@ -16,7 +16,7 @@ Complement = Literal["one", "both"]
 
 
 def keep_by_ratio(
-    scores: Mapping[str, Tensor], ratio: float, *, round_to: int = 1, across_groups: bool = False
+    scores: Mapping[str, Tensor], ratio: float, *, round_to: int = 1, global_pruning: bool = False
 ) -> dict[str, Tensor]:
     """Remove the given share of units, lowest scores first.
 
@@ -24,7 +24,7 @@ def keep_by_ratio(
         scores: For each group ``[U]`` scores.
         ratio: Share of units to remove, in [0, 1).
         round_to: Keep a multiple of this many units in each group, rounding up where the group is large enough.
-        across_groups: Rank the units of all groups together instead of removing the share from each group.
+        global_pruning: Rank the units of all groups together instead of removing the share from each group.
 
     Returns:
         For each group the kept units, ``[k]`` int64 ascending, at least one. Of equal scores, lower units stay.
@@ -40,7 +40,7 @@ def keep_by_ratio(
         raise SelectionError(f"ratio is {ratio}; it must be in [0, 1), the share of units to remove")
     _check(scores, round_to)
     counts = {name: value.numel() - _share(value.numel(), ratio) for name, value in scores.items()}
-    if across_groups and scores:
+    if global_pruning and scores:
         owners = torch.cat([torch.full((value.numel(),), i) for i, value in enumerate(scores.values())])
         joined = torch.cat(list(scores.values()))
         kept = _best(joined, joined.numel() - _share(joined.numel(), ratio))

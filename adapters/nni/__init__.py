@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("nni", "nni") from error
 
-from nns_plugin.adapters.nni.backend import NNIFallbackWarning, NNISurgery, kept_by_masks
+from nns_plugin.adapters.nni.backend import NNIBackend, NNIFallbackWarning, kept_by_masks
 from nns_plugin.adapters.nni.criterion_pruner import CriterionPruner
 from nns_plugin.adapters.nni.dependency_groups import UngroupedLayersWarning, with_dependency_groups
 from nns_plugin.adapters.nni.masked_removal import MaskedUnits
@@ -28,8 +28,8 @@ __all__ = [
     "DistinctivenessPruner",
     "MaskedUnits",
     "MeanWeightPruner",
+    "NNIBackend",
     "NNIFallbackWarning",
-    "NNISurgery",
     "SemanticPruner",
     "Speedup",
     "SwitcherPruner",

@@ -14,11 +14,11 @@ from nns_plugin.adapters.nni.dependency_groups import with_dependency_groups
 from nns_plugin.adapters.nni.masked_removal import masked_copy, outputs_of, resolve_masks
 from nns_plugin.adapters.nni.masked_speedup import graft, removed_by_nni
 from nns_plugin.adapters.nni.masks import silencing_masks
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
-from nns_plugin.backends import Compensation
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.criteria.contract import Criterion
-from nns_plugin.models.batch_norms import reestimate_batch_norms
+from nns_plugin.models.batch_norms import recalibrate_batch_norms
 from nns_plugin.models.preserve import copied
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup
@@ -30,8 +30,8 @@ class NNIFallbackWarning(UserWarning):
     """NNI could not remove units; torch-pruning did."""
 
 
-class NNISurgery(TorchPruningSurgery):
-    """A model whose units NNI removes where it can; see :class:`nns_plugin.backends.Surgery`.
+class NNIBackend(TorchPruningBackend):
+    """A model whose units NNI removes where it can; see :class:`nns_plugin.backends.TracedModel`.
 
     Groups and compensation are those of torch-pruning: NNI has neither.
     """
@@ -68,9 +68,9 @@ class NNISurgery(TorchPruningSurgery):
             return
         how.check(loader)
         self.keep(groups, kept)
-        if how.reestimate and loader is not None:
+        if how.recalibrate_batch_norms and loader is not None:
             with torch.no_grad():
-                reestimate_batch_norms(self.model, loader)
+                recalibrate_batch_norms(self.model, loader)
 
 
 def kept_by_masks(

@@ -18,16 +18,16 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nns_plugin.adapters.nni.global_groups import Metrics, Spaces, changed, decided_globally
-from nns_plugin.adapters.nni.masks import apply_masks, masked_units, out_axis, silencing_masks, spread
+from nns_plugin.adapters.nni.masks import apply_masks, masked_units, silencing_masks
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped, held_masks, plain_copy, wrappers_of
 from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.criteria.ties import separate_ties
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
 from nns_plugin.models.inputs import run_model
+from nns_plugin.models.layers import axis_length, out_axis, rows_of, spread
 from nns_plugin.models.preserve import preserved
-from nns_plugin.models.producers import rows_of
-from nns_plugin.statistics.calibration import axis_length, calibrate
+from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
 
 ADVICE = "pass calibration=loader, so that they are collected anew whenever masks are made"

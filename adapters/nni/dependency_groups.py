@@ -13,12 +13,10 @@ from nni.compression.base.config import select_modules_by_config, trans_legacy_c
 from nni.compression.base.setting import PruningSetting, canonicalize_settings
 from torch import Tensor, nn
 
-from nns_plugin.adapters.nni.masks import out_axis
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped
 from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups
 from nns_plugin.errors import PruningError
-from nns_plugin.models.layers import Transposed
-from nns_plugin.models.producers import rows_of
+from nns_plugin.models.layers import Transposed, out_axis, rows_of
 from nns_plugin.units import Port
 
 Config = dict[str, Any]
@@ -69,24 +67,24 @@ def with_dependency_groups(
         _with_own_axis(model.get_submodule(name), configs[name], settings[name]["weight"])
     for group in groups:
         found = sorted(ports.get(group.name, ()), key=lambda port: order.index(port.name))
-        writers = {port.name for port in group.producers}
+        producers = {port.name for port in group.producers}
         alike = _alike(model, found)
-        written = [layers for layers in alike if any(layer.name in writers & active for layer in layers)]
+        written = [layers for layers in alike if any(layer.name in producers & active for layer in layers)]
         if len(written) > 1:
             _warn(f"{' and '.join(repr(layers[0].name) for layers in written)} write the same units at other positions")
         missing = [port.name for port in group.producers if port.name not in configs]
-        if missing and writers & active:
-            first = min(writers & active, key=order.index)
+        if missing and producers & active:
+            first = min(producers & active, key=order.index)
             _warn(f"{first!r} shares its units with {', '.join(missing)}, which the config list leaves out")
         for layers in alike:
             chosen = [layer for layer in layers if layer.name in active]
             if not chosen:
                 continue
-            leader = next((layer for layer in chosen if layer.name in writers), chosen[0])
+            leader = next((layer for layer in chosen if layer.name in producers), chosen[0])
             members = [leader] + [
                 layer
                 for layer in chosen
-                if layer is not leader and layer.name in writers and layer.shape == leader.shape
+                if layer is not leader and layer.name in producers and layer.shape == leader.shape
             ]
             split = [layer.name for layer in chosen if settings[layer.name]["weight"].get("granularity") not in WHOLE]
             if split:

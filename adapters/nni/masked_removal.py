@@ -20,8 +20,8 @@ from nns_plugin.adapters.nni.masks import (
 from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups, groups_with_parameters
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import run_model, tensors_of
+from nns_plugin.models.layers import axis_length
 from nns_plugin.models.preserve import copied, preserved
-from nns_plugin.statistics.calibration import axis_length
 from nns_plugin.units import Port, UnitGroup, removed_positions
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics are of other units as well

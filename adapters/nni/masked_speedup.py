@@ -24,8 +24,8 @@ from nns_plugin.adapters.nni.masked_removal import (
 )
 from nns_plugin.adapters.nni.masks import Masks
 from nns_plugin.adapters.nni.wrappers import check_unwrapped
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
-from nns_plugin.backends import Compensation, Method
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
+from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.errors import PruningError, StaleStatisticsError
 from nns_plugin.models.inputs import map_tensors
 from nns_plugin.models.preserve import copied, preserved_rng
@@ -123,7 +123,7 @@ def speedup(
     if planned.exempt and how is None:  # all but those have to be exact
         partial = copied(masked)
         rest = {name: kept for name, kept in planned.kept.items() if name not in planned.exempt}
-        TorchPruningSurgery(partial, example_inputs).keep(planned.groups, rest)
+        TorchPruningBackend(partial, example_inputs).keep(planned.groups, rest)
         comparable = largest_error(expected, outputs_of(partial, example_inputs))
     if how is None and not comparable <= tolerance:
         raise PruningError(
@@ -145,7 +145,7 @@ def _by_torch_pruning(
 ) -> nn.Module:
     if how is None:
         small = copied(masked)
-        TorchPruningSurgery(small, example_inputs).keep(planned.groups, planned.kept)
+        TorchPruningBackend(small, example_inputs).keep(planned.groups, planned.kept)
         return small
     # What goes is alive when the others learn to take over.
     stays = {
@@ -156,8 +156,8 @@ def _by_torch_pruning(
     if statistics is None:
         assert calibration is not None
         statistics = calibrate(small, calibration, planned.groups, gram=True)
-    surgery = TorchPruningSurgery(small, example_inputs)
-    surgery.keep_and_compensate(planned.groups, planned.kept, statistics, how, calibration)
+    traced = TorchPruningBackend(small, example_inputs)
+    traced.keep_and_compensate(planned.groups, planned.kept, statistics, how, calibration)
     return small
 
 

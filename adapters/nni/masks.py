@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Convolution, Transposed
-from nns_plugin.models.producers import rows_of
+from nns_plugin.models.layers import rows_of, spread
 from nns_plugin.units import Port, UnitGroup
 
 Masks = Mapping[str, Mapping[str, Tensor | None]]
@@ -86,28 +85,3 @@ def silencing_masks(
                 rows[gone] = False
                 mask &= spread(module, rows, "out", value.shape) if target == "weight" else rows
     return found
-
-
-def out_axis(module: nn.Module) -> int:
-    """The axis of a module's weight that counts its out-positions."""
-    return int(isinstance(module, nn.Embedding) or (isinstance(module, Transposed) and module.groups == 1))
-
-
-def spread(module: nn.Module, values: Tensor, side: str, shape: Sequence[int]) -> Tensor:
-    """Values of a layer's positions, at each of its weights.
-
-    Args:
-        module: Says how its weight is laid out.
-        values: ``[n]``, one for each position on the side.
-        side: ``"out"`` or ``"in"``.
-        shape: Of the weight.
-    """
-    if len(shape) == 1:
-        return values
-    groups = module.groups if isinstance(module, Convolution) else 1
-    along_first = (side == "out") != isinstance(module, (Transposed, nn.Embedding))
-    if along_first:
-        table = values[:, None].expand(-1, shape[1])
-    else:  # rows of one group of a convolution see the positions of that group
-        table = values.reshape(groups, 1, -1).expand(groups, shape[0] // groups, -1).flatten(0, 1)
-    return table.reshape(*table.shape, *[1] * (len(shape) - 2)).expand(*shape)

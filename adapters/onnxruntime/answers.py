@@ -15,7 +15,7 @@ from nns_plugin.adapters.onnxruntime.file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnxruntime.session import create_session, run_session
 from nns_plugin.errors import ExportError, LabelError
 from nns_plugin.evaluation.parity import Comparing, Kind, ParityReport
-from nns_plugin.subnets.head import OTHER
+from nns_plugin.labels import OTHER
 
 KIND: Kind = "dense against pruned"
 CHUNK = 64

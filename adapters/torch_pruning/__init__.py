@@ -8,7 +8,7 @@ from nns_plugin.adapters.torch_pruning.importances import (
     SwitcherImportance,
     WSFImportance,
     compensated_step,
-    count_operations,
+    count_macs,
     install,
     uninstall,
 )
@@ -21,7 +21,7 @@ __all__ = [
     "SwitcherImportance",
     "WSFImportance",
     "compensated_step",
-    "count_operations",
+    "count_macs",
     "install",
     "uninstall",
 ]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from nns_plugin.adapters.torch_pruning.compensated import check_current, compensated_removal
 from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.removals import removals_of
-from nns_plugin.backends import Compensation
 from nns_plugin.compensation.least_squares import Merge
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import survivors_of
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Vectors
 from nns_plugin.errors import PruningError
@@ -49,7 +49,7 @@ def prune_by_angle(
     merge: Merge = "scaled",
     groups: Sequence[str] | None = None,
     loader: Iterable[Any] | None = None,
-    reestimate: bool = True,
+    recalibrate_batch_norms: bool = True,
 ) -> AnglePruning:
     """Remove redundant units by the angles between their vectors, and merge them into those that stay.
 
@@ -63,8 +63,8 @@ def prune_by_angle(
         merge: How a survivor takes over: ``"none"``, ``"add"`` (the removed unit's outgoing weights are added to its
             own) or ``"scaled"`` (exact for a pair whose centred vectors are parallel).
         groups: Names of the groups to prune; all of the statistics' by default.
-        loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are re-estimated.
-        reestimate: Whether to do so.
+        loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are recalibrated.
+        recalibrate_batch_norms: Whether to do so.
 
     Raises:
         PruningError: If an option is unknown.
@@ -102,7 +102,7 @@ def prune_by_angle(
         graph,
         removals_of(graph, chosen, kept),
         statistics,
-        Compensation("merge", reestimate=reestimate),
+        Compensation("merge", recalibrate_batch_norms=recalibrate_batch_norms),
         loader,
         survivors=survivors_of(statistics, chosen, selections, merge, center),
     )

@@ -18,14 +18,14 @@ from nns_plugin.adapters.torch_pruning.graph import (
     sound_groups,
 )
 from nns_plugin.adapters.torch_pruning.removals import removals_of, restored_on_failure
-from nns_plugin.backends import Compensation
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup
 
 
-class TorchPruningSurgery:
-    """A model traced by torch-pruning; see :class:`nns_plugin.backends.Surgery`."""
+class TorchPruningBackend:
+    """A model traced by torch-pruning; see :class:`nns_plugin.backends.TracedModel`."""
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self._model = model

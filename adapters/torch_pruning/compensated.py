@@ -14,27 +14,25 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.torch_pruning.removals import (
     Removal,
+    consumers_of,
     kept_outputs,
     kept_units,
     planned_removals,
-    readers_of,
     removed_channels,
     restored_on_failure,
 )
-from nns_plugin.backends import Compensation, Method, Recalibrate
 from nns_plugin.compensation.group_mixing import GroupMixing
+from nns_plugin.compensation.options import Compensation, Method, Recalibrate
 from nns_plugin.compensation.plans import ChannelMethod, Plan, apply_plan, plan_removal, worse_than_nothing
 from nns_plugin.compensation.refit import Refitting
 from nns_plugin.compensation.survivors import Survivors
-from nns_plugin.compensation.unfolding import weight_matrix
 from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.models.activations import execution_order
-from nns_plugin.models.batch_norms import reestimate_batch_norms
+from nns_plugin.models.batch_norms import recalibrate_batch_norms
 from nns_plugin.models.fingerprint import difference, fingerprint
 from nns_plugin.models.inputs import device_of, first_inputs, run_model, to_device
-from nns_plugin.models.layers import Convolution, has_bias
+from nns_plugin.models.layers import Convolution, axis_length, has_bias, weight_matrix
 from nns_plugin.models.preserve import copied, in_evaluation, preserved
-from nns_plugin.statistics.calibration import axis_length
 from nns_plugin.statistics.statistics import Statistics
 
 
@@ -49,7 +47,7 @@ def compensated_step(
     loader: Iterable[Any] | None = None,
     *,
     recalibrate: Recalibrate = "once",
-    reestimate: bool = True,
+    recalibrate_batch_norms: bool = True,
     ridge: float = 1e-4,
     max_unfolded: int = 8192,
     progress: bool = False,
@@ -67,13 +65,13 @@ def compensated_step(
             finds the weights with which the pruned model best repeats the dense model's outputs on the loader's
             data. ``"mean"`` puts the removed channels' means into the biases, ``"none"`` does nothing.
         loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time. Needed by ``"refit"`` and
-            ``recalibrate="each_group"``; with one, batch norms are re-estimated, and where a kernel spans several
+            ``recalibrate="each_group"``; with one, batch norms are recalibrated, and where a kernel spans several
             positions ``"least_squares"`` is only used if it is better than nothing on this data.
         recalibrate: ``"each_group"`` observes the model anew before each group, so that later consumers see what
             their inputs have become.
-        reestimate: Whether to re-estimate batch norms after removal. ``"refit"`` gives the norms behind the layers
-            that it refits the dense model's statistics in either case, and re-estimates the others only where it has
-            to leave a reader out.
+        recalibrate_batch_norms: Whether to recalibrate batch norms after removal. ``"refit"`` gives norms behind the
+            layers that it refits the dense model's statistics in either case, and recalibrates the others only where
+            it has to leave a consumer out.
         ridge: Of ``"refit"``: pull towards the weights before it, relative to the inputs' energy.
         max_unfolded: Of ``"refit"``: a consumer whose input unfolds to more rows keeps its least-squares weights.
         progress: Whether to show progress bars.
@@ -86,7 +84,7 @@ def compensated_step(
             the pruner are as they were.
         StaleStatisticsError: If the statistics do not belong to the model.
     """
-    how = Compensation(method, recalibrate, reestimate, ridge, max_unfolded)
+    how = Compensation(method, recalibrate, recalibrate_batch_norms, ridge, max_unfolded)
     how.check(loader)
     known = _followed(pruner, statistics)
     steps_before = pruner.current_step
@@ -173,8 +171,8 @@ def compensated_removal(
             statistics = statistics.narrow(kept_units(removals, statistics))
         if how.method == "refit" and dense is not None and loader is not None:
             _refit(graph, dense, removals, how, loader, progress)
-        elif how.reestimate:
-            _reestimate(model, loader)
+        elif how.recalibrate_batch_norms:
+            _recalibrate_batch_norms(model, loader)
     return statistics
 
 
@@ -196,7 +194,7 @@ def _compensate(
     """Write compensated weights into the still whole consumers; columns that go are left at 0."""
     method: ChannelMethod = how.method if how.method in ("merge", "mean") else "least_squares"
     model, plans, norms = graph.model, {}, {}
-    unseen = sorted(name for name in readers_of(removals) if ("in", name) not in statistics.records)
+    unseen = sorted(name for name in consumers_of(removals) if ("in", name) not in statistics.records)
     if unseen:
         _warn(f"not compensated, the statistics do not cover what they read: {', '.join(unseen)}")
     for name, gone in removed_channels(graph, removals, statistics).items():
@@ -244,11 +242,11 @@ def _not_worth_it(
 def _group_by_group(
     graph: tp.DependencyGraph, dense: nn.Module, removals: Sequence[Removal], statistics: Statistics, loader: Any
 ) -> Statistics:
-    """Remove one group after the other, in the order in which they run, and mix its readers' real inputs anew."""
+    """Remove one group after the other, in the order in which they run, and mix its consumers' real inputs anew."""
     model = graph.model
     example = to_device(first_inputs(loader), device_of(model))
-    writers = {removal.group.name for removal in removals if removal.group is not None}
-    order = {name: place for place, name in enumerate(execution_order(model, writers, example))}
+    producers = {removal.group.name for removal in removals if removal.group is not None}
+    order = {name: place for place, name in enumerate(execution_order(model, producers, example))}
     mixing, narrowed = GroupMixing(dense, model, loader), statistics
     done: list[Removal] = []
     for removal in sorted(removals, key=lambda removal: order.get(removal.group.name, -1) if removal.group else -1):
@@ -257,7 +255,7 @@ def _group_by_group(
         narrowed = narrowed.narrow(kept_units([removal], narrowed))
         kept = kept_outputs(dense, done)
         with in_evaluation(model):
-            for name, calls in execution_order(model, readers_of([removal]), example).items():
+            for name, calls in execution_order(model, consumers_of([removal]), example).items():
                 if ("in", name) not in narrowed.records or calls > 1:
                     _warn(f"{name!r} is left at plain removal: it was not observed, or runs {calls} times in a forward")
                     continue
@@ -280,7 +278,7 @@ def _refit(
 ) -> None:
     """Refit all consumers of what was removed, in the order in which they run."""
     model = graph.model
-    names = readers_of(removals)
+    names = consumers_of(removals)
     kept = kept_outputs(dense, removals)
     left_out = _left_out(model, names, how, loader)
     for name in names - left_out.keys():
@@ -289,9 +287,9 @@ def _refit(
     for name, reason in sorted(left_out.items()):
         _warn(f"{name!r} is not refitted, it keeps the weights that least squares gave it: {reason}")
     unread = any(removal.group is None or not removal.group.consumers for removal in removals)
-    if how.reestimate and (left_out or unread):
+    if how.recalibrate_batch_norms and (left_out or unread):
         # What is refitted repeats the dense model's outputs, and its norm gets their statistics; the rest does not.
-        reestimate_batch_norms(model, loader)
+        recalibrate_batch_norms(model, loader)
     example = to_device(first_inputs(loader), device_of(model))
     modules = {module: name for name, module in model.named_modules()}
     refitting = Refitting(dense, model, loader, how.ridge)
@@ -323,13 +321,13 @@ def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader:
     return reasons
 
 
-def _reestimate(model: nn.Module, loader: Iterable[Any] | None) -> None:
+def _recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any] | None) -> None:
     if loader is not None:
-        reestimate_batch_norms(model, loader)
+        recalibrate_batch_norms(model, loader)
     elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         _warn(
-            "batch norms keep their statistics of the dense model: pass a loader to re-estimate them, or "
-            "reestimate=False"
+            "batch norms keep their statistics of the dense model: pass a loader to recalibrate them, or "
+            "recalibrate_batch_norms=False"
         )
 
 

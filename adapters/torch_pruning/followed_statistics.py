@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.torch_pruning.graph import TracedGroup
 from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.models.fingerprint import difference, fingerprint
-from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.models.layers import axis_length
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup
 

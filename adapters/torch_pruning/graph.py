@@ -12,11 +12,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.checks import misread
-from nns_plugin.adapters.torch_pruning.tracing import TracedGroup, is_reader, name_of, owns, ports_of, trace_group
+from nns_plugin.adapters.torch_pruning.tracing import TracedGroup, is_consumer, name_of, owns, ports_of, trace_group
 from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.models.inputs import device_of, map_tensors, run_model
+from nns_plugin.models.layers import axis_length
 from nns_plugin.models.preserve import preserved
-from nns_plugin.statistics.calibration import axis_length
 from nns_plugin.units import Port, UnitGroup, complement, role_ports
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
@@ -127,7 +127,7 @@ def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> li
     groups = []
     for host_group in _host_groups(graph, ignored):
         if writes_output(host_group):
-            if any(is_reader(graph, item.dep) for item in host_group):
+            if any(is_consumer(graph, item.dep) for item in host_group):
                 name = name_of(graph, host_group[0].dep)
                 _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
             continue
@@ -217,7 +217,7 @@ def writes_output(host_group: tp.dependency.Group) -> bool:
     if shapes:
         # A flattened map has them many times over; a product of two embeddings has contracted them.
         return any(length and length % positions == 0 for shape in shapes for length in shape)
-    if any(is_reader(host_group._DG, item.dep) for item in host_group):
+    if any(is_consumer(host_group._DG, item.dep) for item in host_group):
         return False
     return any(not item.dep.target.outputs for item in host_group)
 

@@ -34,7 +34,7 @@ from nns_plugin.errors import GroupError
 from nns_plugin.models.inputs import device_of
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.calibration import calibrate
-from nns_plugin.statistics.macs import layer_operations, unit_operations
+from nns_plugin.statistics.macs import layer_macs, unit_macs
 from nns_plugin.statistics.sensitivity import output_sensitivity
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.switcher.scaling_factors import Scales
@@ -48,7 +48,7 @@ __all__ = [
     "SwitcherImportance",
     "WSFImportance",
     "compensated_step",
-    "count_operations",
+    "count_macs",
     "install",
     "uninstall",
 ]
@@ -150,7 +150,7 @@ class DistinctivenessImportance(CriterionImportance):
         super().__init__(criterion, FollowedStatistics(statistics))
 
     @classmethod
-    def for_operations(
+    def for_macs(
         cls,
         model: nn.Module,
         example_inputs: Any,
@@ -176,7 +176,7 @@ class DistinctivenessImportance(CriterionImportance):
             statistics = calibrate(model, loader, unit_groups(model, example_inputs), gram=True, **options)
         groups = statistics.groups
         sensitivity = output_sensitivity(model, loader, groups)
-        cost = unit_operations(model, groups, layer_operations(model, example_inputs))
+        cost = unit_macs(model, groups, layer_macs(model, example_inputs))
         return cls(statistics, "span", ridge=ridge, sensitivity=sensitivity, cost=cost)
 
 
@@ -327,7 +327,7 @@ class SwitcherImportance(CriterionImportance):
         super().__init__(Switcher(scales))
 
 
-def count_operations(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
+def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """Multiply-accumulate operations for one input, and parameters, as torch-pruning counts them.
 
     Args:

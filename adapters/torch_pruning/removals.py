@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning, remove_units, trace_group
 from nns_plugin.errors import GroupError, StaleStatisticsError
-from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.models.layers import axis_length
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup, complement
 
@@ -82,7 +82,7 @@ def in_forward_order(graph: tp.DependencyGraph, removals: Sequence[Removal]) -> 
     return sorted(removals, key=lambda removal: order[removal.group.name] if removal.group else -1)
 
 
-def readers_of(removals: Sequence[Removal]) -> set[str]:
+def consumers_of(removals: Sequence[Removal]) -> set[str]:
     """Names of all consumers of the groups that lose units."""
     return {port.name for removal in removals if removal.group is not None for port in removal.group.consumers}
 

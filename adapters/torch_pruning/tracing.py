@@ -14,8 +14,8 @@ from torch_pruning.dependency.index_mapping import _SliceIndexMapping
 from nns_plugin.errors import GroupError
 from nns_plugin.units import Port, UnitGroup, check_group, check_port
 
-READERS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
-WRITERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
+CONSUMERS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +65,10 @@ def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
     links = [link for item in host_group for link in _offset_links(graph, item)]
     unit_of_root = _components(roots, links)
     if any(role == "in" for role, _ in ports) and _unread(ports, unit_of_root):
-        # Only V of a fused q/k/v projection is read: seen from its reader, the triples hang together.
-        links += [link for item in host_group if is_reader(graph, item.dep) for link in _reader_links(host_group, item)]
+        # Only V of a fused q/k/v projection is read: seen from its consumer, the triples hang together.
+        links += [
+            link for item in host_group if is_consumer(graph, item.dep) for link in _consumer_links(host_group, item)
+        ]
         unit_of_root = _components(roots, links)
     return _canonical(graph, ports, unit_of_root, any(_is_attention(item.dep) for item in host_group))
 
@@ -75,7 +77,7 @@ def ports_of(graph: tp.DependencyGraph, item: Any) -> list[tuple[str, Port]]:
     """The ports of one item of a host's group: none for a pass-through, an attention layer writes and reads."""
     dep = item.dep
     module = dep.target.module
-    reads, writes = is_reader(graph, dep), _is_writer(graph, dep)
+    reads, writes = is_consumer(graph, dep), _is_producer(graph, dep)
     if isinstance(module, nn.LSTM) and graph.is_out_channel_pruning_fn(dep.handler):
         raise GroupError("torch-pruning cannot remove hidden units of an LSTM")
     length = None
@@ -112,7 +114,7 @@ def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Te
     if isinstance(module, tp.ops._SplitOp):
         whole = sum(module.split_sizes)
     else:
-        whole = (graph.get_in_channels if is_reader(graph, item.dep) else graph.get_out_channels)(item.dep.target)
+        whole = (graph.get_in_channels if is_consumer(graph, item.dep) else graph.get_out_channels)(item.dep.target)
     index, root = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
     if index.numel() != whole:
         raise GroupError(
@@ -123,10 +125,10 @@ def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Te
     return [(by_offset[0].repeat(coupled - 1), by_offset[1:].flatten())]
 
 
-def _reader_links(host_group: tp.dependency.Group, reader: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions that belong to one position of a reader."""
+def _consumer_links(host_group: tp.dependency.Group, consumer: Any) -> list[tuple[Tensor, Tensor]]:
+    """Links between root positions that belong to one position of a consumer."""
     root = host_group[0].dep.target
-    again = host_group._DG.get_pruning_group(reader.dep.target.module, reader.dep.handler, sorted(reader.idxs))
+    again = host_group._DG.get_pruning_group(consumer.dep.target.module, consumer.dep.handler, sorted(consumer.idxs))
     links = []
     for item in again:
         if item.dep.target is root and None not in item.root_idxs:
@@ -205,16 +207,16 @@ def _is_attention(dep: Any) -> bool:
     return isinstance(dep.target.module, nn.MultiheadAttention)
 
 
-def is_reader(graph: tp.DependencyGraph, dep: Any) -> bool:
+def is_consumer(graph: tp.DependencyGraph, dep: Any) -> bool:
     """Whether the target of a dependency loses in positions only."""
     module = dep.target.module
     passes = graph.is_out_channel_pruning_fn(dep.handler)
-    return isinstance(module, READERS) and graph.is_in_channel_pruning_fn(dep.handler) and not passes
+    return isinstance(module, CONSUMERS) and graph.is_in_channel_pruning_fn(dep.handler) and not passes
 
 
-def _is_writer(graph: tp.DependencyGraph, dep: Any) -> bool:
+def _is_producer(graph: tp.DependencyGraph, dep: Any) -> bool:
     module = dep.target.module
-    if not isinstance(module, WRITERS) or not graph.is_out_channel_pruning_fn(dep.handler):
+    if not isinstance(module, PRODUCERS) or not graph.is_out_channel_pruning_fn(dep.handler):
         return False
     return not _is_depthwise(module)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the report needs the extra onnx, other commands do not
     from nns_plugin.environment import Host
     from nns_plugin.jobs.reports import Report
     from nns_plugin.jobs.sweep import Sweep
-    from nns_plugin.subnets.subnet import Trial
+    from nns_plugin.subnets.provenance import Trial
 
 
 def comparison(report: Report) -> Table:

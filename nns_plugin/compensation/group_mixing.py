@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.compensation.plans import add_shift, exceeds
-from nns_plugin.compensation.unfolding import LeastSquares, channel_matrix
 from nns_plugin.models.activations import passage
 from nns_plugin.models.inputs import device_of, parse_batch, to_device
 from nns_plugin.models.layers import (
     Convolution,
+    Layout,
     channel_groups,
+    channel_matrix,
     has_bias,
     padded_positions,
     reading_matrices,
     tap_share,
     write_matrices,
 )
-from nns_plugin.statistics.statistics import Layout
 
 
 @dataclass(frozen=True, eq=False)

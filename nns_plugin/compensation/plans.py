@@ -15,6 +15,7 @@ from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.models.activations import tap
 from nns_plugin.models.inputs import device_of, parse_batch, to_device
 from nns_plugin.models.layers import (
+    Layout,
     add_to_bias,
     channel_groups,
     has_bias,
@@ -25,7 +26,7 @@ from nns_plugin.models.layers import (
 )
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.angles import Center
-from nns_plugin.statistics.statistics import Layout, Record, Statistics
+from nns_plugin.statistics.statistics import Record, Statistics
 from nns_plugin.units import complement
 
 ChannelMethod = Literal["least_squares", "merge", "mean"]

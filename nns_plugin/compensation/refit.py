@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.compensation.unfolding import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
+from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.activations import only_summed, passage
 from nns_plugin.models.inputs import device_of, parse_batch, to_device
-from nns_plugin.models.layers import has_bias
+from nns_plugin.models.layers import has_bias, output_matrix, set_weight_matrix, unfolded, weight_matrix
 
 # A batch norm's channel is taken for switched off under this share of the median factor.
 WEAK = 1e-3

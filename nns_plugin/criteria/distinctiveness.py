@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
+from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError, StaleStatisticsError
 from nns_plugin.models.layers import channel_groups, reading_matrices
-from nns_plugin.models.producers import incoming_weights
 from nns_plugin.selection import AngleRule, AngleSelection, keep_by_angle
 from nns_plugin.statistics.angles import Center, angles, centred, check_center, silent
 from nns_plugin.statistics.statistics import Record, Statistics
@@ -67,17 +67,17 @@ class Distinctiveness:
         statistics: Collected with ``gram=True``; labels are not needed.
         model: The model, whose weights say what is done with the units.
         mode: ``"pairwise"`` scores the angle to the nearest other unit that is left, in degrees (Gedeon).
-            ``"span"`` scores the cumulative output error of the readers in greedy elimination, after optimal
-            compensation by all units that are left and the constant, relative to each reader's output energy.
+            ``"span"`` scores the cumulative output error of the consumers in greedy elimination, after optimal
+            compensation by all units that are left and the constant, relative to each consumer's output energy.
         center: For ``"pairwise"``: ``None``, a number taken off all activations (0.5 for sigmoid units) or
             ``"mean"`` for each unit's own mean.
         vectors: For ``"pairwise"``: ``"activations"``, or ``"weights"`` for the incoming weights.
         ridge: For ``"span"``: added to the diagonals of the Gram matrices, relative to their means.
         sensitivity: For ``"span"``, from :func:`nns_plugin.statistics.sensitivity.output_sensitivity`: errors count by
-            the geometric mean of what they are relative to the reader's output energy and what they move the model's
+            the geometric mean of what they are relative to the consumer's output energy and what they move the model's
             outputs.
         cost: For ``"span"``, by group name: what one unit costs, such as operations from
-            :func:`nns_plugin.statistics.macs.unit_operations`; scores are errors per cost, for ranking across groups.
+            :func:`nns_plugin.statistics.macs.unit_macs`; scores are errors per cost, for ranking across groups.
 
     Raises:
         CriterionError: If an option is unknown, the statistics have no Gram matrices, or a group has no cost.
@@ -115,7 +115,7 @@ class Distinctiveness:
             raise CriterionError("these statistics have no Gram matrices; calibrate with gram=True")
 
     def __call__(self, group: UnitGroup) -> Tensor | None:
-        """Scores ``[U]``; ``None`` if the group has no Gram matrix or, for ``"span"``, no reader."""
+        """Scores ``[U]``; ``None`` if the group has no Gram matrix or, for ``"span"``, no consumer."""
         if self.mode == "span":
             return self._span(group)
         inner = self._products(group)
@@ -244,7 +244,7 @@ def unit_products(record: Record, port: Port, size: int, center: Center) -> Tens
 
 
 def _joined(readings: list[Reading]) -> list[Reading]:
-    """Readings with equal Gram matrices (readers of one tensor) as one, so that it is inverted once."""
+    """Readings with equal Gram matrices (consumers of one tensor) as one, so that it is inverted once."""
     joined: list[Reading] = []
     for reading in readings:
         energy = reading.weight * reading.energy

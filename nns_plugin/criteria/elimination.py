@@ -1,4 +1,4 @@
-"""Greedy elimination: which unit costs its readers least, after the others have taken over, again and again."""
+"""Greedy elimination: which unit costs its consumers least, after the others have taken over, again and again."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tenso
     """Score units by the cumulative error at their turn in greedy elimination.
 
     With A the inverse of the Gram matrix of the units that are left (and the constant), removing unit u costs its
-    reader ``e[u] = |W[:, u]|^2 / A[u, u]`` after optimal compensation; then, with a = A[:, u] / A[u, u], W becomes
-    ``W - W[:, u] a^T`` and A becomes ``A - A[u, u] a a^T``. The unit with the smallest sum over its readers goes
+    consumer ``e[u] = |W[:, u]|^2 / A[u, u]`` after optimal compensation; then, with a = A[:, u] / A[u, u], W becomes
+    ``W - W[:, u] a^T`` and A becomes ``A - A[u, u] a a^T``. The unit with the smallest sum over its consumers goes
     first. Only ``diag(A)``, ``diag(W^T W)`` and the rows of removed units are formed at once; the matrices follow
     every 64 removals, as matrix products, and shrink now and then to the units that are left.
 
@@ -98,7 +98,7 @@ class _State:
         self.energy_diagonal = 2 * self.part.diagonal()
 
     def add_costs(self, cost: Tensor) -> None:
-        """Add this reader's error of removing each unit to ``cost`` ``[U]``."""
+        """Add this consumer's error of removing each unit to ``cost`` ``[U]``."""
         if self.single:
             value = self.energy_diagonal / self.inverse_diagonal.clamp_min(1e-300)
             cost.index_add_(0, self.unit, torch.where(self.alive, self.weight * value.clamp_min(0), 0.0))

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError
-from nns_plugin.models.producers import incoming_weights
 from nns_plugin.units import UnitGroup
 
 Weights = Literal["magnitudes", "values"]

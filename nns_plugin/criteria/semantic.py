@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError, LabelError, StaleStatisticsError
+from nns_plugin.labels import resolve_label
 from nns_plugin.statistics.statistics import Record, Statistics
 from nns_plugin.units import Port, UnitGroup
 
@@ -179,27 +179,6 @@ def by_slot(values: Tensor, record: Record, port: Port, size: int) -> Tensor:
     result = values.new_zeros(values.shape[0], size)
     result[:, port.unit] = values[:, slot]
     return result
-
-
-def resolve_label(label: int | str, names: Sequence[str]) -> int:
-    """Index of a label given by name or by index.
-
-    Raises:
-        LabelError: If there is no such label.
-    """
-    if isinstance(label, str):
-        if label in names:
-            return names.index(label)
-        label = int(label) if label.isdecimal() else label
-    try:
-        index = -1 if isinstance(label, (bool, str)) else operator.index(label)
-    except TypeError:
-        index = -1
-    if 0 <= index < len(names):
-        return index
-    raise LabelError(
-        f"label {label!r} does not exist; expected an index in 0..{len(names) - 1} or one of {', '.join(names)}"
-    )
 
 
 def _check(record: Record, port: Port) -> Record:

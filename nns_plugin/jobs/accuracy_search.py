@@ -14,8 +14,8 @@ from nns_plugin.evaluation.evaluation import drops, evaluate, judged, log_probab
 from nns_plugin.evaluation.intervals import percentile, unseen_share
 from nns_plugin.jobs.recipe import CONFIDENCE
 from nns_plugin.subnets.head import cross_calibrated
-from nns_plugin.subnets.steps import Cut
-from nns_plugin.subnets.subnet import Trial
+from nns_plugin.subnets.provenance import Trial
+from nns_plugin.subnets.steps import Extraction
 
 BISECTIONS = 8
 RESAMPLES = 1000
@@ -47,36 +47,38 @@ class Judge:
         self._confidence, self._calibrated = confidence, calibrated
         self._logits, self._truth = predict(dense, validation)
 
-    def __call__(self, cut: Cut) -> tuple[float, float]:
+    def __call__(self, extraction: Extraction) -> tuple[float, float]:
         """The mean balanced accuracy of a cut, and how far under the dense model's it is at most.
 
         Raises:
             LabelError: If the data has too few inputs of a label, or there is nothing to mistake it for.
         """
         truth, names = self._truth, self._names
-        answers = log_probabilities(predict(cut.model, self._validation, like=truth)[0])
-        if self._calibrated and cut.opens:
-            answers = cross_calibrated(answers, cut.outputs, truth)
-        reached = evaluate(answers, truth, cut.outputs, cut.labels, names).mean_balanced_accuracy
+        answers = log_probabilities(predict(extraction.model, self._validation, like=truth)[0])
+        if self._calibrated and extraction.opens:
+            answers = cross_calibrated(answers, extraction.outputs, truth)
+        reached = evaluate(answers, truth, extraction.outputs, extraction.labels, names).mean_balanced_accuracy
         if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
-        large = judged(self._logits, tuple(range(len(names))), cut.labels, cut.outputs)
+        large = judged(self._logits, tuple(range(len(names))), extraction.labels, extraction.outputs)
         if self._max_drop is not None:
-            _check_inputs(truth, cut.labels, names, self._max_drop, self._confidence)
-        return reached, drop_bound(large, (answers, cut.outputs), truth, cut.labels, names, self._confidence)
+            _check_inputs(truth, extraction.labels, names, self._max_drop, self._confidence)
+        return reached, drop_bound(
+            large, (answers, extraction.outputs), truth, extraction.labels, names, self._confidence
+        )
 
 
 def smallest_within(
     dense: nn.Module,
     keep: Callable[[float], Mapping[str, Tensor]],
-    finish: Callable[[Mapping[str, Tensor]], Cut],
+    finish: Callable[[Mapping[str, Tensor]], Extraction],
     names: Sequence[str],
     validation: Iterable[Any],
     max_drop: float,
     confidence: float = CONFIDENCE,
     calibrated: bool = False,
     progress: bool = False,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """Search the share of units to remove by bisection, and keep the smallest cut that stays within the budget.
 
     The validation data is a sample, and the search is for the smallest subnet that passes on it, which favours one that
@@ -107,11 +109,11 @@ def smallest_within(
     """
     judge = Judge(dense, names, validation, max_drop, confidence, calibrated)
     known: dict[tuple[int, ...], Trial] = {}
-    best: tuple[Trial, Cut] | None = None
+    best: tuple[Trial, Extraction] | None = None
 
-    def trial(share: float, cut: Cut) -> Trial:
-        reached, bound = judge(cut)
-        size = sum(parameter.numel() for parameter in cut.model.parameters())
+    def trial(share: float, extraction: Extraction) -> Trial:
+        reached, bound = judge(extraction)
+        size = sum(parameter.numel() for parameter in extraction.model.parameters())
         return Trial(share, size, reached, bound, bound <= max_drop)
 
     low, high = 0.0, 1.0
@@ -120,10 +122,10 @@ def smallest_within(
         kept = keep(share)
         mark = mark_of(kept)
         if mark not in known:
-            cut = finish(kept)
-            known[mark] = trial(share, cut)
+            extraction = finish(kept)
+            known[mark] = trial(share, extraction)
             if known[mark].within and (best is None or known[mark].parameters <= best[0].parameters):
-                best = known[mark], cut
+                best = known[mark], extraction
         if best is None:
             raise SelectionError(
                 "with all units, balanced accuracy on the validation data drops by at most "

@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
-from nns_plugin.backends import Compensation, Method, Surgeon
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
+from nns_plugin.backends import Backend
+from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.compensation.survivors import Survivors, survivors_of
 from nns_plugin.criteria import find, score_groups
-from nns_plugin.criteria.semantic import resolve_label
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
 from nns_plugin.jobs.accuracy_search import Judge, smallest_within
 from nns_plugin.jobs.data import Datasets
-from nns_plugin.jobs.recipe import CONFIDENCE, CutSection, MeasureSection, Recipe, check_cut
+from nns_plugin.jobs.recipe import CONFIDENCE, ExtractionSection, MeasureSection, Recipe, check_extraction
+from nns_plugin.labels import resolve_label
 from nns_plugin.models.fingerprint import digest, fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device
 from nns_plugin.models.preserve import preserved
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
-from nns_plugin.statistics.macs import layer_operations, unit_operations
+from nns_plugin.statistics.macs import layer_macs, unit_macs
 from nns_plugin.statistics.sensitivity import output_sensitivity
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.steps import Cut, Head, carry_out, prepare
-from nns_plugin.subnets.subnet import Provenance, Subnet, Trial, current_versions
+from nns_plugin.subnets.provenance import Provenance, Trial, current_versions
+from nns_plugin.subnets.steps import Extraction, Head, carry_out, prepare
+from nns_plugin.subnets.subnet import Subnet
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 EVIDENCE = ("statistics", "model", "snapshot")
@@ -50,7 +52,7 @@ def extract_subnet(
     compensation: Method | None = None,
     head: Head | None = None,
     calibrate_head: bool = False,
-    across_groups: bool = False,
+    global_pruning: bool = False,
     round_to: int = 1,
     ignored_layers: Sequence[str] = (),
     validation: Iterable[Any] | None = None,
@@ -80,7 +82,7 @@ def extract_subnet(
             leaves the head as it is.
         calibrate_head: Whether to move the output for everything else so that balanced accuracy is best on the
             validation data, which the dense model's outputs are not: part of a budget may be paid with that.
-        across_groups: Whether to rank the units of all groups together.
+        global_pruning: Whether to rank the units of all groups together.
         round_to: Keep a multiple of this many units in each group.
         ignored_layers: Names of layers whose outputs must stay whole.
         validation: Yields ``(inputs, labels)`` that ``max_balanced_accuracy_drop`` and ``calibrate_head`` go by.
@@ -110,7 +112,7 @@ def extract_subnet(
             raise RecipeError(f"{name} is {value!r}; it must be a list")
     if isinstance(validation, Iterator):
         raise PruningError("validation is an iterator, which yields once; pass something that yields anew")
-    cut_section = check_cut(
+    cut_section = check_extraction(
         labels=None if labels is None else [_plain(label) for label in labels],
         criterion={"name": criterion, "options": dict(options or {})},
         compensation={"method": compensation},
@@ -118,7 +120,7 @@ def extract_subnet(
         zeta=zeta,
         max_balanced_accuracy_drop=max_balanced_accuracy_drop,
         confidence=confidence,
-        across_groups=across_groups,
+        global_pruning=global_pruning,
         round_to=round_to,
         ignored_layers=list(ignored_layers),
         head=head,
@@ -132,7 +134,7 @@ def extract_subnet(
         raise LabelError(
             f"there are {len(numbers)} outputs and the label names {names}; expected one for each, distinct"
         )
-    cut, trials = extract(
+    extraction, trials = extract(
         model,
         example_inputs,
         loader,
@@ -143,7 +145,7 @@ def extract_subnet(
         snapshot=snapshot,
         progress=progress,
     )
-    return Subnet.of(cut, names, provenance(model, cut_section, cut, trials))
+    return Subnet.of(extraction, names, provenance(model, cut_section, extraction, trials))
 
 
 def extract(
@@ -151,16 +153,16 @@ def extract(
     example_inputs: Any,
     loader: Iterable[Any],
     names: Sequence[str],
-    section: CutSection,
+    section: ExtractionSection,
     *,
     validation: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     snapshot: WeightSnapshot | None = None,
     progress: bool = False,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """Cut a copy of a model as a section says.
 
-    It is calibrated, its units are scored, selected and removed, the kept ones take over, batch norms are re-estimated
+    It is calibrated, its units are scored, selected and removed, the kept ones take over, batch norms are recalibrated
     and the head is shrunk; with Gram matrices that comes first.
 
     Returns:
@@ -186,7 +188,7 @@ def extract(
             labels=chosen,
             head=section.effective_head,
             gram=how.method != "none" or getattr(kind, "needs_gram", False),
-            surgeon=TorchPruningSurgery,
+            backend=TorchPruningBackend,
             ignored_layers=section.ignored_layers,
             statistics=statistics,
             progress=progress,
@@ -196,16 +198,16 @@ def extract(
         evidence |= {"snapshot": snapshot, "model": dense}
     criterion = _criterion(section, evidence, chosen)
     scores = None if section.angle is not None else score_groups(criterion, prepared.groups)
-    surgeon = surgeon_of(section)
+    backend = backend_of(section)
 
-    def finished(kept: Mapping[str, Tensor], survivors: Mapping[str, Survivors] | None = None) -> Cut:
+    def finished(kept: Mapping[str, Tensor], survivors: Mapping[str, Survivors] | None = None) -> Extraction:
         with stage("cutting"):
             return carry_out(
                 prepared,
                 kept,
                 how,
                 loader,
-                surgeon=surgeon,
+                backend=backend,
                 scores=scores,
                 survivors=survivors,
                 validation=validation if section.calibrate_head else None,
@@ -228,7 +230,7 @@ def extract(
     def by_ratio(ratio: float, round_to: int = section.round_to) -> dict[str, Tensor]:
         if section.framework == "nni":
             return _by_masks(prepared, scores, [{"sparse_ratio": ratio}])
-        return keep_by_ratio(scores, ratio, round_to=round_to, across_groups=section.across_groups)
+        return keep_by_ratio(scores, ratio, round_to=round_to, global_pruning=section.global_pruning)
 
     if section.has_target:
         data = loader if validation is None else validation
@@ -254,12 +256,12 @@ def extract(
 def extract_from(
     dense: nn.Module,
     data: Datasets,
-    section: CutSection,
+    section: ExtractionSection,
     *,
     statistics: Statistics | None = None,
     snapshot: WeightSnapshot | None = None,
     progress: bool = False,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """The same, with the data of a job; a recipe's section ``measure`` says how a target for latency is measured."""
     return extract(
         dense,
@@ -276,22 +278,22 @@ def extract_from(
 
 def _by_latency(
     dense: nn.Module,
-    prepared: Cut,
-    section: CutSection,
+    prepared: Extraction,
+    section: ExtractionSection,
     keep: Callable[[float, int], Mapping[str, Tensor]],
-    finish: Callable[[Mapping[str, Tensor]], Cut],
+    finish: Callable[[Mapping[str, Tensor]], Extraction],
     names: Sequence[str],
     validation: Iterable[Any],
     progress: bool,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """Search the cut that meets a target for latency."""
     from nns_plugin.jobs.latency_search import Stopwatch, Target, fast_enough  # needs the extra onnx
 
-    surgeon = surgeon_of(section)
+    backend = backend_of(section)
 
     def sketch(kept: Mapping[str, Tensor]) -> nn.Module:
         closed = dataclasses.replace(prepared, opens=False)
-        return carry_out(closed, kept, Compensation("none", reestimate=False), None, surgeon=surgeon).model
+        return carry_out(closed, kept, Compensation("none", recalibrate_batch_norms=False), None, backend=backend).model
 
     with stage("data.validation"):
         judge = Judge(
@@ -321,8 +323,8 @@ def _by_latency(
 
 def provenance(
     parent: nn.Module,
-    section: CutSection,
-    cut: Cut,
+    section: ExtractionSection,
+    extraction: Extraction,
     trials: tuple[Trial, ...] = (),
     training: Mapping[str, Any] | None = None,
 ) -> Provenance:
@@ -337,13 +339,13 @@ def provenance(
         compensation=dataclasses.asdict(section.effective_compensation),
         head=section.effective_head,
         ignored_layers=tuple(section.ignored_layers),
-        calibrated=section.calibrate_head and cut.opens,
+        calibrated=section.calibrate_head and extraction.opens,
         training=dict(training or {}),
         trials=trials,
     )
 
 
-def criterion_class(section: CutSection) -> type[Any]:
+def criterion_class(section: ExtractionSection) -> type[Any]:
     """The criterion that a recipe names, after a look at its options.
 
     Raises:
@@ -366,7 +368,7 @@ def criterion_class(section: CutSection) -> type[Any]:
     return criterion
 
 
-def _criterion(section: CutSection, evidence: Mapping[str, Any], chosen: Sequence[int] | None) -> Any:
+def _criterion(section: ExtractionSection, evidence: Mapping[str, Any], chosen: Sequence[int] | None) -> Any:
     criterion = criterion_class(section)
     arguments = {need: evidence[need] for need in criterion.requires} | section.effective_criterion.options
     arguments |= {name: evidence[name] for name in getattr(criterion, "optional", ()) if name in evidence}
@@ -380,53 +382,59 @@ def _criterion(section: CutSection, evidence: Mapping[str, Any], chosen: Sequenc
         raise RecipeError(f"criterion.options: {' '.join(str(error).split())}") from error
 
 
-def _evidence(section: CutSection, cut: Cut, loader: Iterable[Any], progress: bool) -> dict[str, Any]:
+def _evidence(
+    section: ExtractionSection, extraction: Extraction, loader: Iterable[Any], progress: bool
+) -> dict[str, Any]:
     """What a criterion may be built from; the costly parts only where they change something."""
-    model, groups = cut.model, cut.statistics.groups
-    evidence: dict[str, Any] = {"statistics": cut.statistics, "model": model}
+    model, groups = extraction.model, extraction.statistics.groups
+    evidence: dict[str, Any] = {"statistics": extraction.statistics, "model": model}
     wanted = getattr(criterion_class(section), "optional", ())
-    if "sensitivity" in wanted and (section.across_groups or section.labels is not None):
+    if "sensitivity" in wanted and (section.global_pruning or section.labels is not None):
         evidence["sensitivity"] = output_sensitivity(model, loader, groups, progress=progress)
-    if "cost" in wanted and section.across_groups:
-        evidence["cost"] = unit_operations(model, groups, layer_operations(model, cut.example_inputs))
+    if "cost" in wanted and section.global_pruning:
+        evidence["cost"] = unit_macs(model, groups, layer_macs(model, extraction.example_inputs))
     return evidence
 
 
-def _by_angle(section: CutSection, criterion: Any, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Survivors]]:
+def _by_angle(
+    section: ExtractionSection, criterion: Any, extraction: Extraction
+) -> tuple[dict[str, Tensor], dict[str, Survivors]]:
     """The kept units of each group, and who takes over from whom."""
     angle = section.angle
     if angle is None:
         raise RecipeError("angle: found nothing; it is required")
-    selections = criterion.select(cut.groups, AngleRule(angle.similar, angle.complementary, angle.complement))
-    survivors = survivors_of(cut.statistics, cut.groups, selections, angle.merge, criterion.center)
+    selections = criterion.select(extraction.groups, AngleRule(angle.similar, angle.complementary, angle.complement))
+    survivors = survivors_of(extraction.statistics, extraction.groups, selections, angle.merge, criterion.center)
     return {name: selection.kept for name, selection in selections.items()}, survivors
 
 
-def surgeon_of(section: CutSection) -> Surgeon:
+def backend_of(section: ExtractionSection) -> Backend:
     """What removes the units.
 
     Raises:
         MissingExtraError: If NNI is asked for and not installed.
     """
     if section.framework == "torch_pruning":
-        return TorchPruningSurgery
-    from nns_plugin.adapters.nni import NNISurgery
+        return TorchPruningBackend
+    from nns_plugin.adapters.nni import NNIBackend
 
-    return NNISurgery
+    return NNIBackend
 
 
-def _by_masks(cut: Cut, scores: Mapping[str, Tensor], config_list: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _by_masks(
+    extraction: Extraction, scores: Mapping[str, Tensor], config_list: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
     """The kept units of each group by NNI's masks; configs that name no layers are about all that write units."""
     from nns_plugin.adapters.nni import kept_by_masks
 
-    writers = [port.name for group in cut.groups if group.name in scores for port in group.producers]
+    producers = [port.name for group in extraction.groups if group.name in scores for port in group.producers]
     named = [
-        {"op_names": list(dict.fromkeys(writers)), **config}
+        {"op_names": list(dict.fromkeys(producers)), **config}
         if not {"op_names", "op_types", "op_names_re"} & config.keys()
         else config
         for config in config_list
     ]
-    return kept_by_masks(cut.model, cut.example_inputs, cut.groups, scores, named)
+    return kept_by_masks(extraction.model, extraction.example_inputs, extraction.groups, scores, named)
 
 
 def _plain(label: Any) -> Any:
@@ -449,7 +457,7 @@ def _numbers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     return tuple(str(place) for place in range(found.shape[1]))
 
 
-def chosen_labels(section: CutSection, names: Sequence[str]) -> list[int] | None:
+def chosen_labels(section: ExtractionSection, names: Sequence[str]) -> list[int] | None:
     """Indices of the labels to keep, ascending; ``None`` for all.
 
     Raises:

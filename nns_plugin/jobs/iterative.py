@@ -1,4 +1,4 @@
-"""The circle of training, pruning and fine-tuning, until accuracy falls or nothing more qualifies."""
+"""The iterative of training, pruning and fine-tuning, until accuracy falls or nothing more qualifies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nns_plugin.models.preserve import copied
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of the circle.
+    """One turn of the iterative.
 
     Attributes:
         removed: What the prune step said that it removed.
@@ -30,8 +30,8 @@ class Round:
 
 
 @dataclass(frozen=True, eq=False)
-class Circle:
-    """What the circle led to.
+class IterativePruning:
+    """What the iterative led to.
 
     Attributes:
         model: The last accepted model.
@@ -54,7 +54,7 @@ class Circle:
         return next((turn.tuned for turn in reversed(self.rounds) if turn.accepted), self.pretrained)
 
 
-def train_prune_circle(
+def prune_iteratively(
     model: nn.Module,
     prune: Callable[[nn.Module], int],
     train: Callable[[nn.Module], object],
@@ -64,12 +64,12 @@ def train_prune_circle(
     max_drop: float = 0.0,
     max_rounds: int = 100,
     progress: bool = False,
-) -> Circle:
+) -> IterativePruning:
     """Pre-train, prune, fine-tune, prune, fine-tune, ... until accuracy falls or nothing more is removed.
 
     Args:
-        model: Left as it is; the circle works on copies.
-        prune: Removes something from a model, in place, and says how much; 0 ends the circle.
+        model: Left as it is; the iterative works on copies.
+        prune: Removes something from a model, in place, and says how much; 0 ends the iterative.
         train: Trains a model, in place: the pre-training and every fine-tuning.
         evaluate: Accuracy of a model, higher is better; on other data than the model is judged by in the end.
         pretrain: Whether to train before the first pruning.
@@ -108,4 +108,4 @@ def train_prune_circle(
         if not accepted:
             break
         best = candidate
-    return Circle(best, pretrained, tuple(rounds))
+    return IterativePruning(best, pretrained, tuple(rounds))

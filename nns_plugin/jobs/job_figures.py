@@ -122,8 +122,8 @@ def _activities(statistics: Statistics, labels: Sequence[int]) -> dict[str, Tens
 def _subnet(
     recipe: Recipe, data: Datasets, dense: nn.Module, statistics: Statistics, snapshot: WeightSnapshot | None
 ) -> Subnet:
-    cut, _ = extract_from(dense, data, recipe, statistics=statistics, snapshot=snapshot)
-    return Subnet.of(cut, data.label_names, provenance(dense, recipe, cut))
+    extraction, _ = extract_from(dense, data, recipe, statistics=statistics, snapshot=snapshot)
+    return Subnet.of(extraction, data.label_names, provenance(dense, recipe, extraction))
 
 
 def _judge(subnet: Subnet, data: Datasets, dense: nn.Module) -> float | None:

@@ -16,8 +16,8 @@ from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.jobs.accuracy_search import mark_of
 from nns_plugin.jobs.data import repeated
 from nns_plugin.jobs.recipe import MeasureSection
-from nns_plugin.subnets.steps import Cut
-from nns_plugin.subnets.subnet import Trial
+from nns_plugin.subnets.provenance import Trial
+from nns_plugin.subnets.steps import Extraction
 
 BISECTIONS = 6
 MOST = 0.99  # share of units that is tried first, to see whether the target can be met at all
@@ -90,13 +90,13 @@ def fast_enough(
     stopwatch: Callable[[nn.Module], LatencyComparison],
     keep: Callable[[float, int], Mapping[str, Tensor]],
     sketch: Callable[[Mapping[str, Tensor]], nn.Module],
-    finish: Callable[[Mapping[str, Tensor]], Cut],
-    judge: Callable[[Cut], tuple[float, float]],
+    finish: Callable[[Mapping[str, Tensor]], Extraction],
+    judge: Callable[[Extraction], tuple[float, float]],
     target: Target,
     roundings: Sequence[int],
     max_drop: float | None = None,
     progress: bool = False,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """Search the cut that loses least and is fast enough.
 
     For each rounding the smallest share of units to remove that meets the target is found by bisection, measured in
@@ -124,7 +124,7 @@ def fast_enough(
     """
     trials: list[Trial] = []
     known: dict[tuple[int, ...], LatencyComparison] = {}
-    best: tuple[tuple[float, int], Cut] | None = None
+    best: tuple[tuple[float, int], Extraction] | None = None
     bar = tqdm(total=len(roundings) * (BISECTIONS + 3), desc="searching", disable=not progress, leave=False)
 
     def is_met(share: float, multiple: int) -> bool:
@@ -138,19 +138,19 @@ def fast_enough(
             trials.append(_trial(share, multiple, model, known[mark], target))
         return target.is_met(known[mark])
 
-    def finished(share: float, multiple: int) -> tuple[Trial, Cut]:
+    def finished(share: float, multiple: int) -> tuple[Trial, Extraction]:
         """The finished cut for a share of units, measured and judged."""
-        cut = finish(keep(share, multiple))
-        trial = _trial(share, multiple, cut.model, stopwatch(cut.model), target)
+        extraction = finish(keep(share, multiple))
+        trial = _trial(share, multiple, extraction.model, stopwatch(extraction.model), target)
         bar.update()
         try:
-            accuracy, bound = judge(cut)
+            accuracy, bound = judge(extraction)
         except LabelError:  # one label with a closed head has no balanced accuracy
             if max_drop is not None:
                 raise
-            return trial, cut
+            return trial, extraction
         within = trial.within and (max_drop is None or bound <= max_drop)
-        return replace(trial, balanced_accuracy=accuracy, drop_bound=bound, within=within), cut
+        return replace(trial, balanced_accuracy=accuracy, drop_bound=bound, within=within), extraction
 
     with bar:
         for multiple in roundings:
@@ -158,11 +158,11 @@ def fast_enough(
             if share is None:
                 continue
             for further in _further(share, keep, multiple):
-                trial, cut = finished(further, multiple)
+                trial, extraction = finished(further, multiple)
                 trials.append(trial)
                 rank = (0.0 if trial.drop_bound is None else trial.drop_bound, -trial.parameters)
                 if trial.within and (best is None or rank < best[0]):
-                    best = rank, cut
+                    best = rank, extraction
                 if trial.is_fast_enough:
                     break
     if best is None:

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from nns_plugin.backends import Compensation, Method, Recalibrate
 from nns_plugin.compensation.least_squares import Merge
+from nns_plugin.compensation.options import Compensation, Method, Recalibrate
 from nns_plugin.criteria import available
 from nns_plugin.errors import NNSError, RecipeError
 from nns_plugin.selection import Complement
@@ -73,7 +73,7 @@ class CriterionSection(Section):
 
 
 class CompensationSection(Section):
-    """How kept units take over from removed ones; see :class:`nns_plugin.backends.Compensation`."""
+    """How kept units take over from removed ones; see :class:`nns_plugin.compensation.options.Compensation`."""
 
     method: Method | None = None
     recalibrate: Recalibrate = "once"
@@ -104,7 +104,7 @@ class FineTuningSection(TrainingSection):
     learning_rate: float = Field(default=0.001, gt=0)
 
 
-class CircleSection(Section):
+class IterativeSection(Section):
     """Prune and fine-tune in turn until the mean balanced accuracy on validation data falls."""
 
     max_rounds: int = Field(default=10, ge=1)
@@ -136,7 +136,7 @@ class MeasureSection(Section):
     atol: float = Field(default=1e-5, ge=0)
 
 
-class CutSection(Section):
+class ExtractionSection(Section):
     """How a model is cut down to some labels.
 
     One of ``ratio``, ``zeta``, ``angle``, ``max_balanced_accuracy_drop`` and ``config_list`` decides how much goes; a
@@ -157,10 +157,10 @@ class CutSection(Section):
     target_latency_ms: float | None = Field(default=None, gt=0)
     target_speedup: float | None = Field(default=None, gt=0)
     roundings: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
-    across_groups: bool = False
+    global_pruning: bool = False
     round_to: int = Field(default=1, ge=1)
     ignored_layers: list[str] = []
-    reestimate_batch_norms: bool = True
+    recalibrate_batch_norms: bool = True
     head: Head | None = None
     calibrate_head: bool = False
 
@@ -170,7 +170,7 @@ class CutSection(Section):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _consistent(self) -> CutSection:
+    def _consistent(self) -> ExtractionSection:
         given = [name for name in SELECTIONS if getattr(self, name) is not None]
         if len(given) > 1 and not TOGETHER.issuperset(given):
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
@@ -188,9 +188,9 @@ class CutSection(Section):
             raise ValueError("angle goes with framework torch_pruning, not with nni, whose masks know no survivors")
         if self.framework == "nni" and self.round_to != 1:
             raise ValueError(f"round_to is {self.round_to}; NNI's masks cannot be rounded: give 1")
-        if self.framework == "nni" and self.across_groups:
+        if self.framework == "nni" and self.global_pruning:
             raise ValueError(
-                "across_groups ranks units, and NNI shares of weights: say global_group_id in a config_list"
+                "global_pruning ranks units, and NNI shares of weights: say global_group_id in a config_list"
             )
         if self.angle is not None and self.angle.similar > self.angle.complementary:
             raise ValueError("angle: similar must be at most complementary")
@@ -206,8 +206,8 @@ class CutSection(Section):
             raise ValueError("round_to goes with ratio and zeta, not with angle")
         if self.compensation.recalibrate == "each_group" and self.effective_method not in ("refit", "least_squares"):
             raise ValueError(f"each_group goes with refit and least_squares, not with {self.effective_method}")
-        if self.across_groups and (self.zeta is not None or self.angle is not None):
-            raise ValueError("across_groups goes with ratio, not with zeta or angle")
+        if self.global_pruning and (self.zeta is not None or self.angle is not None):
+            raise ValueError("global_pruning goes with ratio, not with zeta or angle")
         return self
 
     @property
@@ -255,7 +255,7 @@ class CutSection(Section):
         section = self.compensation
         method: Any = self.effective_method
         return Compensation(
-            method, section.recalibrate, self.reestimate_batch_norms, section.ridge, section.max_unfolded
+            method, section.recalibrate, self.recalibrate_batch_norms, section.ridge, section.max_unfolded
         )
 
     @property
@@ -271,7 +271,7 @@ class CutSection(Section):
         given = {name: getattr(self, name) for name in SELECTIONS if getattr(self, name) is not None}
         if self.angle is not None:
             given["angle"] = self.angle.model_dump()
-        more = {name: getattr(self, name) for name in ("across_groups", "round_to")}
+        more = {name: getattr(self, name) for name in ("global_pruning", "round_to")}
         more["confidence"] = self.effective_confidence
         if self.has_target:
             more["roundings"] = list(self.effective_roundings)
@@ -319,14 +319,14 @@ class SweepSection(Section):
         }
 
 
-class Recipe(CutSection):
+class Recipe(ExtractionSection):
     """A whole job."""
 
     model: ModelSection
     data: DataSection
     train: TrainingSection = TrainingSection()
     fine_tune: FineTuningSection = FineTuningSection()
-    circle: CircleSection | None = None
+    iterative: IterativeSection | None = None
     synapses: SynapsesSection | None = None
     export: ExportSection = ExportSection()
     measure: MeasureSection = MeasureSection()
@@ -335,25 +335,29 @@ class Recipe(CutSection):
 
     @model_validator(mode="after")
     def _turns(self) -> Recipe:
-        if self.circle is not None and not self.fine_tune.epochs:
-            raise ValueError("circle fine-tunes after each removal: give fine_tune.epochs, at least 1")
-        if self.circle is not None and self.has_target:
-            raise ValueError("circle removes the same in each turn: not target_latency_ms or target_speedup")
-        if self.circle is not None and self.max_balanced_accuracy_drop is not None:
-            raise ValueError("circle has a max_drop of its own: give ratio, zeta or angle for what each turn removes")
-        if self.circle is not None and self.effective_criterion.name == "wsf":
-            raise ValueError("circle has no weights from before training for the smaller models of its turns: not wsf")
+        if self.iterative is not None and not self.fine_tune.epochs:
+            raise ValueError("iterative fine-tunes after each removal: give fine_tune.epochs, at least 1")
+        if self.iterative is not None and self.has_target:
+            raise ValueError("iterative removes the same in each turn: not target_latency_ms or target_speedup")
+        if self.iterative is not None and self.max_balanced_accuracy_drop is not None:
+            raise ValueError(
+                "iterative has a max_drop of its own: give ratio, zeta or angle for what each turn removes"
+            )
+        if self.iterative is not None and self.effective_criterion.name == "wsf":
+            raise ValueError(
+                "iterative has no weights from before training for the smaller models of its turns: not wsf"
+            )
         return self
 
 
-def check_cut(**fields: Any) -> CutSection:
+def check_extraction(**fields: Any) -> ExtractionSection:
     """Check options of a cut that are given in Python.
 
     Raises:
         RecipeError: One line that names the option, what was found and what is allowed.
     """
     try:
-        return CutSection.model_validate(fields)
+        return ExtractionSection.model_validate(fields)
     except ValidationError as error:
         raise RecipeError(_describe(error)) from None
 

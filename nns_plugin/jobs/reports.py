@@ -10,7 +10,7 @@ from typing import Any
 from nns_plugin.adapters.onnxruntime import LatencyComparison, ParityReport, jsonable, read_file
 from nns_plugin.evaluation.evaluation import Evaluation
 from nns_plugin.evaluation.intervals import Interval
-from nns_plugin.subnets.subnet import Trial
+from nns_plugin.subnets.provenance import Trial
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from nns_plugin.adapters.onnxruntime import (
     measure_latency,
     runtime_build,
 )
-from nns_plugin.adapters.torch_pruning.importances import count_operations
+from nns_plugin.adapters.torch_pruning.importances import count_macs
 from nns_plugin.environment import machine, versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
 from nns_plugin.evaluation.evaluation import drops, evaluate, judged, predict
 from nns_plugin.evaluation.intervals import Interval, interval
 from nns_plugin.jobs.data import Datasets, repeated
-from nns_plugin.jobs.extraction import chosen_labels, criterion_class, extract_from, provenance, stage, surgeon_of
+from nns_plugin.jobs.extraction import backend_of, chosen_labels, criterion_class, extract_from, provenance, stage
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.job_figures import job_figures
 from nns_plugin.jobs.latency_search import Target
@@ -40,11 +40,12 @@ from nns_plugin.jobs.output import staged_folder
 from nns_plugin.jobs.recipe import Recipe, call_factory
 from nns_plugin.jobs.reports import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
-from nns_plugin.jobs.turns import circle_of_cuts, masked_synapses
+from nns_plugin.jobs.turns import iterative_extraction, masked_synapses
 from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
 from nns_plugin.models.preserve import preserved, seeded
-from nns_plugin.subnets.steps import Cut, calibrate_head
-from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet, Trial
+from nns_plugin.subnets.provenance import Trial
+from nns_plugin.subnets.steps import Extraction, calibrate_head
+from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 FIGURES = ("activity-*.png", "overlap.png", "integration.png", "size.png")
@@ -77,7 +78,7 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
     """
     check_provider(recipe.measure.provider)
     criterion_class(recipe)
-    surgeon_of(recipe)
+    backend_of(recipe)
     if figures:
         new_figure(1, 1)  # tells what is missing before any work
     with staged_folder(output, FILES, FIGURES) as staging, seeded(recipe.seed):
@@ -87,8 +88,8 @@ def run_job(recipe: Recipe, output: Path, progress: bool = False, figures: bool 
         chosen_labels(recipe, data.label_names)
         _test_inputs(data, 1)
         dense, snapshot = _dense_model(recipe, data, progress)
-        cut, trials = cut_model(dense, data, recipe, snapshot, progress)
-        report = _prove(recipe, data, dense, cut, trials, staging, progress)
+        extraction, trials = extracted(dense, data, recipe, snapshot, progress)
+        report = _prove(recipe, data, dense, extraction, trials, staging, progress)
         if figures:
             _draw(recipe, data, dense, snapshot, staging, progress)
         return report
@@ -105,13 +106,13 @@ def _draw(
         warnings.warn(f"some figures are left out: {error}", FigureWarning, stacklevel=2)
 
 
-def cut_model(
+def extracted(
     dense: nn.Module,
     data: Datasets,
     recipe: Recipe,
     snapshot: WeightSnapshot | None = None,
     progress: bool = False,
-) -> tuple[Cut, tuple[Trial, ...]]:
+) -> tuple[Extraction, tuple[Trial, ...]]:
     """Prune a copy of a model as a recipe says, once or in turns, mask synapses, and fine-tune.
 
     Args:
@@ -137,29 +138,29 @@ def cut_model(
             stacklevel=2,
         )
 
-    def tune(cut: Cut) -> None:
+    def tune(extraction: Extraction) -> None:
         """Fine-tune in place; what "other" was calibrated to has moved by then."""
-        _train(cut.model, data, recipe, "fine_tune", cut.outputs, progress)
+        _train(extraction.model, data, recipe, "fine_tune", extraction.outputs, progress)
         if recipe.calibrate_head:
             with stage("data.validation"):
-                calibrate_head(cut, data.decisive, progress)
+                calibrate_head(extraction, data.decisive, progress)
 
-    if recipe.circle is not None:
-        cut = circle_of_cuts(dense, data, recipe, recipe.circle, tune, progress)
+    if recipe.iterative is not None:
+        extraction = iterative_extraction(dense, data, recipe, recipe.iterative, tune, progress)
     else:
-        cut, trials = extract_from(dense, data, recipe, snapshot=snapshot, progress=progress)
-    with masked_synapses(cut, recipe.synapses):
-        if recipe.fine_tune.epochs and (recipe.circle is None or recipe.synapses is not None):
-            tune(cut)
-    _check_runs(cut.model, data.example_inputs, len(cut.outputs))
-    return cut, trials
+        extraction, trials = extract_from(dense, data, recipe, snapshot=snapshot, progress=progress)
+    with masked_synapses(extraction, recipe.synapses):
+        if recipe.fine_tune.epochs and (recipe.iterative is None or recipe.synapses is not None):
+            tune(extraction)
+    _check_runs(extraction.model, data.example_inputs, len(extraction.outputs))
+    return extraction, trials
 
 
 def _prove(
     recipe: Recipe,
     data: Datasets,
     dense: nn.Module,
-    cut: Cut,
+    extraction: Extraction,
     trials: tuple[Trial, ...],
     staging: Path,
     progress: bool,
@@ -171,8 +172,8 @@ def _prove(
     raw: dict[str, NDArray[Any]] = {}
     answers: dict[str, tuple[Tensor, Sequence[int | None]]] = {}
     truth: Tensor | None = None
-    subnet = Subnet.of(cut, data.label_names, provenance(dense, recipe, cut, trials, _training(recipe)))
-    pair = (("baseline", dense, everything), ("subnet", cut.model, cut.outputs))
+    subnet = Subnet.of(extraction, data.label_names, provenance(dense, recipe, extraction, trials, _training(recipe)))
+    pair = (("baseline", dense, everything), ("subnet", extraction.model, extraction.outputs))
     names = {"baseline": data.label_names, "subnet": subnet.output_names}
     for name, model, outputs in tqdm(pair, desc="exporting and evaluating", disable=not progress, leave=False):
         path = staging / f"{name}.onnx"
@@ -180,13 +181,19 @@ def _prove(
         with stage("data.test"):
             logits, truth = predict(model, data.test, progress, truth)
         raw[name] = logits.numpy()
-        answers[name] = judged(logits, outputs, cut.labels, cut.outputs)
+        answers[name] = judged(logits, outputs, extraction.labels, extraction.outputs)
         evaluation = evaluate(
-            answers[name][0], truth, answers[name][1], cut.labels, data.label_names, settings.resamples, recipe.seed
+            answers[name][0],
+            truth,
+            answers[name][1],
+            extraction.labels,
+            data.label_names,
+            settings.resamples,
+            recipe.seed,
         )
         reports[name] = ModelReport.of(
             evaluation=evaluation,
-            operations=count_operations(model, data.example_inputs),
+            operations=count_macs(model, data.example_inputs),
             path=path,
             outputs=names[name],
             parity=check_parity(
@@ -208,23 +215,23 @@ def _prove(
         progress=progress,
     )
     assert truth is not None
-    drop, drop_limits = _drop(reports, answers, truth, cut.labels, data.label_names, recipe)
+    drop, drop_limits = _drop(reports, answers, truth, extraction.labels, data.label_names, recipe)
     report = Report(
         recipe=recipe.model_dump(mode="json"),
-        labels=tuple(data.label_names[label] for label in cut.labels),
-        units={group.name: group.size for group in cut.groups},
-        kept_units={name: tuple(units.tolist()) for name, units in cut.kept.items()},
+        labels=tuple(data.label_names[label] for label in extraction.labels),
+        units={group.name: group.size for group in extraction.groups},
+        kept_units={name: tuple(units.tolist()) for name, units in extraction.kept.items()},
         trials=trials,
         target_met=_target_met(recipe, latency),
         balanced_accuracy_drop=drop,
         balanced_accuracy_drop_interval=drop_limits,
         baseline=reports["baseline"],
         subnet=reports["subnet"],
-        removal=_removal(recipe, data, dense, cut, subnet),
+        removal=_removal(recipe, data, dense, extraction, subnet),
         pruning=label_parity(
             raw["baseline"],
             raw["subnet"],
-            cut.outputs,
+            extraction.outputs,
             ("dense model", "subnet"),
             rtol=settings.rtol,
             atol=settings.atol,
@@ -238,13 +245,13 @@ def _prove(
     return report
 
 
-def _removal(recipe: Recipe, data: Datasets, dense: nn.Module, cut: Cut, subnet: Subnet) -> ParityReport:
+def _removal(recipe: Recipe, data: Datasets, dense: nn.Module, extraction: Extraction, subnet: Subnet) -> ParityReport:
     """How far the small model's outputs are from those of the wide one in which the removed units are masked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactMaskWarning)  # the report says it in numbers
         masked = subnet.mask(dense, data.example_inputs)
     settings = recipe.measure
-    return check_removal(masked, cut.model, _test_inputs(data, 64), rtol=settings.rtol, atol=settings.atol)
+    return check_removal(masked, extraction.model, _test_inputs(data, 64), rtol=settings.rtol, atol=settings.atol)
 
 
 def _target_met(recipe: Recipe, latency: LatencyComparison) -> bool | None:
@@ -257,7 +264,7 @@ def _target_met(recipe: Recipe, latency: LatencyComparison) -> bool | None:
 def _training(recipe: Recipe) -> dict[str, Any]:
     """What a recipe does to the weights of a subnet after it was cut."""
     found: dict[str, Any] = {"fine_tune": recipe.fine_tune.epochs} if recipe.fine_tune.epochs else {}
-    for name in ("circle", "synapses"):
+    for name in ("iterative", "synapses"):
         section = getattr(recipe, name)
         if section is not None:
             found[name] = section.model_dump()

@@ -9,15 +9,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery
-from nns_plugin.backends import Compensation
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.errors import LabelError
 from nns_plugin.evaluation.evaluation import evaluate, predict
 from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
-from nns_plugin.jobs.iterative import train_prune_circle
-from nns_plugin.jobs.recipe import CircleSection, Recipe, SynapsesSection
-from nns_plugin.subnets.steps import Cut, carry_out, finish_head, prepare
+from nns_plugin.jobs.iterative import prune_iteratively
+from nns_plugin.jobs.recipe import IterativeSection, Recipe, SynapsesSection
+from nns_plugin.subnets.steps import Extraction, carry_out, finish_head, prepare
 from nns_plugin.synapses.masks import prune_under_mean
 
 
@@ -29,14 +29,14 @@ class _Holder(nn.Module):
         self.model = model
 
 
-def circle_of_cuts(
+def iterative_extraction(
     dense: nn.Module,
     data: Datasets,
     recipe: Recipe,
-    section: CircleSection,
-    tune: Callable[[Cut], None],
+    section: IterativeSection,
+    tune: Callable[[Extraction], None],
     progress: bool = False,
-) -> Cut:
+) -> Extraction:
     """Prune and fine-tune in turns, as long as the mean balanced accuracy on the validation data holds.
 
     Args:
@@ -60,30 +60,32 @@ def circle_of_cuts(
             labels=chosen,
             head=recipe.effective_head,
             gram=False,
-            surgeon=TorchPruningSurgery,
+            backend=TorchPruningBackend,
             ignored_layers=recipe.ignored_layers,
             progress=progress,
         )
         start = carry_out(
             prepared,
             {},
-            Compensation("none", reestimate=False),
+            Compensation("none", recalibrate_batch_norms=False),
             data.calibration,
-            surgeon=TorchPruningSurgery,
+            backend=TorchPruningBackend,
             validation=data.decisive if recipe.calibrate_head else None,
         )
-    cuts: list[Cut] = []
+    extractions: list[Extraction] = []
 
     def turn(holder: nn.Module) -> int:
         keeping = recipe.model_copy(update={"head": "keep", "calibrate_head": False})
-        cut, _ = extract_from(holder.get_submodule("model"), data, keeping, progress=progress)
-        whole = {group.name: group.size for group in cut.groups}
-        cut = replace(cut, head=start.head, opens=start.opens, outputs=start.outputs)
+        extraction, _ = extract_from(holder.get_submodule("model"), data, keeping, progress=progress)
+        whole = {group.name: group.size for group in extraction.groups}
+        extraction = replace(extraction, head=start.head, opens=start.opens, outputs=start.outputs)
         with stage("data.calibration"):
-            cut = finish_head(cut, data.calibration, data.decisive if recipe.calibrate_head else None, progress)
-        cuts.append(cut)
-        holder.model = cut.model
-        return sum(whole[name] - units.numel() for name, units in cut.kept.items())
+            extraction = finish_head(
+                extraction, data.calibration, data.decisive if recipe.calibrate_head else None, progress
+            )
+        extractions.append(extraction)
+        holder.model = extraction.model
+        return sum(whole[name] - units.numel() for name, units in extraction.kept.items())
 
     def accuracy(holder: nn.Module) -> float:
         with stage("data.validation"):
@@ -93,7 +95,7 @@ def circle_of_cuts(
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
         return found.mean_balanced_accuracy
 
-    circle = train_prune_circle(
+    iterative = prune_iteratively(
         _Holder(start.model),
         turn,
         lambda holder: tune(replace(start, model=holder.get_submodule("model"))),
@@ -103,29 +105,29 @@ def circle_of_cuts(
         max_rounds=section.max_rounds,
         progress=progress,
     )
-    accepted = cuts[: sum(turn.accepted for turn in circle.rounds)]
-    return replace(start, model=circle.model.get_submodule("model"), kept=_composed(accepted))
+    accepted = extractions[: sum(turn.accepted for turn in iterative.rounds)]
+    return replace(start, model=iterative.model.get_submodule("model"), kept=_composed(accepted))
 
 
-def _composed(cuts: Sequence[Cut]) -> dict[str, Tensor]:
+def _composed(extractions: Sequence[Extraction]) -> dict[str, Tensor]:
     """The kept units of several cuts in a row, counted from before the first."""
     kept: dict[str, Tensor] = {}
-    for cut in cuts:
-        kept |= {name: kept[name][units] if name in kept else units for name, units in cut.kept.items()}
+    for extraction in extractions:
+        kept |= {name: kept[name][units] if name in kept else units for name, units in extraction.kept.items()}
     return kept
 
 
 @contextmanager
-def masked_synapses(cut: Cut, section: SynapsesSection | None) -> Iterator[None]:
+def masked_synapses(extraction: Extraction, section: SynapsesSection | None) -> Iterator[None]:
     """Mask the weights of linear layers under their mean; at the end of the block the zeros become permanent."""
     if section is None:
         yield
         return
-    linear = [name for name, module in cut.model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in extraction.model.named_modules() if isinstance(module, nn.Linear)]
     layers = list(dict.fromkeys(section.layers or [])) or [
-        name for name in linear if name not in TorchPruningSurgery(cut.model, cut.example_inputs).heads
+        name for name in linear if name not in TorchPruningBackend(extraction.model, extraction.example_inputs).heads
     ]
-    prune_under_mean(cut.model, layers)
+    prune_under_mean(extraction.model, layers)
     yield
     for name in layers:
-        prune.remove(cut.model.get_submodule(name), "weight")
+        prune.remove(extraction.model.get_submodule(name), "weight")

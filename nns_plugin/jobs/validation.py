@@ -37,9 +37,9 @@ from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import check_writable, written_together
 from nns_plugin.jobs.recipe import WEIGHTS, Recipe, call_factory
 from nns_plugin.jobs.validation_report import junit, junit_of_error, markdown, markdown_of_error
+from nns_plugin.labels import OTHER
 from nns_plugin.models.inputs import parse_batch
 from nns_plugin.models.preserve import seeded
-from nns_plugin.subnets.head import OTHER
 from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet
 
 

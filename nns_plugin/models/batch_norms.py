@@ -1,4 +1,4 @@
-"""Re-estimate batch norms after removal: their statistics describe the model before it."""
+"""Recalibrate batch norms after removal: their statistics describe the model before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_devic
 from nns_plugin.models.preserve import in_evaluation
 
 
-def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> None:
+def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> None:
     """Recompute the running mean and variance of every batch norm with ``torch.optim.swa_utils.update_bn``.
 
     Only batch norms run in training mode meanwhile, so that dropout does not disturb the estimate. Nothing else
@@ -32,7 +32,7 @@ def reestimate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: bo
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return
-    batches = iter(tqdm(loader, desc="re-estimating batch norms", disable=not progress, leave=False))
+    batches = iter(tqdm(loader, desc="recalibrating batch norms", disable=not progress, leave=False))
     first = next(batches, None)
     if first is None:
         raise CalibrationError("the loader yielded no inputs; batch norms need at least one batch")

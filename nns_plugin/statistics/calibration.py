@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.inputs import Batch, device_of, parse_batch, run_model, to_device
-from nns_plugin.models.layers import channel_groups, padded_positions
+from nns_plugin.models.layers import Layout, axis_length, channel_groups, padded_positions
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.reduction import Sums, add_batch, reduce_activation
-from nns_plugin.statistics.statistics import Key, Layout, Record, Statistics, distributed_sum, layout_of
+from nns_plugin.statistics.statistics import Key, Record, Statistics, distributed_sum, layout_of
 from nns_plugin.units import UnitGroup
 
 
@@ -215,7 +215,7 @@ class _Run:
                 f"{collector.dimensions or 'two or more'} dimensions whose dimension {int(collector.time_first)} is "
                 f"the batch of {self.size} or a whole multiple of it"
             )
-        # Readers of one tensor are reduced once; the weak reference proves that an identity was not used again.
+        # Consumers of one tensor are reduced once; the weak reference proves that an identity was not used again.
         axes = (collector.channels_second, collector.time_first, collector.gram_groups)
         version = -1 if activation.is_inference() else activation._version
         key = (id(activation), version, id(collector.layout), axes)
@@ -302,27 +302,6 @@ def _gram_groups(module: nn.Module, side: str, layout: Layout, max_gram_units: i
             f"matrix takes {8 * (width + 1) ** 2 / 2**20:.0f} MiB) or list what writes them in ignored_layers"
         )
     return groups
-
-
-def axis_length(module: nn.Module, side: str, name: str) -> int:
-    """Number of positions on a module's in or out axis.
-
-    Raises:
-        CalibrationError: If units cannot be observed at a module of this type.
-    """
-    attributes = {
-        "in": ("in_channels", "in_features", "input_size"),
-        "out": ("out_channels", "out_features", "hidden_size", "embed_dim", "embedding_dim"),
-    }
-    for attribute in attributes[side]:
-        length = getattr(module, attribute, None)
-        if isinstance(length, int):
-            both_ways = side == "out" and getattr(module, "bidirectional", False)
-            return 2 * length if both_ways else length
-    raise CalibrationError(
-        f"module {name!r} is a {type(module).__name__}; units can be observed at linear, convolutional, recurrent, "
-        "attention and embedding layers"
-    )
 
 
 @contextmanager

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.models.inputs import device_of, run_model, to_device
-from nns_plugin.models.layers import Convolution, Transposed
+from nns_plugin.models.layers import Convolution, Transposed, axis_length
 from nns_plugin.models.preserve import preserved
-from nns_plugin.statistics.calibration import axis_length
 from nns_plugin.units import UnitGroup, role_ports
 
 
-def layer_operations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+def layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """Multiply-accumulate operations of every linear and convolutional layer for the example inputs.
 
     Args:
@@ -27,7 +26,7 @@ def layer_operations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5))
-        >>> layer_operations(model, torch.zeros(1, 3, 4, 4))
+        >>> layer_macs(model, torch.zeros(1, 3, 4, 4))
         {'0': 864, '2': 160}
     """
     counts: dict[str, int] = {}
@@ -57,13 +56,13 @@ def layer_operations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return counts
 
 
-def unit_operations(model: nn.Module, groups: Sequence[UnitGroup], operations: Mapping[str, int]) -> dict[str, float]:
+def unit_macs(model: nn.Module, groups: Sequence[UnitGroup], operations: Mapping[str, int]) -> dict[str, float]:
     """Multiply-accumulate operations that go with one unit of each group, on average over its units.
 
     Args:
         model: The model.
         groups: Its groups.
-        operations: Of its layers, from :func:`layer_operations`.
+        operations: Of its layers, from :func:`layer_macs`.
 
     Returns:
         By name of the group: the sum over the layers that write or read it of their operations times the share of

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nns_plugin.statistics.statistics import Layout, Record
+from nns_plugin.models.layers import Layout
+from nns_plugin.statistics.statistics import Record
 
 
 class Sums(NamedTuple):
@@ -93,7 +94,7 @@ def add_batch(record: Record, labels: Tensor, sums: Sums, padded: int = 0) -> No
         record: The record.
         labels: ``[N]`` int64, one of each input.
         sums: The sums.
-        padded: Zero positions that the reader adds to each input; they enter the Gram matrix as (0, ..., 0, 1).
+        padded: Zero positions that the consumer adds to each input; they enter the Gram matrix as (0, ..., 0, 1).
     """
     labels = labels.to(record.total.device)
     counts = torch.bincount(labels, minlength=record.inputs.numel())

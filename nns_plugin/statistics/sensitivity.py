@@ -19,28 +19,28 @@ from nns_plugin.units import UnitGroup
 def output_sensitivity(
     model: nn.Module, loader: Iterable[Any], groups: Sequence[UnitGroup], *, probes: int = 4, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Mean squared gradient of a model's outputs with respect to each output channel of the groups' readers.
+    """Mean squared gradient of a model's outputs with respect to each output channel of the groups' consumers.
 
-    ``s[o] = E[sum_k (d y_k / d z_o)^2]`` over inputs and positions of a reader's output z, with random signs v:
+    ``s[o] = E[sum_k (d y_k / d z_o)^2]`` over inputs and positions of a consumer's output z, with random signs v:
     ``E_v[(d (v . y) / d z_o)^2]`` is the same. A small error e of z moves the outputs y by about ``s |e|^2``.
 
     Args:
         model: The model; runs in evaluation mode and is left exactly as it was found, gradients included.
         loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
-        groups: Whose readers are measured.
+        groups: Whose consumers are measured.
         probes: Number of random sign vectors a batch.
         progress: Whether to show a progress bar.
 
     Returns:
-        ``[O]`` float64 by name of the reader, for linear and convolutional ones that run.
+        ``[O]`` float64 by name of the consumer, for linear and convolutional ones that run.
 
     Raises:
         CalibrationError: If the loader is empty, or no output of the model has a gradient.
     """
     names = dict.fromkeys(port.name for group in groups for port in group.consumers)
-    readers = {name: model.get_submodule(name) for name in names}
-    readers = {name: module for name, module in readers.items() if isinstance(module, (nn.Linear, Convolution))}
-    if not readers:
+    consumers = {name: model.get_submodule(name) for name in names}
+    consumers = {name: module for name, module in consumers.items() if isinstance(module, (nn.Linear, Convolution))}
+    if not consumers:
         return {}
     sums: dict[str, Tensor] = {}
     elements: dict[str, int] = {}
@@ -49,7 +49,7 @@ def output_sensitivity(
     with preserved(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         for number, item in enumerate(tqdm(loader, desc="measuring sensitivity", disable=not progress, leave=False)):
-            reached, scores = _forward(model, readers, to_device(parse_batch(item, number).inputs, device))
+            reached, scores = _forward(model, consumers, to_device(parse_batch(item, number).inputs, device))
             for _ in range(probes):
                 signs = [torch.randint(0, 2, score.shape, generator=generator) * 2 - 1 for score in scores]
                 total = torch.stack(
@@ -58,7 +58,7 @@ def output_sensitivity(
                 gradients = torch.autograd.grad(total, list(reached.values()), retain_graph=True, allow_unused=True)
                 for (name, output), gradient in zip(reached.items(), gradients, strict=True):
                     gradient = torch.zeros_like(output) if gradient is None else gradient
-                    squares = _by_channel(readers[name], gradient.square())
+                    squares = _by_channel(consumers[name], gradient.square())
                     sums[name] = sums.get(name, 0.0) + squares
                     elements[name] = elements.get(name, 0) + output.numel() // squares.numel()
     if not elements:
@@ -66,8 +66,10 @@ def output_sensitivity(
     return {name: value / elements[name] for name, value in sums.items()}
 
 
-def _forward(model: nn.Module, readers: Mapping[str, nn.Module], inputs: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What the readers give, with gradients, and the model's floating-point outputs; in frozen models, too."""
+def _forward(
+    model: nn.Module, consumers: Mapping[str, nn.Module], inputs: Any
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What the consumers give, with gradients, and the model's floating-point outputs; in frozen models, too."""
     reached: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -79,7 +81,7 @@ def _forward(model: nn.Module, readers: Mapping[str, nn.Module], inputs: Any) ->
 
     handles = []
     try:
-        for name, module in readers.items():
+        for name, module in consumers.items():
             handles.append(module.register_forward_hook(keep(name)))
         outputs = run_model(model, inputs)
     finally:

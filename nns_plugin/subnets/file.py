@@ -13,12 +13,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from nns_plugin.backends import Compensation
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.errors import StatisticsError, SubnetError
+from nns_plugin.files import read_safetensors, write_safetensors
 from nns_plugin.models.inputs import INPUT_TYPES, check_kinds
-from nns_plugin.statistics.file import read_safetensors, write_safetensors
+from nns_plugin.subnets.provenance import Provenance, Trial
 from nns_plugin.subnets.steps import Head
-from nns_plugin.subnets.subnet import Provenance, Subnet, Trial
+from nns_plugin.subnets.subnet import Subnet
 
 FORMAT = "nns-plugin subnet 2"
 

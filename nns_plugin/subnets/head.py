@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from nns_plugin.errors import CalibrationError, PruningError
 
-OTHER = "other"
-
 
 def fit_other(features: Tensor, kept_logits: Tensor, is_other: Tensor, ridge: float = 1.0) -> tuple[Tensor, float]:
     """Fit one more output for inputs of no kept label, by multinomial logistic regression with the others fixed.

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Compensation, Surgeon, find_surgeon
+from nns_plugin.backends import Backend, find_backend
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.criteria import find, score_groups
 from nns_plugin.errors import SubnetError
 from nns_plugin.models.inputs import device_of, inputs_like
 from nns_plugin.selection import keep_by_threshold
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.steps import Cut, carry_out, prepare
-from nns_plugin.subnets.subnet import Subnet, current_versions
+from nns_plugin.subnets.provenance import current_versions
+from nns_plugin.subnets.steps import Extraction, carry_out, prepare
+from nns_plugin.subnets.subnet import Subnet
 
 
 def integrate(
@@ -29,7 +31,7 @@ def integrate(
     validation: Iterable[Any] | None = None,
     budget: int | None = None,
     example_inputs: Any = None,
-    surgeon: Surgeon | None = None,
+    backend: Backend | None = None,
     progress: bool = False,
 ) -> Subnet:
     """One subnet for all labels of several: the union of their units, in any order.
@@ -48,7 +50,7 @@ def integrate(
         budget: Most units that may stay, over all pruned groups; of the union those go first that the criterion scores
             lowest for all labels together, but each group keeps its best unit. All stay by default.
         example_inputs: Inputs that the parent can run on; made up by default.
-        surgeon: Traces and cuts; torch-pruning by default.
+        backend: Traces and cuts; torch-pruning by default.
         progress: Whether to show progress bars.
 
     Returns:
@@ -77,7 +79,7 @@ def integrate(
         )
     labels = tuple(sorted({label for subnet in subnets for label in subnet.labels}))
     kept, scores = united(subnets)
-    surgeon = surgeon or find_surgeon()
+    backend = backend or find_backend()
     how = Compensation(**first.provenance.compensation)
     prepared = prepare(
         parent,
@@ -88,7 +90,7 @@ def integrate(
         head=first.provenance.head,  # type: ignore[arg-type]
         gram=how.method != "none"
         or (budget is not None and getattr(find(first.provenance.criterion), "needs_gram", False)),
-        surgeon=surgeon,
+        backend=backend,
         ignored_layers=first.provenance.ignored_layers,
         statistics=statistics,
         progress=progress,
@@ -96,12 +98,12 @@ def integrate(
     if budget is not None:
         scores = _scored_together(first, prepared) or scores
         kept = within_budget(kept, scores, budget)
-    cut = carry_out(
+    extraction = carry_out(
         prepared,
         kept,
         how,
         loader,
-        surgeon=surgeon,
+        backend=backend,
         scores=scores,
         validation=validation if first.provenance.calibrated else None,
         progress=progress,
@@ -113,14 +115,14 @@ def integrate(
         training={},
         trials=(),
     )
-    return Subnet.of(cut, first.label_names, provenance)
+    return Subnet.of(extraction, first.label_names, provenance)
 
 
 class RetrainedWarning(UserWarning):
     """Training of subnets is lost in their integration."""
 
 
-def _scored_together(first: Subnet, prepared: Cut) -> dict[str, Tensor]:
+def _scored_together(first: Subnet, prepared: Extraction) -> dict[str, Tensor]:
     """What the subnets' criterion says of all units for all labels together; empty if it needs what is not here."""
     criterion = find(first.provenance.criterion)
     evidence = {"statistics": prepared.statistics, "model": prepared.model}

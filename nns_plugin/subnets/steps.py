@@ -9,23 +9,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Compensation, Surgeon
+from nns_plugin.backends import Backend
+from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
+from nns_plugin.labels import OTHER
 from nns_plugin.models.activations import collect_inputs, tap
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device
 from nns_plugin.models.preserve import copied, preserved
 from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.head import OTHER, balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
+from nns_plugin.subnets.head import balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
 from nns_plugin.units import UnitGroup
 
 Head = Literal["keep", "closed", "open"]
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Extraction:
     """A model that is being cut down to a label set.
 
     Attributes:
@@ -62,11 +64,11 @@ def prepare(
     labels: Sequence[int] | None,
     head: Head,
     gram: bool,
-    surgeon: Surgeon,
+    backend: Backend,
     ignored_layers: Sequence[str] = (),
     statistics: Statistics | None = None,
     progress: bool = False,
-) -> Cut:
+) -> Extraction:
     """Copy a model, shrink its head and calibrate it, so that units can be chosen.
 
     With Gram matrices the head is shrunk to all that it is going to answer, so that a unit counts for what the kept
@@ -81,7 +83,7 @@ def prepare(
         labels: Indices of the labels to keep; ``None`` for all.
         head: What the outputs become.
         gram: Whether Gram matrices are needed.
-        surgeon: Traces and cuts.
+        backend: Traces and cuts.
         ignored_layers: Names of layers whose outputs must stay whole.
         statistics: Of the dense model; collected from the loader by default.
         progress: Whether to show progress bars.
@@ -93,22 +95,22 @@ def prepare(
     if head not in get_args(Head):
         raise PruningError(f"head is {head!r}; it must be one of {', '.join(get_args(Head))}")
     model = copied(dense)
-    surgery = surgeon(model, example_inputs)
+    traced = backend(model, example_inputs)
     whole = tuple(range(len(names)))
     chosen = whole if labels is None else tuple(sorted(labels))
     shrinks = head != "keep" and chosen != whole  # of all labels there is nothing to cut, and no other
-    if shrinks and len(surgery.heads) != 1:
+    if shrinks and len(traced.heads) != 1:
         raise PruningError(
-            f"the model's outputs are written by {len(surgery.heads)} layers ({', '.join(surgery.heads) or 'none'}); "
+            f"the model's outputs are written by {len(traced.heads)} layers ({', '.join(traced.heads) or 'none'}); "
             "shrinking the head needs exactly one: use head 'keep'"
         )
-    groups = surgery.groups(ignored_layers)
+    groups = traced.groups(ignored_layers)
     if not groups:
         raise PruningError(
             "nothing in this model can be pruned: no group of units is left beside the output, ignored layers "
             f"({', '.join(ignored_layers) or 'none'}) and groups that warnings name"
         )
-    name = surgery.heads[0] if shrinks else None
+    name = traced.heads[0] if shrinks else None
     if head == "open" and shrinks and OTHER in (names[label] for label in chosen):
         raise LabelError(
             f"a kept label is called {OTHER!r}, as the output for everything else: rename it, or close the head"
@@ -126,72 +128,77 @@ def prepare(
         if loader is None:
             raise PruningError("there are neither statistics nor a loader to collect them from; pass one of them")
         statistics = calibrate(model, loader, groups, labels=names, gram=gram, progress=progress)
-    else:  # a head is a reader: what it reads is the same
+    else:  # a head is a consumer: what it reads is the same
         statistics = replace(statistics, fingerprint=fingerprint(model))
-    return Cut(model, example_inputs, groups, statistics, chosen, outputs, name, head == "open" and shrinks, {}, {})
+    return Extraction(
+        model, example_inputs, groups, statistics, chosen, outputs, name, head == "open" and shrinks, {}, {}
+    )
 
 
 def carry_out(
-    cut: Cut,
+    extraction: Extraction,
     kept: Mapping[str, Tensor],
     how: Compensation,
     loader: Iterable[Any] | None,
     *,
-    surgeon: Surgeon,
+    backend: Backend,
     scores: Mapping[str, Tensor] | None = None,
     survivors: Mapping[str, Survivors] | None = None,
     validation: Iterable[Any] | None = None,
     progress: bool = False,
-) -> Cut:
+) -> Extraction:
     """Remove all but the kept units from a copy of a prepared model, and finish it.
 
     Args:
-        cut: From :func:`prepare`; stays as it is, so that it can be carried out in several ways.
+        extraction: From :func:`prepare`; stays as it is, so that it can be carried out in several ways.
         kept: For each pruned group's name the kept units, ``[k]`` int64 ascending.
         how: How the kept units take over.
         loader: Yields ``(inputs, labels)``.
-        surgeon: Traces and cuts.
+        backend: Traces and cuts.
         scores: What the units were chosen by.
         survivors: Who takes over from whom, after a selection by angles.
         validation: Yields ``(inputs, labels)`` that the output "other" is calibrated on, for the best mean balanced
             accuracy; it is left as it was fitted by default.
         progress: Whether to show progress bars.
     """
-    model = copied(cut.model)
-    surgery = surgeon(model, cut.example_inputs)
-    surgery.keep_and_compensate(cut.groups, kept, cut.statistics, how, loader, survivors, progress)
-    done = replace(cut, model=model, kept=dict(kept), scores={} if scores is None else dict(scores))
+    model = copied(extraction.model)
+    traced = backend(model, extraction.example_inputs)
+    traced.keep_and_compensate(extraction.groups, kept, extraction.statistics, how, loader, survivors, progress)
+    done = replace(extraction, model=model, kept=dict(kept), scores={} if scores is None else dict(scores))
     return finish_head(done, loader, validation, progress)
 
 
 def finish_head(
-    cut: Cut, loader: Iterable[Any] | None, validation: Iterable[Any] | None = None, progress: bool = False
-) -> Cut:
+    extraction: Extraction,
+    loader: Iterable[Any] | None,
+    validation: Iterable[Any] | None = None,
+    progress: bool = False,
+) -> Extraction:
     """Fit the output "other", in place, to what the features are now, and calibrate it if there is validation data."""
-    if not cut.opens or cut.head is None:
-        return cut
-    _open(cut.model, cut.head, cut.labels, loader, progress)
-    cut = replace(cut, outputs=(*cut.labels, None))
+    if not extraction.opens or extraction.head is None:
+        return extraction
+    _open(extraction.model, extraction.head, extraction.labels, loader, progress)
+    extraction = replace(extraction, outputs=(*extraction.labels, None))
     if validation is not None:
-        calibrate_head(cut, validation, progress)
-    return cut
+        calibrate_head(extraction, validation, progress)
+    return extraction
 
 
-def calibrate_head(cut: Cut, validation: Iterable[Any], progress: bool = False) -> None:
+def calibrate_head(extraction: Extraction, validation: Iterable[Any], progress: bool = False) -> None:
     """Move the output "other" to the best mean balanced accuracy on validation data, in place.
 
     Args:
-        cut: A cut with that output; nothing happens to others.
+        extraction: A cut with that output; nothing happens to others.
         validation: Yields ``(inputs, labels)``, anew each time.
         progress: Whether to show progress bars.
     """
-    if not cut.opens or cut.head is None:
+    if not extraction.opens or extraction.head is None:
         return
-    features, truth = _features(cut.model, cut.head, validation, progress)
-    head = linear_head(cut.model, cut.head)
+    features, truth = _features(extraction.model, extraction.head, validation, progress)
+    head = linear_head(extraction.model, extraction.head)
     with torch.no_grad():
         logits = head(features.to(head.weight)).cpu()
-    shift_output(head, cut.outputs.index(None), balancing_shift(logits, cut.outputs, truth))
+    shift_output(head, extraction.outputs.index(None), balancing_shift(logits, extraction.outputs, truth))
 
 
 def _open(model: nn.Module, name: str, labels: Sequence[int], loader: Iterable[Any] | None, progress: bool) -> None:

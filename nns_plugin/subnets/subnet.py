@@ -3,91 +3,30 @@
 from __future__ import annotations
 
 import os
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgery, find_surgeon
+from nns_plugin.backends import TracedModel, find_backend
 from nns_plugin.errors import NNSError, SubnetError
+from nns_plugin.labels import OTHER
 from nns_plugin.models.comparison import same_outputs
 from nns_plugin.models.fingerprint import digest, fingerprint
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.subnets.head import OTHER, linear_head, resize_head
-from nns_plugin.subnets.steps import Cut
+from nns_plugin.subnets.head import linear_head, resize_head
+from nns_plugin.subnets.provenance import Provenance
+from nns_plugin.subnets.steps import Extraction
 from nns_plugin.units import UnitGroup
 
 
 class InexactMaskWarning(UserWarning):
     """Some units pass a norm over units: the masked model and the small one do not compute the same there."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of a search for the smallest subnet within a budget, or for one that is fast enough.
-
-    Attributes:
-        ratio: Share of units that was removed.
-        parameters: Number of parameters that were left.
-        balanced_accuracy: Mean over the labels, on the validation data; of a head that is calibrated on that, on each
-            half as calibrated on the other. None of a cut without compensation, of which only latency was measured.
-        drop_bound: How far under the dense model's that is at most, with the confidence of the search.
-        within: Whether all was within what was asked for.
-        round_to: What numbers of units were rounded to a multiple of.
-        latency_ms: Median, in milliseconds, if latency was searched for.
-        speedup: Ratio of medians, dense over subnet.
-        speedup_low: Lower end of its 95 % interval.
-        is_fast_enough: Whether it met the target.
-    """
-
-    ratio: float
-    parameters: int
-    balanced_accuracy: float | None
-    drop_bound: float | None
-    within: bool
-    round_to: int = 1
-    latency_ms: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    is_fast_enough: bool | None = None
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a subnet comes from.
-
-    Attributes:
-        parent: Digest of the fingerprint of the parent's weights.
-        versions: Of Python and the packages that made it.
-        criterion: Name of the criterion.
-        options: Its options.
-        selection: How many units were kept, such as ``{"zeta": 0.4}``.
-        compensation: Options of :class:`nns_plugin.backends.Compensation`.
-        head: ``"keep"``, ``"closed"`` or ``"open"``.
-        ignored_layers: Layers that stayed whole.
-        calibrated: Whether the output for everything else was moved to the best balanced accuracy.
-        training: What was done to the weights afterwards, such as ``{"fine_tune": 2}``; empty for nothing.
-        trials: What a search tried, in order.
-    """
-
-    parent: str
-    versions: Mapping[str, str]
-    criterion: str
-    options: Mapping[str, Any]
-    selection: Mapping[str, Any]
-    compensation: Mapping[str, Any]
-    head: str
-    ignored_layers: tuple[str, ...] = ()
-    calibrated: bool = False
-    training: Mapping[str, Any] = field(default_factory=dict)
-    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +59,10 @@ class Subnet:
     provenance: Provenance
 
     @classmethod
-    def of(cls, cut: Cut, label_names: Sequence[str], provenance: Provenance) -> Subnet:
+    def of(cls, extraction: Extraction, label_names: Sequence[str], provenance: Provenance) -> Subnet:
         """The subnet of a model that was cut."""
-        sizes = {group.name: group.size for group in cut.groups if group.name in cut.kept}
-        state = cut.model.state_dict()
+        sizes = {group.name: group.size for group in extraction.groups if group.name in extraction.kept}
+        state = extraction.model.state_dict()
         foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if foreign:
             raise SubnetError(
@@ -131,15 +70,19 @@ class Subnet:
             )
         weights = {name: value.detach().cpu().clone() for name, value in state.items()}
         return cls(
-            kept=dict(cut.kept),
+            kept=dict(extraction.kept),
             sizes=sizes,
-            scores={name: cut.scores[name][units] for name, units in cut.kept.items() if name in cut.scores},
+            scores={
+                name: extraction.scores[name][units]
+                for name, units in extraction.kept.items()
+                if name in extraction.scores
+            },
             label_names=tuple(label_names),
-            labels=cut.labels,
-            outputs=cut.outputs,
-            head_layer=cut.head,
+            labels=extraction.labels,
+            outputs=extraction.outputs,
+            head_layer=extraction.head,
             weights=weights,
-            inputs=kinds_of(cut.example_inputs),
+            inputs=kinds_of(extraction.example_inputs),
             provenance=provenance,
         )
 
@@ -167,8 +110,8 @@ class Subnet:
             raise SubnetError(f"the parent factory returned a {type(made).__name__}; expected a torch module")
         model = copied(made)  # it may be a model that somebody has
         self._resize_head(model)
-        surgery, groups = self._traced(model, example_inputs)
-        surgery.keep(groups, self.kept)
+        traced, groups = self._traced(model, example_inputs)
+        traced.keep(groups, self.kept)
         self._load(model)
         return model.eval()
 
@@ -195,8 +138,8 @@ class Subnet:
         self._check_parent(parent)
         masked = _untied(copied(parent))
         self._resize_head(masked)
-        surgery, groups = self._traced(copied(masked), example_inputs)
-        _scatter(masked, self.weights, _origins(surgery, groups, self.kept))
+        traced, groups = self._traced(copied(masked), example_inputs)
+        _scatter(masked, self.weights, _origins(traced, groups, self.kept))
         masked.eval()
         inputs = inputs_like(self.inputs) if example_inputs is None else example_inputs
         if not same_outputs(self.materialise(lambda: parent, example_inputs), masked, inputs):
@@ -212,11 +155,11 @@ class Subnet:
     def _mixes(self, parent: nn.Module, name: str, inputs: Any) -> bool:
         """Whether units of one group at zero are not the same as no units there."""
         kept = {name: self.kept[name]}
-        surgery, groups = self._traced(copied(parent), inputs)
-        surgery.keep(groups, kept)
+        traced, groups = self._traced(copied(parent), inputs)
+        traced.keep(groups, kept)
         masked = _untied(copied(parent))
-        _scatter(masked, surgery.model.state_dict(), _origins(*self._traced(copied(masked), inputs), kept))
-        return not same_outputs(surgery.model, masked, inputs)
+        _scatter(masked, traced.model.state_dict(), _origins(*self._traced(copied(masked), inputs), kept))
+        return not same_outputs(traced.model, masked, inputs)
 
     def pruning_history(self, parent: nn.Module, example_inputs: Any = None) -> list[tuple[str, bool, list[int]]]:
         """What was removed, as torch-pruning writes it, for ``DependencyGraph.load_pruning_history``.
@@ -225,9 +168,9 @@ class Subnet:
             parent: A model of the parent's architecture; left as it is.
             example_inputs: See :meth:`materialise`.
         """
-        surgery, groups = self._traced(copied(parent), example_inputs)
-        surgery.keep(groups, self.kept)
-        return list(surgery.history)
+        traced, groups = self._traced(copied(parent), example_inputs)
+        traced.keep(groups, self.kept)
+        return list(traced.history)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the subnet to one safetensors file, which appears whole or not at all.
@@ -258,11 +201,11 @@ class Subnet:
                 f"{self.provenance.parent}: pass the parent as it was when the subnet was cut"
             )
 
-    def _traced(self, model: nn.Module, example_inputs: Any) -> tuple[Surgery, tuple[UnitGroup, ...]]:
+    def _traced(self, model: nn.Module, example_inputs: Any) -> tuple[TracedModel, tuple[UnitGroup, ...]]:
         """The model, ready to be cut, and its groups."""
         inputs = inputs_like(self.inputs, device_of(model)) if example_inputs is None else example_inputs
-        surgery = find_surgeon()(model, inputs)
-        groups = surgery.groups(self.provenance.ignored_layers, checked=False)
+        traced = find_backend()(model, inputs)
+        groups = traced.groups(self.provenance.ignored_layers, checked=False)
         found = {group.name: group.size for group in groups}
         for name, size in self.sizes.items():
             if found.get(name) != size:
@@ -270,7 +213,7 @@ class Subnet:
                     f"the subnet was cut from a parent whose group {name!r} has {size} units; this one has "
                     f"{found.get(name, 'no such group')}: pass the parent's own architecture"
                 )
-        return surgery, groups
+        return traced, groups
 
     def _resize_head(self, model: nn.Module) -> None:
         if self.head_layer is not None:
@@ -292,17 +235,6 @@ class Subnet:
         model.load_state_dict(dict(self.weights))
 
 
-def current_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that cut."""
-    found = {"python": platform.python_version()}
-    for name in ("nns-plugin", "torch", "torch-pruning"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def _untied(model: nn.Module) -> nn.Module:
     """Give each name of a shared parameter a parameter of its own, in place: removal cuts each by itself."""
     seen = set()
@@ -314,18 +246,18 @@ def _untied(model: nn.Module) -> nn.Module:
     return model
 
 
-def _origins(surgery: Surgery, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _origins(traced: TracedModel, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each weight of the small model the places that its numbers have in the wide one, flat.
 
     Every weight of a copy is numbered through before the host removes the units: whatever kinds of layers there are,
     the numbers that are left say where they come from.
     """
-    model = surgery.model.to("cpu", torch.float64)  # after tracing: a type may choose other operations
+    model = traced.model.to("cpu", torch.float64)  # after tracing: a type may choose other operations
     with torch.no_grad():
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.copy_(torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape))
-    surgery.keep(groups, kept)
+    traced.keep(groups, kept)
     return {name: value.round().long() for name, value in model.state_dict().items() if value.is_floating_point()}
 
 

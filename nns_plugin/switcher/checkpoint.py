@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.errors import CheckpointError, StatisticsError
-from nns_plugin.statistics.file import read_safetensors, write_safetensors
+from nns_plugin.files import read_safetensors, write_safetensors
 
 FORMAT = "nns-plugin training 1"
 KEYS = frozenset(

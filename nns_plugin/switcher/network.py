@@ -11,11 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgeon
+from nns_plugin.backends import Backend
 from nns_plugin.errors import PruningError, SwitchError
-from nns_plugin.models.layers import Convolution, weight_key, weight_of
+from nns_plugin.models.layers import Convolution, rows_of, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.models.producers import rows_of
 from nns_plugin.switcher.scaling_factors import Scales
 from nns_plugin.switcher.switches import Switch, UnswitchedWarning, find_switches, owns_weight
 from nns_plugin.switcher.weight_count import WeightCount
@@ -54,7 +53,7 @@ class SwitcherNetwork(nn.Module):
         channels: Of the first block; each further one has twice as many.
         depth: Number of blocks, each of which halves the image; fewer for small ones.
         width: Of the rows that filters are reduced to.
-        surgeon: Traces the model; torch-pruning by default.
+        backend: Traces the model; torch-pruning by default.
 
     Raises:
         PruningError: If an option is out of range, or nothing in the model can get factors.
@@ -76,7 +75,7 @@ class SwitcherNetwork(nn.Module):
         channels: int = 4,
         depth: int = 3,
         width: int = 64,
-        surgeon: Surgeon | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         if form not in get_args(Form):
@@ -88,7 +87,7 @@ class SwitcherNetwork(nn.Module):
         if min(channels, depth, width) < 1:
             raise PruningError(f"channels, depth and width are {channels}, {depth} and {width}; expected at least 1")
         self.form, self.budget = form, budget
-        switches = find_switches(model, example_inputs, layers, surgeon=surgeon)
+        switches = find_switches(model, example_inputs, layers, backend=backend)
         self._sources = {switch.name: found for switch in switches if (found := _sources(model, switch))}
         self.switches = tuple(switch for switch in switches if switch.name in self._sources)
         unread = [switch.name for switch in switches if switch.name not in self._sources]
@@ -235,10 +234,10 @@ class _Source:
 
 def _sources(model: nn.Module, switch: Switch) -> list[_Source]:
     """Filters that write the units, and linear layers that read each of them at one position; or any that read them."""
-    kinds = {port: model.get_submodule(port.name) for port in (*switch.writers, *switch.readers)}
-    own = [port for port in switch.writers if owns_weight(model, port.name)]
+    kinds = {port: model.get_submodule(port.name) for port in (*switch.producers, *switch.consumers)}
+    own = [port for port in switch.producers if owns_weight(model, port.name)]
     found = [_Source(port.name, True, port) for port in own if isinstance(kinds[port], Convolution)]
-    reading = [_Source(port.name, False, port) for port in switch.readers if isinstance(kinds[port], nn.Linear)]
+    reading = [_Source(port.name, False, port) for port in switch.consumers if isinstance(kinds[port], nn.Linear)]
     found += [source for source in reading if source.port.unit.unique().numel() == source.port.unit.numel()]
     writing = [_Source(port.name, True, port) for port in own if isinstance(kinds[port], nn.Linear)]
     return found or reading or writing

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgeon
+from nns_plugin.backends import Backend
 from nns_plugin.errors import SwitchError
-from nns_plugin.models.layers import weight_key, weight_of
+from nns_plugin.files import read_safetensors, write_safetensors
+from nns_plugin.models.layers import axis_length, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.statistics.calibration import axis_length
-from nns_plugin.statistics.file import read_safetensors, write_safetensors
 from nns_plugin.switcher.selected import selected
 from nns_plugin.switcher.switches import Switch, scaled_columns
 from nns_plugin.synapses.compaction import compact
@@ -97,7 +96,7 @@ class Scales(Mapping[str, Tensor]):
         """Factors of every in-position of each layer: products where several switches act on one."""
         found: dict[str, Tensor] = {}
         for switch in self.switches:
-            for place, port in enumerate(switch.readers):
+            for place, port in enumerate(switch.consumers):
                 if port.name not in found:
                     found[port.name] = self._ones(model, port, *switch.positions[place : place + 1])
                 values = self[switch.name].to(found[port.name])
@@ -125,8 +124,8 @@ class Scales(Mapping[str, Tensor]):
         tensors = {f"factors {place}": self[switch.name].detach().cpu() for place, switch in enumerate(self.switches)}
         described = []
         for place, switch in enumerate(self.switches):
-            sides: dict[str, list[str]] = {"readers": [], "writers": []}
-            for side, ports in (("readers", switch.readers), ("writers", switch.writers)):
+            sides: dict[str, list[str]] = {"consumers": [], "producers": []}
+            for side, ports in (("consumers", switch.consumers), ("producers", switch.producers)):
                 for number, port in enumerate(ports):
                     sides[side].append(port.name)
                     tensors[f"{side} {place} {number} index"] = port.index
@@ -154,10 +153,10 @@ def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Scales:
                 Port(name, tensors[f"{side} {place} {number} index"], tensors[f"{side} {place} {number} unit"])
                 for number, name in enumerate(told[side])
             )
-            for side in ("readers", "writers")
+            for side in ("consumers", "producers")
         }
         positions = tuple(map(int, told["positions"]))
-        switches.append(Switch(str(told["name"]), int(told["size"]), ports["readers"], ports["writers"], positions))
+        switches.append(Switch(str(told["name"]), int(told["size"]), ports["consumers"], ports["producers"], positions))
         factors[switches[-1].name] = tensors[f"factors {place}"]
     return Scales(switches, factors)
 
@@ -196,14 +195,14 @@ class SwitchedOff:
     inputs: Mapping[str, Tensor]
 
 
-def switch_off(model: nn.Module, scales: Scales, example_inputs: Any, *, surgeon: Surgeon | None = None) -> SwitchedOff:
+def switch_off(model: nn.Module, scales: Scales, example_inputs: Any, *, backend: Backend | None = None) -> SwitchedOff:
     """Fold the factors into a copy, and remove what they turn off: units, input features and flattened positions.
 
     Args:
         model: Left as it is.
         scales: Its factors.
         example_inputs: Inputs that it can run on.
-        surgeon: Removes units; torch-pruning by default.
+        backend: Removes units; torch-pruning by default.
 
     Raises:
         SwitchError: If the factors are of another model.
@@ -212,7 +211,7 @@ def switch_off(model: nn.Module, scales: Scales, example_inputs: Any, *, surgeon
     Warns:
         UnremovedWarning: If units at 0 have to stay.
     """
-    small = compact(fold(model, scales), example_inputs, narrow_inputs=False, surgeon=surgeon)
-    single = [switch.readers[0].name for switch in scales.switches if not switch.writers]
+    small = compact(fold(model, scales), example_inputs, narrow_inputs=False, backend=backend)
+    single = [switch.consumers[0].name for switch in scales.switches if not switch.producers]
     network, inputs = selected(small.model, single)
     return SwitchedOff(network, small.kept, inputs)

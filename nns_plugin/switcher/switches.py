@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of, tensors_of
-from nns_plugin.models.layers import Convolution, Transposed, weight_key, weight_of
+from nns_plugin.models.layers import Convolution, Transposed, axis_length, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.statistics.calibration import axis_length
-from nns_plugin.synapses.input_selection import input_readers
+from nns_plugin.synapses.input_selection import input_consumers
 from nns_plugin.synapses.masks import synapse_layers
 from nns_plugin.units import Port, UnitGroup
 
@@ -32,15 +31,15 @@ class Switch:
     Attributes:
         name: That of the unit group; or ``"inputs of "`` and the name of the layer whose input positions they are.
         size: How many there are.
-        readers: In-positions of linear and convolutional layers at which the factors act.
-        writers: Out-positions that write them; none for inputs of a layer.
-        positions: How many in-positions the layer of each reader has in all; none if that is not to be checked.
+        consumers: In-positions of linear and convolutional layers at which the factors act.
+        producers: Out-positions that write them; none for inputs of a layer.
+        positions: How many in-positions the layer of each consumer has in all; none if that is not to be checked.
     """
 
     name: str
     size: int
-    readers: tuple[Port, ...]
-    writers: tuple[Port, ...] = ()
+    consumers: tuple[Port, ...]
+    producers: tuple[Port, ...] = ()
     positions: tuple[int, ...] = ()
 
 
@@ -54,7 +53,7 @@ def find_switches(
     example_inputs: Any,
     layers: Iterable[str] | None = None,
     *,
-    surgeon: Surgeon | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Switch, ...]:
     """What in a model can get factors.
 
@@ -65,7 +64,7 @@ def find_switches(
         model: Left as it is.
         example_inputs: Inputs that it can run on.
         layers: Names of layers; only what these read is scaled. All linear and convolutional layers by default.
-        surgeon: Traces the model; torch-pruning by default.
+        backend: Traces the model; torch-pruning by default.
 
     Raises:
         PruningError: If a named layer is none whose inputs can be scaled, or nothing can be scaled.
@@ -82,9 +81,9 @@ def find_switches(
             f"the inputs of {', '.join(sorted(chosen - scalable))} cannot be scaled; name linear or convolutional "
             "layers whose weight is a parameter of their own, neither tied nor masked"
         )
-    groups = (surgeon or find_surgeon())(copied(model), example_inputs).groups()
+    groups = (backend or find_backend())(copied(model), example_inputs).groups()
     switches = [_of_group(model, group) for group in groups if group.consumers]
-    read = {switch.name: {port.name for port in switch.readers} for switch in switches}
+    read = {switch.name: {port.name for port in switch.consumers} for switch in switches}
     found = [switch for switch in switches if read[switch.name] <= chosen]
     left_out = [name for name, by in read.items() if not by <= chosen and (by & chosen or not by <= scalable)]
     if left_out:
@@ -119,7 +118,7 @@ def _features(model: nn.Module, example_inputs: Any) -> list[str]:
     """Linear layers that read one of the model's inputs, or flatten it."""
     inputs = inputs_like(kinds_of(example_inputs), device_of(model))  # examples may be zeros, which all look alike
     features = [value for value in tensors_of(inputs) if value.dim() > 1 and value.is_floating_point()]
-    found = {module for value in features for module, _, _ in input_readers(model, inputs, value)}
+    found = {module for value in features for module, _, _ in input_consumers(model, inputs, value)}
     return [name for name, module in model.named_modules() if module in found and isinstance(module, nn.Linear)]
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Convolution, weight_of
-from nns_plugin.statistics.calibration import axis_length
+from nns_plugin.models.layers import Convolution, axis_length, weight_of
 from nns_plugin.switcher.switches import Switch
 from nns_plugin.synapses.masks import synapse_layers
 from nns_plugin.units import Port
@@ -23,8 +22,8 @@ class _Layer:
     kernel: int
     read: int
     written: int
-    readers: tuple[tuple[str, Port], ...]
-    writers: tuple[tuple[str, Port], ...]
+    consumers: tuple[tuple[str, Port], ...]
+    producers: tuple[tuple[str, Port], ...]
 
 
 class WeightCount:
@@ -36,8 +35,8 @@ class WeightCount:
     """
 
     def __init__(self, model: nn.Module, switches: Sequence[Switch]) -> None:
-        readers = [(switch.name, port) for switch in switches for port in switch.readers]
-        writers = [(switch.name, port) for switch in switches for port in switch.writers]
+        consumers = [(switch.name, port) for switch in switches for port in switch.consumers]
+        producers = [(switch.name, port) for switch in switches for port in switch.producers]
         self._layers = []
         for name, module in synapse_layers(model).items():
             groups = module.groups if isinstance(module, Convolution) else 1
@@ -48,8 +47,8 @@ class WeightCount:
                     weight_of(module).numel() * groups // (read * written),
                     read,
                     written,
-                    tuple(pair for pair in readers if pair[1].name == name),
-                    tuple(pair for pair in writers if pair[1].name == name),
+                    tuple(pair for pair in consumers if pair[1].name == name),
+                    tuple(pair for pair in producers if pair[1].name == name),
                 )
             )
         self.total = sum(layer.kernel * layer.read * layer.written // layer.groups for layer in self._layers)
@@ -59,7 +58,7 @@ class WeightCount:
         total = 0
         for layer in self._layers:
             sides = []
-            for length, ports in ((layer.read, layer.readers), (layer.written, layer.writers)):
+            for length, ports in ((layer.read, layer.consumers), (layer.written, layer.producers)):
                 there = torch.ones(length, dtype=torch.bool)
                 for name, port in ports:
                     there[port.index] &= on[name][port.unit]

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Convolution, Transposed
-from nns_plugin.models.producers import rows_of
+from nns_plugin.models.layers import Convolution, Transposed, rows_of, synapse_axis
 from nns_plugin.units import Port, UnitGroup
 
 
@@ -109,11 +108,3 @@ def scores_by_unit(
         name: torch.where(limit.isinf(), there[f"{name}.weight"], limit + 1e-6 * there[f"{name}.weight"])
         for name, limit in found.items()
     }
-
-
-def synapse_axis(module: nn.Module, is_out: bool) -> int | None:
-    """The axis of a layer's weight that counts its out- or in-positions; ``None`` if it counts part of them."""
-    if not isinstance(module, (nn.Linear, Convolution)):
-        return None
-    axis = int(is_out == isinstance(module, Transposed))
-    return axis if axis == 0 or isinstance(module, nn.Linear) or module.groups == 1 else None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import device_of, map_tensors, run_model, tensors_of
 from nns_plugin.models.layers import Convolution, weight_of
 from nns_plugin.models.preserve import copied, preserved_rng
-from nns_plugin.synapses.dead_units import without_unreached_units
+from nns_plugin.synapses.dead_units import without_dead_units
 from nns_plugin.synapses.input_selection import InputSelection, narrowed_to_used
 
 ROWS = 32
@@ -52,12 +52,12 @@ def compact(
     *,
     narrow_inputs: bool = True,
     ignored_layers: Sequence[str] = (),
-    surgeon: Surgeon | None = None,
+    backend: Backend | None = None,
 ) -> Compact:
     """Make masks permanent, and remove units and inputs that no synapse reaches, in a copy.
 
     Units that nothing reads go, and so do units that no input reaches, whose constant values the biases of their
-    readers take up; each layer keeps at least one. What is left computes what the model computes: both are run in
+    consumers take up; each layer keeps at least one. What is left computes what the model computes: both are run in
     double precision to find out, and where it does not, units and inputs stay.
 
     Args:
@@ -66,7 +66,7 @@ def compact(
             examples must be as telling as any.
         narrow_inputs: Whether to narrow the layers that read the model's input, if it is one tensor.
         ignored_layers: Names of layers whose outputs must stay whole.
-        surgeon: Removes units; torch-pruning by default.
+        backend: Removes units; torch-pruning by default.
 
     Raises:
         PruningError: If the model cannot run in double precision on the CPU.
@@ -90,7 +90,7 @@ def compact(
     with preserved_rng():
         inputs, others = _examples(example_inputs)
         try:
-            small, kept = without_unreached_units(wide, inputs, others, surgeon or find_surgeon(), ignored_layers)
+            small, kept = without_dead_units(wide, inputs, others, backend or find_backend(), ignored_layers)
             narrowed = narrowed_to_used(small, others) if narrow_inputs else None
         except Exception as error:  # whatever the user's forward raises in double precision
             raise PruningError(f"the model cannot be compacted, in double precision on the CPU: {error}") from error

@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgeon
+from nns_plugin.backends import Backend
 from nns_plugin.errors import NNSError
 from nns_plugin.models.activations import tap
 from nns_plugin.models.comparison import same_outputs
 from nns_plugin.models.inputs import device_of, to_device
-from nns_plugin.models.layers import add_to_bias, has_bias, is_plain_convolution, padded_positions, weight_of
+from nns_plugin.models.layers import (
+    add_to_bias,
+    has_bias,
+    is_plain_convolution,
+    padded_positions,
+    synapse_axis,
+    weight_of,
+)
 from nns_plugin.models.preserve import copied, preserved
-from nns_plugin.synapses.by_unit import incoming_synapses, outgoing_synapses, synapse_axis
+from nns_plugin.synapses.by_unit import incoming_synapses, outgoing_synapses
 from nns_plugin.units import Port, UnitGroup
 
 Kept = dict[str, Tensor]
@@ -27,21 +34,21 @@ class UnremovedWarning(UserWarning):
     """Units that no synapse reaches had to stay."""
 
 
-def without_unreached_units(
-    model: nn.Module, inputs: Any, others: Any, surgeon: Surgeon, ignored_layers: Sequence[str] = ()
+def without_dead_units(
+    model: nn.Module, inputs: Any, others: Any, backend: Backend, ignored_layers: Sequence[str] = ()
 ) -> tuple[nn.Module, Kept]:
     """Remove units that nothing reads, or that no input reaches, from a copy of a model.
 
     First, synapses that do nothing become 0: those that write a unit which nothing reads, and those that read a unit
-    which nothing writes and which is therefore constant; the biases of its readers take that up, where they are linear
-    layers or convolutions without zero padding. This goes on from layer to layer. Then units that nothing reads are
-    removed; each layer keeps at least one. What changes the outputs on other inputs is left undone.
+    which nothing writes and which is therefore constant; the biases of its consumers take that up, where they are
+    linear layers or convolutions without zero padding. This goes on from layer to layer. Then units that nothing reads
+    are removed; each layer keeps at least one. What changes the outputs on other inputs is left undone.
 
     Args:
         model: In double precision, without masks; left as it is.
         inputs: Inputs that it can run on, in which units that are not constant differ.
         others: Other inputs.
-        surgeon: Removes units.
+        backend: Removes units.
         ignored_layers: Names of layers whose outputs must stay whole.
 
     Returns:
@@ -50,7 +57,7 @@ def without_unreached_units(
     Warns:
         UnremovedWarning: If units that are not reached have to stay.
     """
-    groups = surgeon(copied(model), inputs).groups(ignored_layers)
+    groups = backend(copied(model), inputs).groups(ignored_layers)
     model, stuck = _disconnected(model, groups, inputs, others)
     plan = {group.name: stays for group in groups if (stays := _needed(model, group)) is not None}
     each = [{name: stays} for name, stays in plan.items()]
@@ -59,7 +66,7 @@ def without_unreached_units(
     for attempt in [plan, *each] if len(each) > 1 else each:
         if attempt.keys() & kept.keys():
             continue
-        smaller = _cut(model, inputs, surgeon, ignored_layers, {**kept, **attempt})
+        smaller = _cut(model, inputs, backend, ignored_layers, {**kept, **attempt})
         if smaller is not None and _same(model, smaller, (inputs, others)):
             kept, small = {**kept, **attempt}, smaller
     stuck |= plan.keys() - kept.keys()
@@ -167,7 +174,7 @@ def _fold(model: nn.Module, name: str, axis: int, places: Tensor, constants: Ten
 
 
 def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
-    """What each in-position of a reader is in all inputs and positions, ``[in-positions]``; NaN where that differs."""
+    """The value of each in-position of a consumer, ``[in-positions]``; NaN where it varies over inputs or positions."""
     module = model.get_submodule(port.name)
     with preserved(model), torch.no_grad():
         values = tap(model.eval(), port.name, to_device(inputs, device_of(model)))
@@ -188,15 +195,15 @@ def _takes_constants(module: nn.Module) -> bool:
 
 
 def _cut(
-    model: nn.Module, inputs: Any, surgeon: Surgeon, ignored_layers: Sequence[str], kept: Kept
+    model: nn.Module, inputs: Any, backend: Backend, ignored_layers: Sequence[str], kept: Kept
 ) -> nn.Module | None:
     """A copy with only the kept units of each named group; ``None`` if the host cannot remove the others."""
-    surgery = surgeon(copied(model), inputs)
+    traced = backend(copied(model), inputs)
     try:
-        surgery.keep([group for group in surgery.groups(ignored_layers) if group.name in kept], kept)
+        traced.keep([group for group in traced.groups(ignored_layers) if group.name in kept], kept)
     except NNSError:
         return None
-    return surgery.model
+    return traced.model
 
 
 def _same(left: nn.Module, right: nn.Module, several: Iterable[Any]) -> bool:

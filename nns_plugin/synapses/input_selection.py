@@ -61,19 +61,19 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
         return None
     small = copied(model)
-    readers = input_readers(small, inputs, inputs)
-    each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in readers]
-    if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(readers, each, strict=True)}) != 1:
+    consumers = input_consumers(small, inputs, inputs)
+    each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in consumers]
+    if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(consumers, each, strict=True)}) != 1:
         _tell(each, "layers read them in different forms")
         return None
-    _, flat, axis = readers[0]
+    _, flat, axis = consumers[0]
     used = torch.stack(each).any(0)
     if bool(used.all()):
         return None
     if not bool(used.any()):
         used[0] = True
     selection = InputSelection(used.nonzero().flatten().cpu(), used.numel(), axis, flat)
-    for module, _, _ in readers:
+    for module, _, _ in consumers:
         narrow_columns(module, selection.indices)
     try:
         same = same_outputs(model, small, inputs, selection(inputs))
@@ -86,7 +86,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
 
 
 def _tell(each: Sequence[Tensor], reason: str) -> None:
-    """Say that inputs which some reader does not use stay."""
+    """Say that inputs which some consumer does not use stay."""
     unused = sum(int(not columns.all()) for columns in each)
     if unused:
         warnings.warn(
@@ -96,7 +96,7 @@ def _tell(each: Sequence[Tensor], reason: str) -> None:
         )
 
 
-def input_readers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[nn.Module, bool, int]]:
+def input_consumers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[nn.Module, bool, int]]:
     """Layers that work on one of the model's inputs as it is, or flattened, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 

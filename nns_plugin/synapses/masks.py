@@ -92,7 +92,7 @@ def prune_synapses(
     *,
     amount: float | int | None = None,
     threshold: float | None = None,
-    across_layers: bool = False,
+    global_pruning: bool = False,
 ) -> dict[str, int]:
     """Mask the synapses that score lowest, through ``torch.nn.utils.prune``.
 
@@ -103,7 +103,7 @@ def prune_synapses(
         scores: For each layer's name a score of every synapse, of its weight's shape; such as :func:`significance`.
         amount: How many of those that are left to mask, in each layer: a share in [0, 1], or a number.
         threshold: Mask the synapses that score less than this, in place of an amount.
-        across_layers: Rank the synapses of all layers together; an amount is then of all of them.
+        global_pruning: Rank the synapses of all layers together; an amount is then of all of them.
 
     Returns:
         For each layer the number of synapses that were masked by this call.
@@ -125,12 +125,12 @@ def prune_synapses(
         raise PruningError(f"amount is {amount} and threshold {threshold}; give one of them")
     modules = scored_layers(model, scores)
     left = {name: synapse_mask(module) for name, module in modules.items()}
-    _check_amount(amount, sum(int(mask.sum()) for mask in left.values()) if across_layers else None, left)
+    _check_amount(amount, sum(int(mask.sum()) for mask in left.values()) if global_pruning else None, left)
     ranks = _ranked(scores, {name: weight_of(module).device for name, module in modules.items()})
     if threshold is not None:
         for name, module in modules.items():
             prune.custom_from_mask(module, "weight", scores[name].to(weight_of(module).device) >= threshold)
-    elif across_layers:
+    elif global_pruning:
         prune.global_unstructured(
             [(module, "weight") for module in modules.values()],
             prune.L1Unstructured,

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import CheckpointError, NNSError, PruningError, SearchError
+from nns_plugin.files import read_safetensors, write_safetensors
 from nns_plugin.models.fingerprint import digest, fingerprint, fingerprint_of
 from nns_plugin.models.preserve import copied, preserved_rng
-from nns_plugin.statistics.file import read_safetensors, write_safetensors
 from nns_plugin.synapses.by_unit import scores_by_unit
 from nns_plugin.synapses.compaction import Compact, compact
 from nns_plugin.synapses.masks import mask_synapses, scored_layers, significance, synapse_mask
@@ -101,14 +101,14 @@ def minimal_network(
     scores: Scores | None = None,
     schedule: Sequence[float] = SCHEDULE,
     one_by_one: bool = True,
-    across_layers: bool = True,
+    global_pruning: bool = True,
     by_unit: bool = False,
     max_drop: float = 0.0,
     least: int = 0,
     max_steps: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     ignored_layers: Sequence[str] = (),
-    surgeon: Surgeon | None = None,
+    backend: Backend | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> MinimalNetwork:
@@ -129,7 +129,7 @@ def minimal_network(
             :func:`~nns_plugin.synapses.masks.significance` to the snapshot.
         schedule: Shares of the synapses that are left to remove in a step, each in (0, 1), falling.
         one_by_one: Whether to go on with single synapses after the schedule.
-        across_layers: Whether to rank the synapses of all layers together, or to take equal shares of each.
+        global_pruning: Whether to rank the synapses of all layers together, or to take equal shares of each.
         by_unit: Whether a synapse counts for what the weakest hidden unit at its ends counts in total, so that whole
             units go before parts of them: towards fewer units, where plain ranking leaves many with few synapses.
         max_drop: How far accuracy may fall under that of the model.
@@ -137,7 +137,7 @@ def minimal_network(
         max_steps: Stop after this many steps, those of former runs included.
         checkpoint: File that is written after every step; if it is there, the search goes on from it.
         ignored_layers: Names of layers whose outputs must stay whole in the end.
-        surgeon: Removes units in the end; torch-pruning by default.
+        backend: Removes units in the end; torch-pruning by default.
         seed: Of torch, NumPy and ``random`` before every call of ``train``, ``evaluate`` and ``scores``, together with
             the number of the step: a search that was interrupted ends as if it had not been.
         progress: Whether to show a progress bar.
@@ -156,14 +156,14 @@ def minimal_network(
     """
     if not isinstance(schedule, Sequence):
         raise PruningError(f"schedule is {schedule!r}; expected falling shares in (0, 1), such as (0.5, 0.1)")
-    options = _Options(tuple(schedule), one_by_one, across_layers, by_unit, max_drop, least, seed)
+    options = _Options(tuple(schedule), one_by_one, global_pruning, by_unit, max_drop, least, seed)
     scored = scores or _significance(model, snapshot)
     if by_unit:
-        scored = _by_unit(scored, (surgeon or find_surgeon())(copied(model), example_inputs).groups(ignored_layers))
+        scored = _by_unit(scored, (backend or find_backend())(copied(model), example_inputs).groups(ignored_layers))
     search = _Search(copied(model), scored, train, evaluate, options)
     with warnings.catch_warnings():  # what stays is told in the end; what cannot be done at all, now
         warnings.simplefilter("ignore")
-        compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
+        compact(search.model, example_inputs, ignored_layers=ignored_layers, backend=backend)
     given = "scores" if snapshot is None or scores is not None else digest(fingerprint_of(snapshot.weights))
     parent = {"parent": digest(fingerprint(model)), "snapshot": given, "layers": list(search.layers)}
     path = None if checkpoint is None else Path(checkpoint)
@@ -182,7 +182,7 @@ def minimal_network(
                     search.save(path, parent)
                 bar.update(total - search.left - bar.n)
                 bar.set_postfix(left=search.left, value=f"{search.progress.steps[-1].value:.4f}")
-        small = compact(search.model, example_inputs, ignored_layers=ignored_layers, surgeon=surgeon)
+        small = compact(search.model, example_inputs, ignored_layers=ignored_layers, backend=backend)
     except CheckpointError:
         raise
     except NNSError as error:
@@ -223,7 +223,7 @@ class _Options:
 
     schedule: tuple[float, ...]
     one_by_one: bool
-    across_layers: bool
+    global_pruning: bool
     by_unit: bool
     max_drop: float
     least: int
@@ -327,7 +327,7 @@ class _Search:
     def _chosen(self) -> Tensor:
         """Positions of the synapses to remove next, among those of all layers one after the other."""
         scores = self._scored()
-        if not self._options.across_layers:
+        if not self._options.global_pruning:
             scores = {name: _rank(score, self._masks()[name]) for name, score in scores.items()}
         joined = torch.cat([scores[name].detach().double().cpu().flatten() for name in self.layers])
         there = self._mask().nonzero().flatten()

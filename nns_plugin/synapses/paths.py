@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Surgeon, find_surgeon
+from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.activations import tap
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
@@ -19,7 +19,7 @@ from nns_plugin.synapses.masks import synapse_layers
 from nns_plugin.units import UnitGroup
 
 
-def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | None = None) -> dict[str, Tensor]:
+def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | None = None) -> dict[str, Tensor]:
     """Which synapses lie on a path from an input to each output.
 
     A synapse is a weight that is not 0; of a convolution's kernel, any of its positions. What a synapse only leads on
@@ -28,7 +28,7 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | N
     Args:
         model: A classifier whose outputs one layer writes; its weights may be masked by ``torch.nn.utils.prune``.
         example_inputs: Inputs that it can run on.
-        surgeon: Traces the model; torch-pruning by default.
+        backend: Traces the model; torch-pruning by default.
 
     Returns:
         For each linear and convolutional layer, in order, ``[L, out-positions, in-positions]`` bool: whether the
@@ -48,17 +48,16 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, surgeon: Surgeon | N
                 [1, 1, 1]])
     """
     sparse = permanent(copied(model))
-    surgery = (surgeon or find_surgeon())(copied(sparse), example_inputs)
-    if len(surgery.heads) != 1:
+    traced = (backend or find_backend())(copied(sparse), example_inputs)
+    if len(traced.heads) != 1:
         raise PruningError(
-            f"the outputs are written by {len(surgery.heads)} layers ({', '.join(surgery.heads) or 'none'}); expected "
-            "one"
+            f"the outputs are written by {len(traced.heads)} layers ({', '.join(traced.heads) or 'none'}); expected one"
         )
     there = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
-    head = surgery.heads[0]
+    head = traced.heads[0]
     if head not in there:
         raise PruningError(f"the outputs are written by {head!r}, a {type(sparse.get_submodule(head)).__name__}")
-    groups, labels = surgery.groups(), there[head].shape[0]
+    groups, labels = traced.groups(), there[head].shape[0]
     ends = {name: torch.zeros(labels, matrix.shape[0], dtype=torch.bool) for name, matrix in there.items()}
     ends[head] = torch.eye(labels, dtype=torch.bool)
     ends = _spread(ends, there, groups, backward=True)

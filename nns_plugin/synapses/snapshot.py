@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nns_plugin.errors import SnapshotError, StatisticsError
-from nns_plugin.statistics.file import write_safetensors
+from nns_plugin.files import write_safetensors
 
 MASKED = "_orig"
 

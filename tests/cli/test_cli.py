@@ -76,7 +76,7 @@ def test_run_prints_every_number_and_writes_every_file(
         (["--head", "square"], "field 'head': found 'square'"),
         (["--criterion", "magic"], "field 'criterion.name': found 'magic'"),
         (["--set", "ratio:3"], "--set: found 'ratio:3'; expected FIELD=VALUE"),
-        (["--set", "circle.max_rounds=0"], "field 'circle.max_rounds': found 0"),
+        (["--set", "iterative.max_rounds=0"], "field 'iterative.max_rounds': found 0"),
         (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
     ],
 )

@@ -57,7 +57,7 @@ def fitted(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool) -> None:
-    """Three lossy groups, in training mode with dropout: NumPy solves the readers from what comes to them."""
+    """Three lossy groups, in training mode with dropout: NumPy solves the consumers from what comes to them."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 12, bias),
@@ -145,19 +145,19 @@ class Between(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.reader = nn.Conv2d(1, 6, 1), nn.Conv2d(6, 4, 1, bias=False)
+        self.stem, self.consumer = nn.Conv2d(1, 6, 1), nn.Conv2d(6, 4, 1, bias=False)
         self.norm = nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(4, 1, 3, 3)
-        return self.norm(nn.functional.conv2d(self.reader(self.stem(x).relu()), kernel, groups=4)).mean((2, 3))
+        return self.norm(nn.functional.conv2d(self.consumer(self.stem(x).relu()), kernel, groups=4)).mean((2, 3))
 
 
 def test_only_a_norm_of_its_own_takes_up_a_layers_shift() -> None:
     x = torch.randn(2, 1, 6, 6)
     shared, between = Shared(), Between()
     assert following_norm(build_graph(shared, x), shared.left) is None
-    assert following_norm(build_graph(between, x), between.reader) is None
+    assert following_norm(build_graph(between, x), between.consumer) is None
     alone = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3))
     assert following_norm(build_graph(alone, torch.randn(2, 2, 8)), alone[0]) is alone[1]
 
@@ -249,44 +249,44 @@ class Doubled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.reader = nn.Linear(4, 8), nn.Linear(8, 5)
+        self.stem, self.consumer = nn.Linear(4, 8), nn.Linear(8, 5)
         self.more = nn.Linear(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.reader(self.stem(x).relu())
+        y = self.consumer(self.stem(x).relu())
         return y + self.more(y).relu()
 
 
 def test_a_sum_whose_other_part_depends_on_the_layer_is_not_repeated() -> None:
     torch.manual_seed(0)
     model, inputs = Doubled().eval(), torch.randn(100, 4)
-    statistics = observed(model, inputs, ["reader", "more"])
+    statistics = observed(model, inputs, ["consumer", "more"])
     with torch.no_grad():
-        wanted = model.reader(model.stem(inputs).relu()).numpy()
-    compensated_step(step_of(model, inputs, 0.5, ["reader", "more"]), statistics, loader=[inputs], ridge=1e-9)
+        wanted = model.consumer(model.stem(inputs).relu()).numpy()
+    compensated_step(step_of(model, inputs, 0.5, ["consumer", "more"]), statistics, loader=[inputs], ridge=1e-9)
     with torch.no_grad():
         hidden = model.stem(inputs).relu()
-        np.testing.assert_allclose(model.reader(hidden).numpy(), fitted(hidden.numpy(), wanted), atol=1e-4)
+        np.testing.assert_allclose(model.consumer(hidden).numpy(), fitted(hidden.numpy(), wanted), atol=1e-4)
 
 
 class Joined(nn.Module):
-    """A reader of two groups side by side."""
+    """A consumer of two groups side by side."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right, self.reader = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
+        self.left, self.right, self.consumer = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reader(torch.cat([self.left(x).relu(), self.right(x).relu()], 1))
+        return self.consumer(torch.cat([self.left(x).relu(), self.right(x).relu()], 1))
 
 
 def test_group_by_group_a_reader_of_two_groups_ends_with_the_best_weights() -> None:
     torch.manual_seed(0)
     model, inputs = Joined().eval(), torch.randn(200, 4)
-    statistics = observed(model, inputs, ["reader"])
+    statistics = observed(model, inputs, ["consumer"])
     with torch.no_grad():
         wanted = model(inputs).numpy()
-    pruner = step_of(model, inputs, 0.5, ["reader"])
+    pruner = step_of(model, inputs, 0.5, ["consumer"])
     compensated_step(pruner, statistics, method="least_squares", loader=[inputs], recalibrate="each_group")
     with torch.no_grad():
         hidden = torch.cat([model.left(inputs).relu(), model.right(inputs).relu()], 1).numpy()

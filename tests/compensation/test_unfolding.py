@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.compensation.refit import Refitting
-from nns_plugin.compensation.unfolding import LeastSquares, output_matrix, set_weight_matrix, unfolded, weight_matrix
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.activations import passage
+from nns_plugin.models.layers import output_matrix, set_weight_matrix, unfolded, weight_matrix
 
 LAYERS = [
     (nn.Linear(5, 3), (7, 4, 5)),
@@ -95,7 +96,7 @@ def test_what_is_repeated_is_the_sum_with_the_skip_connection(norm: bool) -> Non
         if norm:
             dense.norm.weight.uniform_(-2, 2)
             model.norm.load_state_dict(dense.norm.state_dict())
-            model.norm.running_var.mul_(1.7)  # as a re-estimation might leave it
+            model.norm.running_var.mul_(1.7)  # as a recalibration might leave it
             model.norm.running_mean.add_(0.3)
         Refitting(dense, model, [x[:8], x[8:]], ridge=1e-9).refit("conv", "norm" if norm else None, None)
         inputs = x.relu().transpose(0, 1).flatten(1).double().numpy()

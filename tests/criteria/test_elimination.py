@@ -49,11 +49,11 @@ def reading(channels: int, unit: Tensor, weight: float = 1.0) -> tuple[Reading, 
     "units",
     [
         [torch.arange(12)],
-        [torch.arange(12), torch.arange(12)],  # two readers
+        [torch.arange(12), torch.arange(12)],  # two consumers
         [torch.arange(12) % 6],  # two channels a unit
         [torch.arange(12), torch.arange(12) % 4],
     ],
-    ids=["one reader", "two readers", "two channels", "mixed"],
+    ids=["one consumer", "two consumers", "two channels", "mixed"],
 )
 def test_scores_are_those_of_brute_force(units: list[Tensor], flush: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elimination, "FLUSH", flush)

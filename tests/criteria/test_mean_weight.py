@@ -8,8 +8,8 @@ from torch import nn
 
 from nns_plugin import Port, UnitGroup
 from nns_plugin.criteria import MeanWeight, score_groups
+from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError, PruningError
-from nns_plugin.models.producers import incoming_weights
 from nns_plugin.synapses.masks import over_mean, prune_under_mean
 
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nns_plugin import Port, Statistics, UnitGroup, calibrate
-from nns_plugin.criteria.semantic import Semantic, contrast_to_rest, relative_activity, resolve_label
+from nns_plugin.criteria.semantic import Semantic, contrast_to_rest, relative_activity
 from nns_plugin.errors import CriterionError, LabelError, StaleStatisticsError
+from nns_plugin.labels import resolve_label
 from nns_plugin.selection import keep_by_threshold
 
 
-class Readers(nn.Module):
+class Consumers(nn.Module):
     """Layers that read the inputs themselves, the second one doubled and reversed."""
 
     def __init__(self, units: int) -> None:
@@ -30,20 +31,20 @@ class Readers(nn.Module):
         return self.one(x) + self.two(2 * x.flip(1))
 
 
-def group(units: int, *readers: str) -> UnitGroup:
+def group(units: int, *consumers: str) -> UnitGroup:
     every = torch.arange(units)
     return UnitGroup(
-        "hidden", units, (Port("hidden", every, every),), tuple(Port(name, every, every) for name in readers)
+        "hidden", units, (Port("hidden", every, every),), tuple(Port(name, every, every) for name in consumers)
     )
 
 
 def observed(
-    activations: Any, of_label: Sequence[int], readers: tuple[str, ...] = ("one",), **options: Any
+    activations: Any, of_label: Sequence[int], consumers: tuple[str, ...] = ("one",), **options: Any
 ) -> tuple[Statistics, UnitGroup]:
     x = torch.as_tensor(activations, dtype=torch.float32)
-    hidden = group(x.shape[1], *readers)
+    hidden = group(x.shape[1], *consumers)
     options = {"labels": max(of_label) + 1, **options}
-    return calibrate(Readers(x.shape[1]), [(x, torch.tensor(of_label))], (hidden,), **options), hidden
+    return calibrate(Consumers(x.shape[1]), [(x, torch.tensor(of_label))], (hidden,), **options), hidden
 
 
 # Two inputs of label 0, one of label 1; means of magnitudes (2, 4, 0.5, 0) and (3, 0, 0, 6).
@@ -106,7 +107,7 @@ def test_a_label_without_any_activity_scores_nothing() -> None:
 
 
 def test_several_consumers_count_by_their_maximum() -> None:
-    """The second reader sees units 2 * (c, b, a): relative to its own beta."""
+    """The second consumer sees units 2 * (c, b, a): relative to its own beta."""
     statistics, hidden = observed([[1.0, 2.0, 4.0]], [0], ("one", "two"))
     scores = Semantic(statistics)(hidden)
     assert scores is not None
@@ -122,7 +123,7 @@ def test_beta_is_of_the_group_alone() -> None:
     x = torch.tensor([[1.0, 2.0, 10.0, 20.0]])
     mine = UnitGroup("mine", 2, (), (Port("one", torch.tensor([0, 1]), torch.tensor([0, 1])),))
     other = UnitGroup("other", 2, (), (Port("one", torch.tensor([3, 2]), torch.tensor([0, 1])),))
-    statistics = calibrate(Readers(4), [(x, torch.tensor([0]))], (mine, other), labels=1)
+    statistics = calibrate(Consumers(4), [(x, torch.tensor([0]))], (mine, other), labels=1)
     for unit_group, expected in ((mine, [0.5, 1.0]), (other, [1.0, 0.5])):
         for measure, scores in (("mean", expected), ("frequency", [1.0, 1.0])):
             found = Semantic(statistics, measure=measure)(unit_group)  # type: ignore[arg-type]
@@ -137,7 +138,7 @@ def test_frequency_of_groups_that_stand_in_another_order(order: tuple[int, int])
     early = UnitGroup("early", 2, (), (Port("one", torch.tensor([2, 3]), torch.tensor([0, 1])),))
     late = UnitGroup("late", 2, (), (Port("one", torch.tensor([0, 1]), torch.tensor([0, 1])),))
     groups = ((early, late)[order[0]], (early, late)[order[1]])
-    statistics = calibrate(Readers(4), [(x, torch.tensor([0, 0]))], groups, labels=1)
+    statistics = calibrate(Consumers(4), [(x, torch.tensor([0, 0]))], groups, labels=1)
     for unit_group, expected in ((early, [0.5, 1.0]), (late, [1.0, 0.0])):
         found = Semantic(statistics, measure="frequency")(unit_group)
         assert found is not None
@@ -148,7 +149,7 @@ def test_units_of_several_positions_pool_them() -> None:
     """Mean over positions; active where any of them is."""
     x = torch.tensor([[1.0, 0.0, 3.0, 0.0], [0.0, 0.0, 1.0, 5.0]])
     pairs = UnitGroup("hidden", 2, (), (Port("one", torch.arange(4), torch.tensor([0, 1, 0, 1])),))
-    statistics = calibrate(Readers(4), [(x, torch.tensor([0, 0]))], (pairs,), labels=1)
+    statistics = calibrate(Consumers(4), [(x, torch.tensor([0, 0]))], (pairs,), labels=1)
     mean, frequency = Semantic(statistics)(pairs), Semantic(statistics, measure="frequency")(pairs)
     assert mean is not None
     assert frequency is not None
@@ -183,8 +184,8 @@ def test_a_label_set_keeps_the_union_of_the_single_label_subnets(
         union |= set((single >= zeta).nonzero().flatten().tolist())
         mine = [row for row, other in zip(rows, labels, strict=True) if other == label]
         by_hand: set[int] = set()
-        for reader in (lambda row: row, lambda row: [2 * value for value in reversed(row)]):
-            seen = [reader(row) for row in mine]
+        for consumer in (lambda row: row, lambda row: [2 * value for value in reversed(row)]):
+            seen = [consumer(row) for row in mine]
             x = [sum(abs(row[u]) if measure == "mean" else row[u] > 0 for row in seen) / len(seen) for u in range(5)]
             by_hand |= {u for u in range(5) if (x[u] / max(x) if max(x) else 0.0) >= zeta}
         assert set((single >= zeta).nonzero().flatten().tolist()) == by_hand
@@ -286,7 +287,7 @@ def test_bad_options() -> None:
         Semantic(statistics, [0], contrast="all")  # type: ignore[arg-type]
     with pytest.raises(LabelError, match="contrast='rest' needs inputs of other labels"):
         Semantic(statistics, [0, 1], contrast="rest")
-    unlabelled = calibrate(Readers(4), [torch.randn(3, 4)], (group(4, "one"),))
+    unlabelled = calibrate(Consumers(4), [torch.randn(3, 4)], (group(4, "one"),))
     with pytest.raises(LabelError, match="carry no labels; calibrate with a loader of"):
         Semantic(unlabelled, [0])
 

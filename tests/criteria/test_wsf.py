@@ -92,7 +92,7 @@ def test_flattened_and_grouped_readers(zoo: Any) -> None:
 
 @pytest.mark.parametrize("reduction", list(REDUCTIONS))
 def test_each_unit_counts_the_layers_that_touch_it(reduction: Any) -> None:
-    """A concatenation: two layers write different units of one group, and one of them is read by a second reader."""
+    """A concatenation: two layers write different units of one group, and one of them is read by a second consumer."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 1), "r": nn.Linear(3, 2), "s": nn.Linear(2, 2)})
     before = WeightSnapshot({name: torch.zeros_like(value) for name, value in model.state_dict().items()})

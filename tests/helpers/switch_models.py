@@ -52,7 +52,7 @@ def scaled_by_hooks(model: nn.Module, scales: Scales, inputs: Any) -> Any:
     """What the model gives if what its layers read is multiplied, unit by unit: no weight is touched."""
     handles = []
     for switch in scales.switches:
-        for port in switch.readers:
+        for port in switch.consumers:
             layer = model.get_submodule(port.name)
 
             def multiply(

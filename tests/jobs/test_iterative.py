@@ -1,4 +1,4 @@
-"""The circle of training, pruning and fine-tuning: when it ends, and with which model."""
+"""The iterative of training, pruning and fine-tuning: when it ends, and with which model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.errors import PruningError
-from nns_plugin.jobs.iterative import Circle, Round, train_prune_circle
+from nns_plugin.jobs.iterative import IterativePruning, Round, prune_iteratively
 from nns_plugin.models.preserve import copied
 from nns_plugin.synapses.masks import prune_under_mean
 
@@ -24,8 +24,8 @@ class Scripted(nn.Module):
         return int(self.pruned), int(self.trained)
 
 
-def run(removals: list[int], accuracies: list[float], **options: object) -> tuple[Circle, Scripted]:
-    """A circle whose prune steps remove and whose evaluations give what is scripted."""
+def run(removals: list[int], accuracies: list[float], **options: object) -> tuple[IterativePruning, Scripted]:
+    """A iterative whose prune steps remove and whose evaluations give what is scripted."""
     model, amounts, scores = Scripted(), iter(removals), iter(accuracies)
 
     def prune(model: nn.Module) -> int:
@@ -35,39 +35,39 @@ def run(removals: list[int], accuracies: list[float], **options: object) -> tupl
     def train(model: nn.Module) -> None:
         model.trained += 1
 
-    return train_prune_circle(model, prune, train, lambda model: next(scores), **options), model
+    return prune_iteratively(model, prune, train, lambda model: next(scores), **options), model
 
 
 def test_it_ends_when_nothing_more_qualifies() -> None:
-    circle, model = run([3, 2, 0], [0.8, 0.6, 0.85, 0.7, 0.8])
-    assert circle.rounds == (Round(3, 0.6, 0.85, True), Round(2, 0.7, 0.8, True))
-    assert (circle.pretrained, circle.removed, circle.accuracy) == (0.8, 5, 0.8)
-    assert circle.model.counts() == (2, 3)
+    iterative, model = run([3, 2, 0], [0.8, 0.6, 0.85, 0.7, 0.8])
+    assert iterative.rounds == (Round(3, 0.6, 0.85, True), Round(2, 0.7, 0.8, True))
+    assert (iterative.pretrained, iterative.removed, iterative.accuracy) == (0.8, 5, 0.8)
+    assert iterative.model.counts() == (2, 3)
     assert model.counts() == (0, 0)
 
 
 def test_it_ends_when_accuracy_falls_and_goes_back() -> None:
-    circle, _ = run([3, 2, 9], [0.8, 0.6, 0.85, 0.7, 0.79])
-    assert [turn.accepted for turn in circle.rounds] == [True, False]
-    assert (circle.removed, circle.accuracy) == (3, 0.85)
-    assert circle.model.counts() == (1, 2)
+    iterative, _ = run([3, 2, 9], [0.8, 0.6, 0.85, 0.7, 0.79])
+    assert [turn.accepted for turn in iterative.rounds] == [True, False]
+    assert (iterative.removed, iterative.accuracy) == (3, 0.85)
+    assert iterative.model.counts() == (1, 2)
 
 
 def test_a_drop_may_be_allowed() -> None:
-    circle, _ = run([3, 2, 0], [0.8, 0.6, 0.76, 0.7, 0.75], max_drop=0.05)
-    assert [turn.accepted for turn in circle.rounds] == [True, True]
+    iterative, _ = run([3, 2, 0], [0.8, 0.6, 0.76, 0.7, 0.75], max_drop=0.05)
+    assert [turn.accepted for turn in iterative.rounds] == [True, True]
 
 
 def test_without_pre_training_and_with_a_limit() -> None:
-    circle, _ = run([1, 1, 1], [0.5, 0.5, 0.5, 0.5, 0.5], pretrain=False, max_rounds=2)
-    assert len(circle.rounds) == 2
-    assert circle.model.counts() == (2, 2)
+    iterative, _ = run([1, 1, 1], [0.5, 0.5, 0.5, 0.5, 0.5], pretrain=False, max_rounds=2)
+    assert len(iterative.rounds) == 2
+    assert iterative.model.counts() == (2, 2)
 
 
 def test_a_score_that_is_no_number_is_a_fall() -> None:
-    circle, _ = run([1, 1], [0.5, 0.5, float("nan")])
-    assert [turn.accepted for turn in circle.rounds] == [False]
-    assert circle.removed == 0
+    iterative, _ = run([1, 1], [0.5, 0.5, float("nan")])
+    assert [turn.accepted for turn in iterative.rounds] == [False]
+    assert iterative.removed == 0
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_masked_models_go_round() -> None:
     def prune(model: nn.Module) -> int:
         return prune_under_mean(model, ["0"])["0"]
 
-    circle = train_prune_circle(model, prune, train, evaluate, max_drop=1.0, max_rounds=3)
-    masked: Tensor = circle.model[0].weight_mask
-    assert int((masked == 0).sum()) == circle.removed > 0
-    assert circle.model(x).shape == (64, 2)
-    assert copied(circle.model)(x).shape == (64, 2)
+    iterative = prune_iteratively(model, prune, train, evaluate, max_drop=1.0, max_rounds=3)
+    masked: Tensor = iterative.model[0].weight_mask
+    assert int((masked == 0).sum()) == iterative.removed > 0
+    assert iterative.model(x).shape == (64, 2)
+    assert copied(iterative.model)(x).shape == (64, 2)
     assert not hasattr(model[0], "weight_mask")

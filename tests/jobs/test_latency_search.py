@@ -24,7 +24,7 @@ from nns_plugin.adapters.onnxruntime import LatencyComparison, latency_report, m
 from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.errors import LabelError, SelectionError  # noqa: E402
 from nns_plugin.jobs.latency_search import MOST, Target, fast_enough  # noqa: E402
-from nns_plugin.subnets.subnet import Trial  # noqa: E402
+from nns_plugin.subnets.provenance import Trial  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -65,8 +65,8 @@ class Search:
         units = sum(parameter.numel() for parameter in model.parameters())
         return measured(self.latency_ms(units) + self.slower * hasattr(model, "finished"))
 
-    def judge(self, cut: Any) -> tuple[float, float]:
-        drop = self.drop(len(cut.kept["group"]))
+    def judge(self, extraction: Any) -> tuple[float, float]:
+        drop = self.drop(len(extraction.kept["group"]))
         return 1 - drop, drop
 
     def run(self, target: Target, roundings: tuple[int, ...] = (1,), max_drop: float | None = None) -> Any:
@@ -80,19 +80,19 @@ def fewer(units: int) -> float:
 
 def test_no_more_goes_than_the_target_asks_for() -> None:
     search = Search(lambda units: units / 10, fewer)
-    cut, trials = search.run(Target(latency_ms=4.0))
-    assert 39 <= len(cut.kept["group"]) <= 40  # 40 units take 4 ms; a bisection ends within 0.99 / 64 of that
+    extraction, trials = search.run(Target(latency_ms=4.0))
+    assert 39 <= len(extraction.kept["group"]) <= 40  # 40 units take 4 ms; a bisection ends within 0.99 / 64 of that
     assert trials[-1] == replace(
         trials[-1],
         round_to=1,
         within=True,
         is_fast_enough=True,
-        drop_bound=0.06 + 0.001 * (40 - len(cut.kept["group"])),
+        drop_bound=0.06 + 0.001 * (40 - len(extraction.kept["group"])),
     )
-    cut, _ = search.run(Target(speedup=2.0))
-    assert 49 <= len(cut.kept["group"]) <= 50
-    cut, trials = search.run(Target(speedup=1.0))
-    assert len(cut.kept["group"]) == UNITS
+    extraction, _ = search.run(Target(speedup=2.0))
+    assert 49 <= len(extraction.kept["group"]) <= 50
+    extraction, trials = search.run(Target(speedup=1.0))
+    assert len(extraction.kept["group"]) == UNITS
     assert [trial.ratio for trial in trials] == [0, 0]
 
 
@@ -109,8 +109,8 @@ def test_every_point_is_told_with_what_was_measured() -> None:
 def test_of_several_roundings_that_wins_which_loses_least() -> None:
     """Kernels that work on blocks of 16: 50 units take as long as 64, which lose less."""
     search = Search(lambda units: math.ceil(units / 16) * 1.6, fewer)
-    cut, trials = search.run(Target(latency_ms=6.5), roundings=(1, 16))
-    assert len(cut.kept["group"]) == 64
+    extraction, trials = search.run(Target(latency_ms=6.5), roundings=(1, 16))
+    assert len(extraction.kept["group"]) == 64
     finished = [trial for trial in trials if trial.drop_bound is not None]
     assert [trial.round_to for trial in finished] == [1, 16]
     assert finished[0].drop_bound is not None
@@ -119,9 +119,9 @@ def test_of_several_roundings_that_wins_which_loses_least() -> None:
 
 def test_a_finished_cut_that_is_slower_than_its_sketch_goes_further() -> None:
     search = Search(lambda units: units / 10, fewer, slower_when_finished=0.3)
-    cut, trials = search.run(Target(latency_ms=4.0))
+    extraction, trials = search.run(Target(latency_ms=4.0))
     assert trials[-1].is_fast_enough
-    assert len(cut.kept["group"]) <= 37
+    assert len(extraction.kept["group"]) <= 37
     assert len(search.finished) == len(set(search.finished)) > 1
 
 
@@ -148,7 +148,7 @@ def test_the_budget_decides_and_the_nearest_is_named() -> None:
 def test_without_a_balanced_accuracy_the_largest_is_taken_unless_there_is_a_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(cut: Any) -> tuple[float, float]:
+    def refuse(extraction: Any) -> tuple[float, float]:
         raise LabelError("one label with a closed head")
 
     search = Search(lambda units: math.ceil(units / 16) * 1.6, fewer)

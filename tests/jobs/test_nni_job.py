@@ -19,9 +19,9 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("pydantic")
 
-from nns_plugin.adapters.nni import NNIFallbackWarning, NNISurgery  # noqa: E402
+from nns_plugin.adapters.nni import NNIBackend, NNIFallbackWarning  # noqa: E402
 from nns_plugin.adapters.nni.masked_speedup import ModelSpeedup  # noqa: E402
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery  # noqa: E402
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning  # noqa: E402
 from nns_plugin.errors import PruningError, RecipeError, SelectionError  # noqa: E402
 from nns_plugin.jobs.recipe import load_recipe  # noqa: E402
@@ -97,7 +97,7 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ),
         ({"framework": "tensorflow"}, "field 'framework': found 'tensorflow'"),
         ({"framework": "nni", "config_list": []}, "field 'config_list'"),
-        ({"framework": "nni", "across_groups": True}, "across_groups ranks units, and NNI shares of weights"),
+        ({"framework": "nni", "global_pruning": True}, "global_pruning ranks units, and NNI shares of weights"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(None, {"round_to": 1, **overrides})
@@ -118,29 +118,29 @@ def test_nni_removes_in_place_what_torch_pruning_would(zoo: Any) -> None:
         torch.manual_seed(0)
         model, inputs = zoo.CASES[case].make().eval(), zoo.CASES[case].inputs(4)
         other = copy.deepcopy(model)
-        surgery, expected = NNISurgery(model, inputs), TorchPruningSurgery(other, inputs)
-        groups = surgery.groups()
+        traced, expected = NNIBackend(model, inputs), TorchPruningBackend(other, inputs)
+        groups = traced.groups()
         kept = {group.name: torch.arange(0, group.size, 2) for group in groups}
-        surgery.keep(groups, kept)
+        traced.keep(groups, kept)
         expected.keep(expected.groups(), kept)
-        assert surgery.model is model
+        assert traced.model is model
         for (name, value), wanted in zip(model.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(value, wanted), (case, name)
         assert not model.training
-        surgery.keep(groups, {groups[0].name: torch.arange(groups[0].size)})  # nothing goes
+        traced.keep(groups, {groups[0].name: torch.arange(groups[0].size)})  # nothing goes
 
 
 def test_where_nni_cannot_torch_pruning_removes_and_it_is_told(zoo: Any) -> None:
     torch.manual_seed(0)
     model, inputs = zoo.CASES["recurrent"].make().eval(), zoo.CASES["recurrent"].inputs(4)
-    surgery = NNISurgery(model, inputs)
+    traced = NNIBackend(model, inputs)
     with pytest.warns(UnusableGroupWarning):
-        groups = surgery.groups()
+        groups = traced.groups()
     with (
         pytest.warns(UnusableGroupWarning),
         pytest.warns(NNIFallbackWarning, match="torch-pruning removed the units, NNI did not: "),
     ):
-        surgery.keep(groups, {groups[0].name: torch.arange(groups[0].size - 1)})
+        traced.keep(groups, {groups[0].name: torch.arange(groups[0].size - 1)})
     assert isinstance(model.first, nn.Linear)
     assert model.first.out_features == groups[0].size - 1
 

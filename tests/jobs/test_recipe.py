@@ -69,14 +69,17 @@ def test_criterion_and_compensation_by_default(
         ({"angle": {"similar": 170, "complementary": 20}}, "similar must be at most complementary"),
         ({"angle": {}, "criterion": "semantic"}, "angle goes with criterion distinctiveness, not with semantic"),
         ({"angle": {}, "compensation.method": "refit"}, "angle goes with compensation merge, not with refit"),
-        ({"angle": {}, "across_groups": True, "round_to": 1}, "across_groups goes with ratio"),
+        ({"angle": {}, "global_pruning": True, "round_to": 1}, "global_pruning goes with ratio"),
         ({"angle": {}}, "round_to goes with ratio and zeta"),
         ({"compensation.recalibrate": "each_group"}, "each_group goes with refit and least_squares, not with none"),
         ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
         ({"calibrate_head": True, "head": "closed"}, "calibrate_head goes with head open, not with closed"),
         ({"confidence": 0.9}, "confidence goes with max_balanced_accuracy_drop"),
-        ({"circle": {}}, "circle fine-tunes after each removal"),
-        ({"circle": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1}, "circle has a max_drop of its own"),
+        ({"iterative": {}}, "iterative fine-tunes after each removal"),
+        (
+            {"iterative": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1},
+            "iterative has a max_drop of its own",
+        ),
         ({"synapses": {"rule": "none"}}, "field 'synapses.rule': found 'none'"),
         ({"angle": {"merge": "twice"}}, "field 'angle.merge': found 'twice'"),
     ],
@@ -105,7 +108,7 @@ def test_the_example_names_every_field() -> None:
         "angle",
         "max_balanced_accuracy_drop",
         "confidence",
-        "circle",
+        "iterative",
         "config_list",
         "roundings",
         "sweep",
@@ -136,7 +139,10 @@ def test_a_target_goes_with_a_budget_and_roundings_alone(tmp_path: Path) -> None
         ({"target_speedup": 0.0}, "'target_speedup': found 0.0"),
         ({"target_speedup": 2.0, "roundings": [0]}, "roundings"),
         ({"target_speedup": 2.0, "roundings": [8], "framework": "nni"}, "NNI's masks cannot be rounded"),
-        ({"target_speedup": 2.0, "circle": {}, "fine_tune": {"epochs": 1}}, "circle removes the same in each turn"),
+        (
+            {"target_speedup": 2.0, "iterative": {}, "fine_tune": {"epochs": 1}},
+            "iterative removes the same in each turn",
+        ),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(None, wrong)
@@ -189,7 +195,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
     [
         ({"ratio": 0.5, "zeta": 0.4}, "ratio and zeta exclude each other"),
         ({"labels": None, "head": "closed"}, "head 'closed' needs labels"),
-        ({"ratio": None, "zeta": 0.4, "across_groups": True}, "across_groups goes with ratio"),
+        ({"ratio": None, "zeta": 0.4, "global_pruning": True}, "global_pruning goes with ratio"),
     ],
 )
 def test_fields_that_contradict(tmp_path: Path, change: dict[str, Any], message: str) -> None:

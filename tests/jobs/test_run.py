@@ -270,7 +270,7 @@ def pruned(
     from nns_plugin.evaluation.evaluation import evaluate, predict
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.recipe import call_factory
-    from nns_plugin.jobs.run import cut_model
+    from nns_plugin.jobs.run import extracted
     from nns_plugin.jobs.training import train_classifier
 
     checked = recipe(**changes)
@@ -278,7 +278,7 @@ def pruned(
     dense = call_factory("model", "user_factories:model", {})
     train_classifier(dense, data.train, epochs=3, learning_rate=0.003, weight_decay=0.01)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    result = cut_model(dense, data, checked)[0]
+    result = extracted(dense, data, checked)[0]
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     logits, labels = predict(result.model, data.test)
     label_set = list(range(4)) if chosen is None else chosen
@@ -301,12 +301,12 @@ def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
     """A brute-force reading of eq. 1 on the dense model picks the same units."""
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.recipe import call_factory
-    from nns_plugin.jobs.run import cut_model
+    from nns_plugin.jobs.run import extracted
 
     checked = recipe(train={"epochs": 0})
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {})
-    kept = cut_model(dense, data, checked)[0].kept
+    kept = extracted(dense, data, checked)[0].kept
     with torch.no_grad():
         inputs, labels = data.calibration.dataset.tensors
         hidden = {"0": dense[:2](inputs), "2": dense[:4](inputs)}
@@ -333,14 +333,14 @@ def test_without_labels_all_are_kept(recipe: Any) -> None:
 def test_without_labels_survivors_take_over(recipe: Any) -> None:
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.recipe import call_factory
-    from nns_plugin.jobs.run import cut_model
+    from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {})
     inputs = data.test.dataset.tensors[0]
     errors = {}
     for method in (None, "none"):
-        result = cut_model(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}))[0]
+        result = extracted(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}))[0]
         assert result.model[0].out_features == 13
         with torch.no_grad():
             errors[method] = float((result.model(inputs) - dense(inputs)).square().mean())
@@ -351,7 +351,7 @@ def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do
     """A unit that only a dropped label uses goes, and one that a kept label uses stays."""
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.recipe import call_factory
-    from nns_plugin.jobs.run import cut_model
+    from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {"hidden": 8})
@@ -360,16 +360,18 @@ def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do
         for unit, label in enumerate([0, 0, 1, 2, 2, 3, 0, 2]):
             dense[4].weight[label, unit] = 1.0
     checked = recipe(criterion={"name": "distinctiveness", "options": {"mode": "span"}}, ratio=0.7, head="closed")
-    result = cut_model(dense, data, checked)[0]
+    result = extracted(dense, data, checked)[0]
     assert {2, 5} <= set(result.kept["2"].tolist())
     assert result.outputs == (1, 3)
 
 
 @pytest.mark.parametrize("head", ["keep", "closed", "open"])
-@pytest.mark.parametrize("across_groups", [False, True])
-def test_distinctiveness_with_every_head(recipe: Any, head: str, across_groups: bool) -> None:
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_distinctiveness_with_every_head(recipe: Any, head: str, global_pruning: bool) -> None:
     criterion = {"name": "distinctiveness", "options": {"mode": "span"}}
-    result, evaluation = pruned(recipe, [1, 3], head=head, criterion=criterion, ratio=0.7, across_groups=across_groups)
+    result, evaluation = pruned(
+        recipe, [1, 3], head=head, criterion=criterion, ratio=0.7, global_pruning=global_pruning
+    )
     assert result.outputs == {"keep": (0, 1, 2, 3), "closed": (1, 3), "open": (1, 3, None)}[head]
     assert result.model[4].out_features == len(result.outputs)
     assert evaluation.closed_set_accuracy > 0.95
@@ -396,7 +398,7 @@ def test_turns_go_on_until_accuracy_falls(recipe: Any) -> None:
     """Each turn removes a third of what is left; kept units are counted from the dense model."""
     changes = {"ratio": 1 / 3, "fine_tune": {"epochs": 1}}
     once, _ = pruned(recipe, [1, 3], **changes)
-    result, evaluation = pruned(recipe, [1, 3], circle={"max_rounds": 3, "max_drop": 0.5}, **changes)
+    result, evaluation = pruned(recipe, [1, 3], iterative={"max_rounds": 3, "max_drop": 0.5}, **changes)
     assert [result.kept[name].numel() for name in ("0", "2")] == [10, 10]  # 32 -> 22 -> 15 -> 10
     assert [result.model[place].out_features for place in (0, 2, 4)] == [10, 10, 3]
     assert set(result.kept["0"].tolist()) <= set(range(32))
@@ -418,7 +420,7 @@ def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns
 
     changes: dict[str, Any] = {"ratio": 0.96 if rejected else 0.6, "calibrate_head": True}
     if turns:
-        changes["circle"] = {"max_rounds": 2, "max_drop": 0.0 if rejected else 0.5}
+        changes["iterative"] = {"max_rounds": 2, "max_drop": 0.0 if rejected else 0.5}
     rate = 1e-9 if rejected else 0.01
     result, _ = pruned(recipe, [1, 3], fine_tune={"epochs": 1, "learning_rate": rate}, **changes)
     assert turns is False or bool(result.kept) != rejected
@@ -472,7 +474,7 @@ def test_a_turn_that_costs_accuracy_is_taken_back(recipe: Any) -> None:
         recipe,
         [1, 3],
         ratio=0.96,
-        circle={"max_rounds": 5, "max_drop": 0.01},
+        iterative={"max_rounds": 5, "max_drop": 0.01},
         fine_tune={"epochs": 1, "learning_rate": 1e-9},
     )
     assert result.kept == {}

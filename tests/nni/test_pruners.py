@@ -397,7 +397,7 @@ def test_the_evaluator_may_come_third() -> None:
 
 
 def test_calibration_sees_the_masked_model_without_a_word_of_masked_units() -> None:
-    """A masked unit is silent for its readers, although a batch norm would make a constant of it."""
+    """A masked unit is silent for its consumers, although a batch norm would make a constant of it."""
     model = simple()
     with torch.no_grad():
         model.bn.bias.fill_(3.0)

@@ -22,9 +22,9 @@ import nni.compression.pruning as host  # noqa: E402
 from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.nni import MeanWeightPruner, UngroupedLayersWarning, speedup, with_dependency_groups  # noqa: E402
 from nns_plugin.adapters.nni.dependency_groups import Layer  # noqa: E402
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery  # noqa: E402
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
-from nns_plugin.backends import Compensation  # noqa: E402
+from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 
 KINDS = ["Conv2d", "Linear", "ConvTranspose2d"]
@@ -231,8 +231,8 @@ def test_survivors_take_over(zoo: Any, case: str) -> None:
         how = Compensation(method=method)  # type: ignore[arg-type]
         found = speedup(model, inputs, masks, compensation=how, calibration=loader)
         expected = copy.deepcopy(model)
-        surgery = TorchPruningSurgery(expected, inputs)
-        surgery.keep_and_compensate(surgery.groups(), found.units.kept, statistics, how, loader)
+        traced = TorchPruningBackend(expected, inputs)
+        traced.keep_and_compensate(traced.groups(), found.units.kept, statistics, how, loader)
         assert torch.allclose(run(found.model, inputs), run(expected, inputs), atol=1e-5), method
         assert found.backend == "torch-pruning"
         assert found.reason == "NNI cannot compensate"

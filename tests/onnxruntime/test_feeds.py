@@ -205,18 +205,18 @@ def test_what_cannot_be_drawn(spec: Any) -> None:
 def test_free_batches_are_cut_with_a_short_last_one() -> None:
     feeds = feeds_of(TWO, {"z": floats(5, 3), "x": floats(5, 2)})
     assert (feeds.inputs, feeds.fixed, dict(feeds.constant), feeds.path) == (5, None, {}, "m.onnx")
-    cut = [batch for first in (0, 2, 4) for batch in feeds.batches(first, min(first + 2, 5))]
-    assert [(whole, count) for _, whole, count in cut] == [(2, 2), (2, 2), (1, 1)]
-    assert [len(values["x"]) for values, _, _ in cut] == [2, 2, 1]
+    extraction = [batch for first in (0, 2, 4) for batch in feeds.batches(first, min(first + 2, 5))]
+    assert [(whole, count) for _, whole, count in extraction] == [(2, 2), (2, 2), (1, 1)]
+    assert [len(values["x"]) for values, _, _ in extraction] == [2, 2, 1]
     for name, columns in (("x", 2), ("z", 3)):
-        np.testing.assert_array_equal(np.concatenate([values[name] for values, _, _ in cut]), floats(5, columns))
+        np.testing.assert_array_equal(np.concatenate([values[name] for values, _, _ in extraction]), floats(5, columns))
 
 
 def test_a_fixed_batch_is_filled_up_and_told_how_many_count() -> None:
     feeds = feeds_of(file_with(("x", (4, 1))), {"x": floats(6, 1)})
     assert (feeds.inputs, feeds.fixed) == (6, 4)
-    cut = [(values["x"].ravel().tolist(), whole, count) for values, whole, count in feeds.batches(0, 6)]
-    assert cut == [([0, 1, 2, 3], 4, 4), ([4, 5, 0, 1], 4, 2)]
+    extraction = [(values["x"].ravel().tolist(), whole, count) for values, whole, count in feeds.batches(0, 6)]
+    assert extraction == [([0, 1, 2, 3], 4, 4), ([4, 5, 0, 1], 4, 2)]
     few = feeds_of(file_with(("x", (4, 1))), {"x": floats(1, 1)})
     assert [(values["x"].ravel().tolist(), count) for values, _, count in few.batches(0, 1)] == [([0, 0, 0, 0], 1)]
 

@@ -53,9 +53,9 @@ class Troublesome(nn.Module):
         return self.head(self.drop(x))
 
 
-def units(name: str, count: int, reader: str) -> UnitGroup:
+def units(name: str, count: int, consumer: str) -> UnitGroup:
     every = torch.arange(count)
-    return UnitGroup(name, count, (Port(name, every, every),), (Port(reader, every, every),))
+    return UnitGroup(name, count, (Port(name, every, every),), (Port(consumer, every, every),))
 
 
 def troublesome() -> tuple[Troublesome, tuple[UnitGroup, ...]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nns_plugin import Port, UnitGroup, calibrate
 from nns_plugin.criteria import Distinctiveness
 from nns_plugin.errors import CalibrationError, CriterionError, StaleStatisticsError
-from nns_plugin.statistics.macs import layer_operations, unit_operations
+from nns_plugin.statistics.macs import layer_macs, unit_macs
 from nns_plugin.statistics.sensitivity import output_sensitivity
 
 
@@ -104,7 +104,7 @@ LAYERS = [
 
 @pytest.mark.parametrize(("layer", "shape", "expected"), LAYERS, ids=lambda value: type(value).__name__)
 def test_operations_of_a_layer(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
-    assert layer_operations(nn.Sequential(layer), torch.randn(shape)) == {"0": expected}
+    assert layer_macs(nn.Sequential(layer), torch.randn(shape)) == {"0": expected}
 
 
 def test_a_unit_costs_its_share_of_the_layers_that_write_and_read_it() -> None:
@@ -112,9 +112,9 @@ def test_a_unit_costs_its_share_of_the_layers_that_write_and_read_it() -> None:
     channels = torch.arange(32) // 4
     ports = (Port("0", torch.arange(8), torch.arange(8)),), (Port("2", torch.arange(32), channels),)
     groups = [UnitGroup("0", 8, producers=ports[0], consumers=ports[1])]
-    operations = layer_operations(model, torch.randn(1, 3, 2, 2))
+    operations = layer_macs(model, torch.randn(1, 3, 2, 2))
     assert operations == {"0": 3 * 8 * 4, "2": 160}
-    assert unit_operations(model, groups, operations) == {"0": 3 * 4 + 160 / 8}
+    assert unit_macs(model, groups, operations) == {"0": 3 * 4 + 160 / 8}
 
 
 def test_errors_count_by_relative_size_and_by_what_they_move_and_per_cost() -> None:

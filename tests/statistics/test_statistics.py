@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from nns_plugin import Statistics, calibrate
 from nns_plugin.criteria.semantic import by_channel, by_slot
 from nns_plugin.errors import StatisticsError
-from nns_plugin.statistics.statistics import Layout, Record
+from nns_plugin.models.layers import Layout
+from nns_plugin.statistics.statistics import Record
 from nns_plugin.units import Port, UnitGroup
 
 LABELS = 3
@@ -43,7 +44,7 @@ class Observed(nn.Module):
         return self.layer(self.prepare(x))
 
 
-def reader(units: list[list[int]]) -> tuple[UnitGroup, ...]:
+def consumer(units: list[list[int]]) -> tuple[UnitGroup, ...]:
     """A group whose units are read by ``layer`` at the given positions."""
     return (zoo.unit_group("producer", zoo.Expected({"producer": zoo.one_each(len(units))}, {"layer": units})),)
 
@@ -182,7 +183,7 @@ def test_statistics_equal_the_brute_force(name: str, threshold: float) -> None:
     x[:4] = x[:4].abs()  # one batch without negative values: it takes another path
     labels = torch.tensor([0, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0])  # label 1 never occurs
     loader = [(x[:4], labels[:4]), (x[4:5], labels[4:5]), (x[5:], labels[5:])]
-    groups = reader(reading.units)
+    groups = consumer(reading.units)
     statistics = calibrate(
         Observed(reading.layer(), reading.prepare), loader, groups, labels=LABELS, threshold=threshold
     )
@@ -194,7 +195,7 @@ def test_statistics_equal_the_brute_force(name: str, threshold: float) -> None:
 def test_hand_made_numbers() -> None:
     """Two units, three inputs, numbers in the head."""
     x = torch.tensor([[1.0, -2.0], [3.0, 0.0], [-4.0, 5.0]])
-    groups = reader(zoo.one_each(2))
+    groups = consumer(zoo.one_each(2))
     record = calibrate(Observed(nn.Linear(2, 2)), [(x, torch.tensor([0, 0, 1]))], groups, labels=["a", "b"]).records[
         "in", "layer"
     ]
@@ -211,7 +212,7 @@ def test_hand_made_numbers() -> None:
 def test_a_flattened_consumer_is_pooled_by_channel() -> None:
     """Memory is one number a channel, not one a position; what no group owns is a channel by itself."""
     x = quarters(6, 4, 2, 3)
-    groups = reader([list(range(6, 12)), list(range(18, 24))])  # channels 1 and 3 of 4
+    groups = consumer([list(range(6, 12)), list(range(18, 24))])  # channels 1 and 3 of 4
     model = Observed(nn.Linear(24, 3), lambda x: x.flatten(1))
     record = calibrate(model, [(x, torch.arange(6) % 3)], groups).records["in", "layer"]
     assert record.layout.positions_per_channel.tolist() == [1] * 6 + [6] + [1] * 6 + [6]
@@ -221,7 +222,7 @@ def test_a_flattened_consumer_is_pooled_by_channel() -> None:
 
 def test_unlabelled_inputs_have_one_row() -> None:
     x = quarters(6, 5)
-    groups = reader(zoo.one_each(5))
+    groups = consumer(zoo.one_each(5))
     for item in (x, [x], (x,), (x, None)):
         statistics = calibrate(Observed(nn.Linear(5, 3)), [item], groups)
         assert statistics.labels is None
@@ -271,7 +272,7 @@ class Reused(nn.Module):
 
 def test_a_reused_module_counts_every_call() -> None:
     x = quarters(6, 4)
-    groups, labels = reader(zoo.one_each(4)), torch.arange(6) % 3
+    groups, labels = consumer(zoo.one_each(4)), torch.arange(6) % 3
     statistics = calibrate(Reused(), [(x, labels)], groups)
     twice = [np.stack([one]) for one in x.numpy()] + [np.stack([2 * one]) for one in x.numpy()]
     compare(
@@ -295,7 +296,7 @@ class Pair(nn.Module):
 def test_models_with_several_inputs(kind: type) -> None:
     left, right, labels = quarters(6, 4), quarters(6, 4), torch.arange(6) % 3
     inputs = {"right": right, "left": left} if kind is dict else kind([left, right])
-    groups = reader(zoo.one_each(4))
+    groups = consumer(zoo.one_each(4))
     statistics = calibrate(Pair(), [(inputs, labels)], groups)
     expected = brute_force(list((left - 2 * right).numpy()[:, None]), labels.tolist(), zoo.one_each(4), 0.0)
     compare(found(statistics, groups[0], groups[0].consumers[0]), expected)
@@ -340,12 +341,12 @@ DATA = (
     torch.arange(12) % LABELS,
 )
 MODEL = Observed(CONV.layer())
-GROUPS = reader(CONV.units)
+GROUPS = consumer(CONV.units)
 
 
-def collect(order: list[int], cuts: list[int]) -> Statistics:
+def collect(order: list[int], extractions: list[int]) -> Statistics:
     """Statistics of the inputs in an order, cut into batches."""
-    edges = [0, *sorted(set(cuts)), len(order)]
+    edges = [0, *sorted(set(extractions)), len(order)]
     batches = [order[start:stop] for start, stop in pairwise(edges) if stop > start]
     return calibrate(MODEL, [(DATA[0][batch], DATA[1][batch]) for batch in batches], GROUPS, labels=LABELS)
 
@@ -365,10 +366,10 @@ def assert_same(left: Statistics, right: Statistics, exact: bool = True) -> None
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.permutations(range(12)), st.lists(st.integers(1, 11), max_size=5), st.integers(1, 11))
-def test_batches_order_and_merging_do_not_matter(order: list[int], cuts: list[int], split: int) -> None:
+def test_batches_order_and_merging_do_not_matter(order: list[int], extractions: list[int], split: int) -> None:
     whole = collect(list(range(12)), [])
-    assert_same(collect(order, cuts), whole)
-    first, second = collect(order[:split], cuts), collect(order[split:], [])
+    assert_same(collect(order, extractions), whole)
+    first, second = collect(order[:split], extractions), collect(order[split:], [])
     assert_same(first.merge(second), whole)
     assert_same(second.merge(first), whole)
 
@@ -382,13 +383,13 @@ def test_merging_leaves_both_as_they_were() -> None:
 
 def test_what_does_not_belong_together_is_not_merged() -> None:
     x, labels = quarters(6, 5), torch.arange(6) % 3
-    model, groups = Observed(nn.Linear(5, 3)), reader(zoo.one_each(5))
+    model, groups = Observed(nn.Linear(5, 3)), consumer(zoo.one_each(5))
     mine = calibrate(model, [(x, labels)], groups, labels=3)
     others = {
         "labels": calibrate(model, [(x, labels)], groups, labels=["a", "b", "c"]),
         "labels .* None": calibrate(model, [x], groups),
         "thresholds 0.0 and 1.0": calibrate(model, [(x, labels)], groups, labels=3, threshold=1.0),
-        "the units of 'layer' differ": calibrate(model, [(x, labels)], reader([[0, 1], [2, 3]]), labels=3),
+        "the units of 'layer' differ": calibrate(model, [(x, labels)], consumer([[0, 1], [2, 3]]), labels=3),
         "'layer.weight' has other values": calibrate(Observed(nn.Linear(5, 3)), [(x, labels)], groups, labels=3),
         "'layer.weight' is 4x5 instead of 3x5": calibrate(Observed(nn.Linear(5, 4)), [(x, labels)], groups, labels=3),
         "1 and 0 records": Statistics({}, mine.groups, mine.labels, 0.0, mine.fingerprint),
@@ -413,8 +414,8 @@ def test_narrow_by_hand() -> None:
     """A consumer that pools two groups: one loses a channel in the middle, the other moves down."""
     x = quarters(6, 4, 2, 3)
     group, other = (
-        reader([list(range(6)), list(range(6, 12))])[0],
-        reader([list(range(12, 18)), list(range(18, 24))])[0],
+        consumer([list(range(6)), list(range(6, 12))])[0],
+        consumer([list(range(12, 18)), list(range(18, 24))])[0],
     )
     other = UnitGroup("other", 2, (), other.consumers)
     model = Observed(nn.Linear(24, 3), lambda x: x.flatten(1))
@@ -433,7 +434,7 @@ def test_narrow_by_hand() -> None:
 def test_narrowing_keeps_the_sums_of_the_kept_units(name: str) -> None:
     reading = READINGS[name]
     x, labels = quarters(11, *reading.shape), torch.arange(11) % LABELS
-    groups = reader(reading.units)
+    groups = consumer(reading.units)
     whole = calibrate(Observed(reading.layer(), reading.prepare), [(x, labels)], groups, labels=LABELS)
     kept = list(range(1, len(reading.units)))
     narrowed = whole.narrow({"producer": torch.tensor(kept)})
@@ -530,7 +531,7 @@ def test_a_file_of_another_model_names_what_differs(saved: Path) -> None:
         Statistics.load(saved, Observed(nn.Conv2d(3, 5, 2, padding=1)))
     with pytest.raises(StatisticsError, match="'layer.bias' is missing, .* and 1 more"):
         Statistics.load(saved, Observed(nn.Conv2d(3, 2, 2, padding=1, bias=False)))
-    calibrate(Observed(nn.Linear(3, 2, bias=False)), [quarters(2, 3)], reader(zoo.one_each(3))).save(saved)
+    calibrate(Observed(nn.Linear(3, 2, bias=False)), [quarters(2, 3)], consumer(zoo.one_each(3))).save(saved)
     with pytest.raises(StatisticsError, match="'layer.bias' is new, "):
         Statistics.load(saved, Observed(nn.Linear(3, 2)))
 
@@ -642,7 +643,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
     statistics.save(tmp_path / "s.safetensors")
     good = (tmp_path / "s.safetensors").read_bytes()
-    monkeypatch.setattr("nns_plugin.statistics.file.save_file", full)
+    monkeypatch.setattr("nns_plugin.files.save_file", full)
     with pytest.raises(StatisticsError, match="cannot write .*s.safetensors.*No space left"):
         statistics.save(tmp_path / "s.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "s.safetensors"]

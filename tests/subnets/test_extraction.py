@@ -33,7 +33,7 @@ from nns_plugin.jobs.accuracy_search import smallest_within  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
 from nns_plugin.subnets.head import cross_calibrated  # noqa: E402
-from nns_plugin.subnets.steps import Cut  # noqa: E402
+from nns_plugin.subnets.steps import Extraction  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
 LABELS = 4
@@ -80,15 +80,15 @@ def dense_accuracy(labels: list[int], loader: Any) -> float:
 
 
 @pytest.mark.parametrize("criterion", ["semantic", "distinctiveness"])
-@pytest.mark.parametrize("across_groups", [False, True])
-def test_the_smallest_subnet_within_a_budget(criterion: str, across_groups: bool) -> None:
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_the_smallest_subnet_within_a_budget(criterion: str, global_pruning: bool) -> None:
     validation = batches(1000, 3)
     subnet = extracted(
         labels=["bee", "dog"],
         max_balanced_accuracy_drop=0.03,
         validation=validation,
         criterion=criterion,
-        across_groups=across_groups,
+        global_pruning=global_pruning,
     )
     dense = dense_accuracy([1, 3], validation)
     assert accuracy(subnet, validation) >= dense - 0.03
@@ -102,7 +102,7 @@ def test_the_smallest_subnet_within_a_budget(criterion: str, across_groups: bool
     assert size == min(trial.parameters for trial in trials if trial.within)
     assert size < trials[0].parameters / 2
     assert len({trial.parameters for trial in trials}) > 3
-    again = extracted(labels=[1, 3], ratio=trials[1].ratio, criterion=criterion, across_groups=across_groups)
+    again = extracted(labels=[1, 3], ratio=trials[1].ratio, criterion=criterion, global_pruning=global_pruning)
     assert accuracy(again, validation) == pytest.approx(trials[1].balanced_accuracy)
 
 
@@ -267,7 +267,7 @@ class Made:
         right = round(1000 * self.accuracy(units))
         model = Answering(right)
         model.size = nn.Parameter(torch.zeros(units))
-        return Cut(model, None, (), Statistics({}, (), None, 0.0, {}), (0, 1), (0, 1), None, False, kept, {})
+        return Extraction(model, None, (), Statistics({}, (), None, 0.0, {}), (0, 1), (0, 1), None, False, kept, {})
 
 
 class Answering(nn.Module):
@@ -391,7 +391,7 @@ def test_validation_that_the_head_cannot_be_calibrated_on_is_told() -> None:
 
 def test_the_model_is_left_as_it_was(zoo: Any) -> None:
     snapshot = zoo.Snapshot(trained())
-    extracted(labels=[1], ratio=0.5, criterion="distinctiveness", across_groups=True)
+    extracted(labels=[1], ratio=0.5, criterion="distinctiveness", global_pruning=True)
     snapshot.check()
     with pytest.raises(LabelError):
         extracted(labels=["fox"], ratio=0.5)
@@ -443,8 +443,8 @@ def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
         for each in (start, trained())
     )
     moved = {name: np.abs(new[name] - old[name]) for name in new}
-    for name, reader in (("0", "2"), ("2", "4")):
-        scores = moved[f"{name}.weight"].sum(1) + moved[f"{reader}.weight"].sum(0)
+    for name, consumer in (("0", "2"), ("2", "4")):
+        scores = moved[f"{name}.weight"].sum(1) + moved[f"{consumer}.weight"].sum(0)
         assert subnet.kept[name].tolist() == sorted(np.argsort(scores)[12:])
     with pytest.raises(CriterionError, match=r"'wsf' needs the weights before training: pass a snapshot"):
         extracted(labels=[1, 3], criterion="wsf")

@@ -17,7 +17,7 @@ from torch import Tensor
 from nns_plugin import Subnet
 from nns_plugin.errors import SubnetError
 from nns_plugin.subnets.file import FORMAT, _digest
-from nns_plugin.subnets.subnet import Provenance, Trial
+from nns_plugin.subnets.provenance import Provenance, Trial
 
 KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8)
 

@@ -23,7 +23,7 @@ from nns_plugin.criteria import Semantic  # noqa: E402
 from nns_plugin.errors import NNSError, PruningError, SubnetError  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.subnets.integration import RetrainedWarning, within_budget  # noqa: E402
-from nns_plugin.subnets.subnet import Trial  # noqa: E402
+from nns_plugin.subnets.provenance import Trial  # noqa: E402
 
 LABELS = 10
 

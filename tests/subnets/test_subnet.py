@@ -15,14 +15,15 @@ pytestmark = pytest.mark.host("torch_pruning")
 tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Subnet  # noqa: E402
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningSurgery  # noqa: E402
-from nns_plugin.backends import Compensation  # noqa: E402
+from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
+from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError, SubnetError  # noqa: E402
 from nns_plugin.models.fingerprint import digest, fingerprint  # noqa: E402
 from nns_plugin.statistics.calibration import calibrate  # noqa: E402
 from nns_plugin.subnets.head import fit_other  # noqa: E402
+from nns_plugin.subnets.provenance import Provenance  # noqa: E402
 from nns_plugin.subnets.steps import carry_out, prepare  # noqa: E402
-from nns_plugin.subnets.subnet import InexactMaskWarning, Provenance  # noqa: E402
+from nns_plugin.subnets.subnet import InexactMaskWarning  # noqa: E402
 
 
 def provenance(parent: nn.Module, head: str = "keep", **changes: Any) -> Provenance:
@@ -47,7 +48,7 @@ def cut_of(parent: nn.Module, inputs: Any, count: int, seed: int = 0, **options:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepared = prepare(
-            parent, inputs, loader, [str(i) for i in range(count)], surgeon=TorchPruningSurgery, **settings
+            parent, inputs, loader, [str(i) for i in range(count)], backend=TorchPruningBackend, **settings
         )
         kept = {
             group.name: torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)].sort().values
@@ -55,7 +56,12 @@ def cut_of(parent: nn.Module, inputs: Any, count: int, seed: int = 0, **options:
         }
         scores = {name: torch.rand(group.size).double() for name, group in zip(kept, prepared.groups, strict=True)}
         return carry_out(
-            prepared, kept, Compensation("none", reestimate=False), loader, surgeon=TorchPruningSurgery, scores=scores
+            prepared,
+            kept,
+            Compensation("none", recalibrate_batch_norms=False),
+            loader,
+            backend=TorchPruningBackend,
+            scores=scores,
         )
 
 
@@ -81,13 +87,13 @@ def test_the_small_model_is_the_masked_parent_on_every_topology(zoo: Any) -> Non
         parent = case.make().eval()
         loader = zoo.labelled(name, 8)
         try:
-            cuts = [cut_of(parent, case.inputs(2), 3, seed, loader=loader) for seed in range(3)]
+            extractions = [cut_of(parent, case.inputs(2), 3, seed, loader=loader) for seed in range(3)]
         except PruningError:  # a case without usable groups
             assert not case.groups
             continue
         named: set[str] = set()
-        for cut in cuts:
-            subnet = Subnet.of(cut, ["0", "1", "2"], provenance(parent))
+        for extraction in extractions:
+            subnet = Subnet.of(extraction, ["0", "1", "2"], provenance(parent))
             small = quietly(subnet.materialise, lambda case=case, parent=parent: copy.deepcopy(parent))
             snapshot = zoo.Snapshot(parent)
             with warnings.catch_warnings(record=True) as caught:
@@ -98,7 +104,7 @@ def test_the_small_model_is_the_masked_parent_on_every_topology(zoo: Any) -> Non
             named |= {part for text in told for part in text.split("small one at ")[1].split(":")[0].split(", ")}
             inputs = case.inputs(4)
             left, right = outputs_of(small, inputs), outputs_of(masked, inputs)
-            assert torch.allclose(left, outputs_of(cut.model.eval(), inputs), atol=1e-6), name
+            assert torch.allclose(left, outputs_of(extraction.model.eval(), inputs), atol=1e-6), name
             assert told or torch.allclose(left, right, rtol=1e-5, atol=1e-5), name
             for parameter, wide in masked.named_parameters():
                 assert wide.shape == dict(parent.named_parameters())[parameter].shape, f"{name}: {parameter}"
@@ -169,8 +175,8 @@ def test_a_shared_weight_is_masked_for_each_layer() -> None:
 def test_a_model_that_somebody_has_is_not_cut(zoo: Any) -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    cut = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    subnet = Subnet.of(cut, ["a", "b", "c"], provenance(parent))
+    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent))
     snapshot = zoo.Snapshot(parent)
     small = subnet.materialise(lambda: parent)
     snapshot.check()
@@ -208,8 +214,8 @@ def test_a_head_whose_rows_are_not_the_outputs_is_not_shrunk(ending: Any) -> Non
 def test_a_head_behind_a_softmax_or_sigmoid_is_shrunk(ending: Any) -> None:
     loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
     model = Odd(lambda head, z: ending(head(z), 1)).eval()
-    cut = cut_of(model, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    assert cut.outputs == (0, 2)
+    extraction = cut_of(model, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    assert extraction.outputs == (0, 2)
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -219,11 +225,11 @@ def test_other_is_fitted_to_what_the_features_have_become(gram: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(90, 4, generator=generator), torch.arange(90) % 3
     loader = [(inputs, labels)]
-    cut = cut_of(parent, inputs[:2], 3, labels=[0, 2], head="open", gram=gram, loader=loader)
+    extraction = cut_of(parent, inputs[:2], 3, labels=[0, 2], head="open", gram=gram, loader=loader)
     with torch.no_grad():
-        features = cut.model.norm(cut.model.first(inputs)).relu()
-        kept = features @ cut.model.head.weight[:2].T + cut.model.head.bias[:2]
-        row, shift = cut.model.head.weight[2].double(), float(cut.model.head.bias[2])
+        features = extraction.model.norm(extraction.model.first(inputs)).relu()
+        kept = features @ extraction.model.head.weight[:2].T + extraction.model.head.bias[:2]
+        row, shift = extraction.model.head.weight[2].double(), float(extraction.model.head.bias[2])
     weight, bias = fit_other(features, kept, labels == 1)
     assert torch.allclose(row, weight, atol=1e-4)
     assert shift == pytest.approx(bias, abs=1e-4)
@@ -232,7 +238,7 @@ def test_other_is_fitted_to_what_the_features_have_become(gram: bool) -> None:
 def test_a_label_called_other_needs_another_head() -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
-    options: dict[str, Any] = {"labels": [0], "gram": False, "surgeon": TorchPruningSurgery}
+    options: dict[str, Any] = {"labels": [0], "gram": False, "backend": TorchPruningBackend}
     with pytest.raises(LabelError, match="a kept label is called 'other'"):
         prepare(parent, torch.randn(2, 4), loader, ["other", "b", "c"], head="open", **options)
     assert prepare(parent, torch.randn(2, 4), loader, ["other", "b", "c"], head="closed", **options).outputs == (0,)
@@ -250,9 +256,9 @@ class Remembering(nn.Sequential):
 
 def test_a_state_that_is_no_tensor_is_told() -> None:
     model = Remembering(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    cut = cut_of(model, torch.randn(2, 4), 3, loader=[(torch.randn(6, 4), torch.arange(6) % 3)])
+    extraction = cut_of(model, torch.randn(2, 4), 3, loader=[(torch.randn(6, 4), torch.arange(6) % 3)])
     with pytest.raises(SubnetError, match="_extra_state, which is no tensor"):
-        Subnet.of(cut, ["0", "1", "2"], provenance(model))
+        Subnet.of(extraction, ["0", "1", "2"], provenance(model))
 
 
 class NormHead(nn.Module):
@@ -272,8 +278,8 @@ def test_every_head_survives_the_round_trip(head: str, gram: bool, tmp_path: Any
     parent = randomised(NormHead())
     generator = torch.Generator().manual_seed(0)
     loader = [(torch.randn(30, 4, generator=generator), torch.arange(30) % 3) for _ in range(3)]
-    cut = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head=head, gram=gram, loader=loader)
-    subnet = Subnet.of(cut, ["a", "b", "c"], provenance(parent, head))
+    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head=head, gram=gram, loader=loader)
+    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent, head))
     again = Subnet.load(subnet.save(tmp_path / "subnet.safetensors"))
     assert again.output_names == {"keep": ("a", "b", "c"), "closed": ("a", "c"), "open": ("a", "c", "other")}[head]
     assert again.provenance == subnet.provenance
@@ -290,7 +296,7 @@ def test_every_head_survives_the_round_trip(head: str, gram: bool, tmp_path: Any
     inputs = torch.randn(5, 4)
     small, masked = again.materialise(NormHead), again.mask(parent)
     assert torch.allclose(outputs_of(small, inputs), outputs_of(masked, inputs), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(outputs_of(small, inputs), outputs_of(cut.model.eval(), inputs), atol=1e-6)
+    assert torch.allclose(outputs_of(small, inputs), outputs_of(extraction.model.eval(), inputs), atol=1e-6)
     kept = again.kept["first"]
     if head == "closed":
         expected = parent.head.weight[[0, 2]][:, kept]
@@ -306,8 +312,8 @@ def test_torch_pruning_rebuilds_the_small_model_from_the_history(zoo: Any) -> No
     torch.manual_seed(0)
     case = zoo.CASES["residual"]
     parent = case.make().eval()
-    cut = cut_of(parent, case.inputs(2), 3, loader=zoo.labelled("residual", 8))
-    subnet = Subnet.of(cut, ["0", "1", "2"], provenance(parent))
+    extraction = cut_of(parent, case.inputs(2), 3, loader=zoo.labelled("residual", 8))
+    subnet = Subnet.of(extraction, ["0", "1", "2"], provenance(parent))
     history = subnet.pruning_history(parent)
     fresh = case.make().eval()
     graph = tp.DependencyGraph().build_dependency(fresh, case.inputs(2))
@@ -321,8 +327,8 @@ def test_torch_pruning_rebuilds_the_small_model_from_the_history(zoo: Any) -> No
 def test_a_model_that_is_not_the_parent_is_refused() -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    cut = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    subnet = Subnet.of(cut, ["a", "b", "c"], provenance(parent))
+    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent))
     other = copy.deepcopy(parent)
     with torch.no_grad():
         other.first.weight[0, 0] += 1
@@ -357,10 +363,10 @@ def test_a_model_that_is_not_the_parent_is_refused() -> None:
 def test_statistics_of_the_parent_are_used_and_others_refused() -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(30, 4), torch.arange(30) % 3)]
-    groups = TorchPruningSurgery(copy.deepcopy(parent), torch.randn(2, 4)).groups()
+    groups = TorchPruningBackend(copy.deepcopy(parent), torch.randn(2, 4)).groups()
     statistics = calibrate(parent, loader, groups)
-    cut = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 1], head="closed", loader=None, statistics=statistics)
-    assert cut.outputs == (0, 1)
+    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 1], head="closed", loader=None, statistics=statistics)
+    assert extraction.outputs == (0, 1)
     with pytest.raises(StaleStatisticsError, match="have no Gram matrix of what 'head' reads"):
         cut_of(parent, torch.randn(2, 4), 3, loader=None, statistics=statistics, gram=True)
     with torch.no_grad():

@@ -46,7 +46,7 @@ def perceptron(widths: list[int], activation: Callable[[], nn.Module] = nn.Tanh)
 def reached_widths(masks: list[np.ndarray]) -> tuple[list[int], int]:
     """Hidden units of a perceptron with biases between some input and some output, and inputs that such units read.
 
-    A unit that no input reaches is a constant, which its readers' biases take up; a unit that nothing reads is of no
+    A unit that no input reaches is a constant, which its consumers' biases take up; a unit that nothing reads is of no
     use. A layer without any useful unit keeps one, without synapses.
     """
     masks = [mask.copy() for mask in masks]
@@ -122,7 +122,7 @@ def convolutional(padding: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_constant_maps_go_where_a_bias_can_take_them_up_exactly(padding: int) -> None:
-    """What is constant inside is not so at the border of a padded map: a zero-padded reader keeps the unit."""
+    """What is constant inside is not so at the border of a padded map: a zero-padded consumer keeps the unit."""
     torch.manual_seed(1)
     model = convolutional(padding).eval()
     with torch.no_grad():

@@ -66,9 +66,9 @@ def test_a_share_of_each_layer(amount: float, seed: int) -> None:
 def test_all_layers_together_in_two_calls() -> None:
     model = net()
     scores = random_scores(model, 1)
-    prune_synapses(model, scores, amount=10, across_layers=True)
+    prune_synapses(model, scores, amount=10, global_pruning=True)
     first = {name: synapse_mask(model.get_submodule(name)).clone() for name in scores}
-    removed = prune_synapses(model, scores, amount=0.5, across_layers=True)
+    removed = prune_synapses(model, scores, amount=0.5, global_pruning=True)
     joined = np.concatenate([score.numpy().ravel() for score in scores.values()])
     kept = np.concatenate([synapse_mask(model.get_submodule(name)).numpy().ravel() for name in scores])
     total = joined.size
@@ -113,7 +113,7 @@ def test_pruned_synapses_stay_zero_through_training() -> None:
         ({"amount": -1}, "amount is -1; expected a share"),
         ({"amount": True}, "amount is True"),
         ({"amount": 25}, "up to the 24 that are left"),
-        ({"amount": 73, "across_layers": True}, "up to the 72 that are left"),
+        ({"amount": 73, "global_pruning": True}, "up to the 72 that are left"),
     ],
 )
 def test_amounts_that_make_no_sense(options: dict[str, float], message: str) -> None:
@@ -140,7 +140,7 @@ def test_scores_that_do_not_fit() -> None:
 def test_an_exchange_takes_the_lowest_and_brings_back_the_most_promising(seed: int, share: float) -> None:
     model = net()
     before = WeightSnapshot(net())
-    prune_synapses(model, random_scores(model, seed), amount=0.6, across_layers=True)
+    prune_synapses(model, random_scores(model, seed), amount=0.6, global_pruning=True)
     scores, growth = random_scores(model, seed + 1), random_scores(model, seed + 2)  # half of the growth is negative
     there = np.concatenate([synapse_mask(model[place]).numpy().ravel() for place in (0, 3)])
     rank, promise = (

@@ -69,15 +69,15 @@ def searched(
 
 
 @pytest.mark.parametrize("scores", [by_magnitude, at_random])
-@pytest.mark.parametrize("across_layers", [True, False])
+@pytest.mark.parametrize("global_pruning", [True, False])
 @pytest.mark.parametrize("by_unit", [True, False])
 @pytest.mark.parametrize("schedule", [(0.5, 0.2, 0.05), (0.9,), ()])
 def test_just_what_is_needed_is_left_whatever_the_scores(
-    scores: Any, across_layers: bool, by_unit: bool, schedule: tuple[float, ...]
+    scores: Any, global_pruning: bool, by_unit: bool, schedule: tuple[float, ...]
 ) -> None:
     needed = [1, 6, 14, 20, 23]
     found = searched(
-        net(), needing(needed), scores=scores, across_layers=across_layers, by_unit=by_unit, schedule=schedule
+        net(), needing(needed), scores=scores, global_pruning=global_pruning, by_unit=by_unit, schedule=schedule
     )
     assert mask_of(found.masked).nonzero().flatten().tolist() == needed
     assert found.finished
@@ -99,7 +99,7 @@ def test_the_steps_of_a_search_by_hand() -> None:
 
 
 def test_equal_shares_of_each_layer() -> None:
-    found = searched(net(), lambda model: 1.0, schedule=(0.5,), one_by_one=False, across_layers=False, max_steps=1)
+    found = searched(net(), lambda model: 1.0, schedule=(0.5,), one_by_one=False, global_pruning=False, max_steps=1)
     assert [int(synapse_mask(layer).sum()) for layer in (found.masked[0], found.masked[2])] == [10, 5]
 
 

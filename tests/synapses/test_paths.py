@@ -63,8 +63,8 @@ def test_a_residual_stream(zoo: Any) -> None:
     assert torch.equal(found[layers[-1]], torch.eye(3, dtype=torch.bool)[:, :, None].expand(3, 3, 9))
     with torch.no_grad():
         model.get_submodule(layers[-1]).weight[0] = 0
-    cut = synapse_paths(model, inputs)
-    assert all(not bool(paths[0].any()) and bool(paths[1:].any()) for paths in cut.values())
+    extraction = synapse_paths(model, inputs)
+    assert all(not bool(paths[0].any()) and bool(paths[1:].any()) for paths in extraction.values())
 
 
 def test_convolutions_are_walked_along_their_own_axes() -> None:

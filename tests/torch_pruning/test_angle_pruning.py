@@ -86,7 +86,7 @@ def test_each_seeds_variant_is_one_setting(variant: dict[str, Any], kept: list[i
 
 
 def test_units_of_several_channels_merge_channel_by_channel() -> None:
-    """A grouped reader: the units are pairs of channels, one in each group."""
+    """A grouped consumer: the units are pairs of channels, one in each group."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1, groups=2), nn.Flatten()).eval()
     with torch.no_grad():

@@ -24,7 +24,7 @@ from nns_plugin.models.activations import passage  # noqa: E402
 
 
 class Residual(nn.Module):
-    """A stream with several readers, each with a bias."""
+    """A stream with several consumers, each with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_all_readers_of_a_stream_take_over() -> None:
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
 
 
-READERS: dict[str, Callable[[], tuple[nn.Module, Tensor, str]]] = {
+CONSUMERS: dict[str, Callable[[], tuple[nn.Module, Tensor, str]]] = {
     "linear": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6)), torch.randn(40, 5), "2"),
     "no bias": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6, False)), torch.randn(40, 5), "2"),
     "conv1d": lambda: (
@@ -185,20 +185,22 @@ READERS: dict[str, Callable[[], tuple[nn.Module, Tensor, str]]] = {
 @pytest.mark.parametrize(
     ("method", "recalibrate"), [("least_squares", "once"), ("least_squares", "each_group"), ("refit", "once")]
 )
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", CONSUMERS)
 def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, method: str, recalibrate: str) -> None:
     torch.manual_seed(0)
-    model, inputs, reader = READERS[kind]()
+    model, inputs, consumer = CONSUMERS[kind]()
     model[1] = nn.Identity()
     model.eval()
-    blocks = 2 if kind == "grouped" else 1  # a unit has a channel in each group of the reader
+    blocks = 2 if kind == "grouped" else 1  # a unit has a channel in each group of the consumer
     length = 8 // blocks
     with torch.no_grad():
         for start in range(0, 8, length):
             for values in (model[0].weight, model[0].bias):
                 values[start + length - 1] = 0.7 * values[start] - 0.4 * values[start + 1]
         before = model(inputs)
-    whole = sorted({reader, *(name for name, module in model.named_modules() if isinstance(module, nn.Linear))} - {"0"})
+    whole = sorted(
+        {consumer, *(name for name, module in model.named_modules() if isinstance(module, nn.Linear))} - {"0"}
+    )
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], whole), gram=True)
     importance = DistinctivenessImportance(statistics, mode="span")
     pruner = pruner_of(model, inputs, importance, 1 / length, whole)
@@ -210,7 +212,7 @@ def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, me
 
 @pytest.mark.filterwarnings("ignore::nns_plugin.adapters.torch_pruning.compensated.CompensationWarning")
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", CONSUMERS)
 @pytest.mark.parametrize(
     ("method", "recalibrate"),
     [
@@ -225,11 +227,13 @@ def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
     method: str, recalibrate: str, kind: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    model, inputs, reader = READERS[kind]()
+    model, inputs, consumer = CONSUMERS[kind]()
     model.eval()
-    whole = sorted({reader, *(name for name, module in model.named_modules() if isinstance(module, nn.Linear))} - {"0"})
+    whole = sorted(
+        {consumer, *(name for name, module in model.named_modules() if isinstance(module, nn.Linear))} - {"0"}
+    )
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], whole), gram=True)
-    target = passage(model, reader, inputs).output.detach()
+    target = passage(model, consumer, inputs).output.detach()
     errors = []
     for settings in ({"method": "none"}, {"method": method, "recalibrate": recalibrate}):
         pruned = copy.deepcopy(model)
@@ -237,7 +241,7 @@ def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
         torch.manual_seed(seed)
         compensated_step(pruner, statistics, loader=[inputs], **settings)
         assert pruned[0].weight.shape[0] == 4
-        errors.append(float((passage(pruned, reader, inputs).output - target).detach().double().square().sum()))
+        errors.append(float((passage(pruned, consumer, inputs).output - target).detach().double().square().sum()))
     assert errors[1] <= errors[0] * (1 + 1e-5)
     if method in ("least_squares", "refit") and kind in ("linear", "1x1"):
         assert errors[1] < 0.9 * errors[0]
@@ -260,7 +264,7 @@ def test_batch_norms_take_up_the_shift_of_layers_without_bias() -> None:
         before = model(inputs)
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[3]]), gram=True)
     pruner = pruner_of(model, inputs, DistinctivenessImportance(statistics, mode="span"), 1 / 6, ["3"])
-    compensated_step(pruner, statistics, method="least_squares", reestimate=False)
+    compensated_step(pruner, statistics, method="least_squares", recalibrate_batch_norms=False)
     assert model[0].out_channels == 5
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
@@ -337,14 +341,14 @@ def test_batch_norms_that_stay_as_they_are_are_named() -> None:
 
 
 class Twice(nn.Module):
-    """A reader that runs twice in a forward."""
+    """A consumer that runs twice in a forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.reader, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.consumer, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.reader(self.reader(self.first(x).relu()).relu()))
+        return self.head(self.consumer(self.consumer(self.first(x).relu()).relu()))
 
 
 @pytest.mark.parametrize(
@@ -370,5 +374,5 @@ def test_what_refit_leaves_out_is_named_and_keeps_least_squares(
             compensated_step(pruner, statistics, method=method, loader=[inputs], **options)
         results.append(pruned)
         assert any(re.search(reason, str(entry.message)) for entry in caught) == (method == "refit")
-    reader = "reader" if isinstance(model, Twice) else "2"
-    assert torch.equal(results[0].get_submodule(reader).weight, results[1].get_submodule(reader).weight)
+    consumer = "consumer" if isinstance(model, Twice) else "2"
+    assert torch.equal(results[0].get_submodule(consumer).weight, results[1].get_submodule(consumer).weight)

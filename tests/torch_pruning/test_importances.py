@@ -25,7 +25,7 @@ import zoo  # noqa: E402
 from nns_plugin.adapters.torch_pruning import (  # noqa: E402
     CriterionImportance,
     SemanticImportance,
-    count_operations,
+    count_macs,
     install,
     uninstall,
 )
@@ -254,7 +254,7 @@ def test_statistics_are_narrowed_between_steps(case: str, global_pruning: bool) 
 
 
 def test_narrowed_statistics_equal_new_ones_where_inputs_do_not_change() -> None:
-    """The first layer's readers see the same units as before, without the removed ones; later readers do not."""
+    """The first layer's consumers see the same units as before, without the removed ones; later consumers do not."""
     model, inputs, loader, _ = setting("conv_norm")
     groups = unit_groups(model, inputs)
     importance = SemanticImportance(calibrate(model, loader, groups), [0, 2])
@@ -789,7 +789,7 @@ def test_operations_by_hand() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).train()
     before = zoo.Snapshot(model)
     for batch in (1, 4):
-        macs, parameters = count_operations(model, torch.randn(batch, 6))
+        macs, parameters = count_macs(model, torch.randn(batch, 6))
         assert parameters == 6 * 8 + 8 + 8 * 3 + 3
         assert 6 * 8 + 8 * 3 <= macs <= 6 * 8 + 8 * 3 + 8 + 3 + 8, "biases and activations may count"
     before.check(rng=False)

@@ -47,7 +47,7 @@ def test_the_share_of_each_group_goes(ratio: float, expected: dict[str, list[int
     ],
 )
 def test_the_share_of_all_groups_together_goes(ratio: float, expected: dict[str, list[int]]) -> None:
-    assert plain(keep_by_ratio(SCORES, ratio, across_groups=True)) == expected
+    assert plain(keep_by_ratio(SCORES, ratio, global_pruning=True)) == expected
 
 
 @given(st.integers(1, 400), st.integers(0, 999))
@@ -56,7 +56,7 @@ def test_the_share_is_exact(size: int, permille: int) -> None:
     scores = {"a": torch.arange(size).double()}
     expected = size - math.floor(size * Fraction(permille, 1000))
     assert len(keep_by_ratio(scores, permille / 1000)["a"]) == max(expected, 1)
-    assert len(keep_by_ratio(scores, permille / 1000, across_groups=True)["a"]) == max(expected, 1)
+    assert len(keep_by_ratio(scores, permille / 1000, global_pruning=True)["a"]) == max(expected, 1)
 
 
 groups = st.dictionaries(
@@ -76,7 +76,7 @@ def test_the_lowest_scores_go(scores: dict[str, list[float]], ratio: float, roun
         counts = {name: sum(one[3] == name for one in ranked[:count]) for name in scores}
     else:
         counts = {name: len(value) - int(round(len(value) * ratio, 9)) for name, value in scores.items()}
-    for name, units in plain(keep_by_ratio(tensors, ratio, round_to=round_to, across_groups=across)).items():
+    for name, units in plain(keep_by_ratio(tensors, ratio, round_to=round_to, global_pruning=across)).items():
         size = len(scores[name])
         wanted = min(size, math.ceil(max(counts[name], 1) / round_to) * round_to)
         expected = [unit for _, _, unit, owner in ranked if owner == name][:wanted]
@@ -135,5 +135,5 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
 def test_no_groups() -> None:
     assert keep_by_ratio({}, 0.5) == {}
-    assert keep_by_ratio({}, 0.5, across_groups=True) == {}
+    assert keep_by_ratio({}, 0.5, global_pruning=True) == {}
     assert keep_by_threshold({}, 0.5) == {}

@@ -1,11 +1,11 @@
-"""Producers: the weights with which a group's units are written, as one vector a unit."""
+"""Incoming weights: what writes a unit, as one vector."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Transposed
+from nns_plugin.models.layers import rows_of
 from nns_plugin.units import UnitGroup
 
 
@@ -32,19 +32,6 @@ def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
         found = rows[port.index[order]].reshape(written.numel(), -1)
         vectors.append(found.new_zeros(group.size, found.shape[1]).index_copy(0, written, found))
     return vectors
-
-
-def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """Values of a module's weight by the out-position that it writes, ``[out-positions, ...]``.
-
-    Args:
-        module: The module; says how its weight is laid out.
-        weight: Its weight, or other values of that shape.
-    """
-    if isinstance(module, Transposed):  # [C, O / G, K...]
-        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
-        return parts.transpose(1, 2).flatten(0, 1)
-    return weight.T if isinstance(module, nn.Embedding) else weight
 
 
 def _rows(module: nn.Module) -> Tensor | None:

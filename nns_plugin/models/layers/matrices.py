@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.statistics.statistics import Layout
-
-Convolution = nn.modules.conv._ConvNd
-Transposed = nn.modules.conv._ConvTransposeNd
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer that has exactly one."""
-    return cast(Tensor, module.weight)
-
-
-def weight_key(name: str) -> str:
-    """Name of the weight of a layer among a model's parameters; the model itself has no name."""
-    return f"{name}.weight" if name else "weight"
+from nns_plugin.models.layers.kinds import Convolution, Transposed, weight_of
+from nns_plugin.models.layers.layouts import Layout
 
 
 @torch.no_grad()
@@ -31,16 +19,6 @@ def narrow_columns(module: nn.Module, indices: Tensor) -> None:
     weight = weight_of(module)
     module.weight = nn.Parameter(weight.detach()[:, indices.to(weight.device)].clone(), weight.requires_grad)
     setattr(module, "in_features" if isinstance(module, nn.Linear) else "in_channels", indices.numel())
-
-
-def is_plain_convolution(module: nn.Module) -> TypeGuard[Convolution]:
-    """Whether each output channel reads all input channels, at positions around its own: not transposed, no groups."""
-    return isinstance(module, Convolution) and not isinstance(module, Transposed) and module.groups == 1
-
-
-def channel_groups(module: nn.Module) -> int:
-    """Number of groups whose channels a consumer reads separately; 1 but for grouped convolutions."""
-    return module.groups if isinstance(module, Convolution) else 1
 
 
 def tap_share(module: nn.Module) -> float:

@@ -1,0 +1,67 @@
+"""Running sums of a least-squares problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nns_plugin.compensation.least_squares import solve_positive
+
+
+@dataclass
+class LeastSquares:
+    """Running sums of a multivariate regression, one a channel group.
+
+    Attributes:
+        inner: ``[G, D + 1, D + 1]`` float64, of the inputs and the constant, which stands last.
+        cross: ``[G, O / G, D + 1]`` float64, of the targets with them.
+        target: Sum of squares of the targets.
+    """
+
+    inner: Tensor
+    cross: Tensor
+    target: float = 0.0
+
+    @classmethod
+    def empty(cls, groups: int, depth: int, outputs: int) -> LeastSquares:
+        """Sums of nothing."""
+        inner = torch.zeros(groups, depth + 1, depth + 1, dtype=torch.float64)
+        return cls(inner, torch.zeros(groups, outputs, depth + 1, dtype=torch.float64))
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add samples: inputs ``[G, D, M]``, targets ``[G, O / G, M]``."""
+        depth = inputs.shape[1]
+        device = self.inner.device
+        self.inner[:, :depth, :depth] += torch.bmm(inputs, inputs.transpose(1, 2)).to(device)
+        sums = inputs.sum(2).to(device)
+        self.inner[:, depth, :depth] += sums
+        self.inner[:, :depth, depth] += sums
+        self.inner[:, depth, depth] += inputs.shape[2]
+        self.cross[:, :, :depth] += torch.bmm(targets, inputs.transpose(1, 2)).to(device)
+        self.cross[:, :, depth] += targets.sum(2).to(device)
+        self.target += float(targets.double().square().sum())
+
+    def solve(self, prior: Tensor, constant: bool, ridge: float) -> Tensor:
+        """Weights ``[G, O / G, D + 1]``, the constant's last, drawn towards a prior of that shape by a ridge.
+
+        ``W = (Y X^T + r P) inv(X X^T + r)`` with r relative to the mean of the diagonal; without a constant its
+        column is 0.
+        """
+        depth = self.inner.shape[1] - 1
+        used = depth + 1 if constant else depth
+        result = torch.zeros_like(self.cross)
+        for number, (inner, cross) in enumerate(zip(self.inner, self.cross, strict=True)):
+            mean = float(inner.diagonal()[:depth].mean())
+            pull = torch.full((used,), ridge * mean if mean > 0 else 1.0, dtype=torch.float64)
+            pull[depth:] = 0.0
+            left = inner[:used, :used] + torch.diag(pull)
+            right = cross[:, :used] + prior[number].double()[:, :used] * pull
+            result[number, :, :used] = solve_positive(left, right.T).T
+        return result
+
+    def error(self, weights: Tensor) -> float:
+        """Sum of squared errors of weights ``[G, O / G, D + 1]``."""
+        fitted = weights @ self.inner
+        return self.target + float(((fitted - 2 * self.cross) * weights).sum())
