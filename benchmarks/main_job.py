@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nns_plugin.jobs.recipe import load_recipe
+from nns_plugin.jobs.loading import load_recipe
 from nns_plugin.jobs.run import run_job
 
 MEAN_GOAL, LABEL_GOAL, SHARE_GOAL = 3.0, 5.0, 0.5

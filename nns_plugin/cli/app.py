@@ -82,7 +82,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Extract the part of a classifier that knows some labels, and prove it in ONNX Runtime."""
-    from nns_plugin.jobs.recipe import load_recipe, parse_settings
+    from nns_plugin.jobs.loading import load_recipe, parse_settings
     from nns_plugin.jobs.run import FILES, run_job
 
     given: dict[str, Any] = {
@@ -144,7 +144,7 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Try many settings of a recipe on NNI's engine, and show which results nothing beats."""
-    from nns_plugin.jobs.recipe import parse_settings
+    from nns_plugin.jobs.loading import parse_settings
     from nns_plugin.jobs.sweep import STATE, run_sweep
 
     given = {"sweep.trials": trials, "sweep.concurrency": concurrency}
@@ -221,7 +221,7 @@ def validate(
     """
     from nns_plugin.adapters.onnxruntime import Gate
     from nns_plugin.cli import validation_tables
-    from nns_plugin.jobs.recipe import load_recipe
+    from nns_plugin.jobs.loading import load_recipe
     from nns_plugin.jobs.validation import Reports, reported_errors
     from nns_plugin.jobs.validation import validate as validate_files
 

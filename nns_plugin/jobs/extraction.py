@@ -20,7 +20,8 @@ from nns_plugin.criteria import find, score_groups
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
 from nns_plugin.jobs.accuracy_search import Judge, smallest_within
 from nns_plugin.jobs.data import Datasets
-from nns_plugin.jobs.recipe import CONFIDENCE, ExtractionSection, MeasureSection, Recipe, check_extraction
+from nns_plugin.jobs.loading import check_extraction
+from nns_plugin.jobs.recipe import CONFIDENCE, ExtractionSection, MeasureSection, Recipe
 from nns_plugin.labels import resolve_label
 from nns_plugin.models.fingerprint import digest, fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device

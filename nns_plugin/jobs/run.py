@@ -35,9 +35,10 @@ from nns_plugin.jobs.extraction import backend_of, chosen_labels, criterion_clas
 from nns_plugin.jobs.figures import new_figure
 from nns_plugin.jobs.job_figures import job_figures
 from nns_plugin.jobs.latency_search import Target
+from nns_plugin.jobs.loading import call_factory
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import staged_folder
-from nns_plugin.jobs.recipe import Recipe, call_factory
+from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.jobs.reports import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.jobs.turns import iterative_extraction, masked_synapses

@@ -17,7 +17,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import RecipeError, SweepError
-from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection, load_recipe
+from nns_plugin.jobs.loading import load_recipe
+from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection
 from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
 
 if TYPE_CHECKING:  # needs the extra nni

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nns_plugin.errors import NNSError, RecipeError, SweepError
-from nns_plugin.jobs.recipe import load_recipe
+from nns_plugin.jobs.loading import load_recipe
 from nns_plugin.jobs.reports import Report
 from nns_plugin.jobs.run import run_job
 

@@ -33,9 +33,10 @@ from nns_plugin.errors import GateError, LabelError, OutputError, RecipeError
 from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, stage
 from nns_plugin.jobs.figures import latency_figure, new_figure
+from nns_plugin.jobs.loading import call_factory
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.output import check_writable, written_together
-from nns_plugin.jobs.recipe import WEIGHTS, Recipe, call_factory
+from nns_plugin.jobs.recipe import WEIGHTS, Recipe
 from nns_plugin.jobs.validation_report import junit, junit_of_error, markdown, markdown_of_error
 from nns_plugin.labels import OTHER
 from nns_plugin.models.inputs import parse_batch

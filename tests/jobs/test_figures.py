@@ -126,7 +126,7 @@ def test_the_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.host("onnxruntime")
 def test_a_job_draws_its_figures(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
-    from nns_plugin.jobs.recipe import load_recipe
+    from nns_plugin.jobs.loading import load_recipe
     from nns_plugin.jobs.run import run_job
 
     recipe = load_recipe(

@@ -24,7 +24,7 @@ from nns_plugin.adapters.nni.masked_speedup import ModelSpeedup  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning  # noqa: E402
 from nns_plugin.errors import PruningError, RecipeError, SelectionError  # noqa: E402
-from nns_plugin.jobs.recipe import load_recipe  # noqa: E402
+from nns_plugin.jobs.loading import load_recipe  # noqa: E402
 from nns_plugin.jobs.run import run_job  # noqa: E402
 
 QUICK = {"train.epochs": 1, "measure.samples": 20, "measure.resamples": 0, "round_to": 1}

@@ -11,7 +11,8 @@ yaml = pytest.importorskip("yaml", reason="the extra cli is not installed")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin.errors import RecipeError  # noqa: E402
-from nns_plugin.jobs.recipe import Recipe, call_factory, default_recipe, load_recipe, parse_settings  # noqa: E402
+from nns_plugin.jobs.loading import call_factory, default_recipe, load_recipe, parse_settings  # noqa: E402
+from nns_plugin.jobs.recipe import Recipe  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "recipe.yaml"
 

@@ -154,7 +154,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def digits_job(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from nns_plugin.jobs.recipe import load_recipe
+    from nns_plugin.jobs.loading import load_recipe
     from nns_plugin.jobs.run import run_job
 
     output = tmp_path_factory.mktemp("digits") / "out"
@@ -269,7 +269,7 @@ def pruned(
     """The pruned model of a recipe and its evaluation, without the cost of exporting it."""
     from nns_plugin.evaluation.evaluation import evaluate, predict
     from nns_plugin.jobs.data import Datasets
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import extracted
     from nns_plugin.jobs.training import train_classifier
 
@@ -300,7 +300,7 @@ def test_the_same_seed_gives_the_same_subnet(recipe: Any) -> None:
 def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
     """A brute-force reading of eq. 1 on the dense model picks the same units."""
     from nns_plugin.jobs.data import Datasets
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import extracted
 
     checked = recipe(train={"epochs": 0})
@@ -332,7 +332,7 @@ def test_without_labels_all_are_kept(recipe: Any) -> None:
 
 def test_without_labels_survivors_take_over(recipe: Any) -> None:
     from nns_plugin.jobs.data import Datasets
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
@@ -350,7 +350,7 @@ def test_without_labels_survivors_take_over(recipe: Any) -> None:
 def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do_with_them(recipe: Any) -> None:
     """A unit that only a dropped label uses goes, and one that a kept label uses stays."""
     from nns_plugin.jobs.data import Datasets
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
@@ -415,7 +415,7 @@ def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns
     """On the data that decides there is nothing left to gain, whatever came last."""
     from nns_plugin.evaluation.evaluation import predict
     from nns_plugin.jobs.data import Datasets
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.subnets.head import balancing_shift
 
     changes: dict[str, Any] = {"ratio": 0.96 if rejected else 0.6, "calibrate_head": True}
@@ -656,7 +656,7 @@ def test_earlier_files_survive_a_failure(recipe: Any, tmp_path: Path) -> None:
 
 def test_wsf_takes_the_weights_before_training_from_the_job_or_from_a_file(recipe: Any, tmp_path: Path) -> None:
     from nns_plugin import Subnet
-    from nns_plugin.jobs.recipe import call_factory
+    from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import run_job
     from nns_plugin.synapses.snapshot import WeightSnapshot
 
