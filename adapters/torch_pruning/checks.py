@@ -8,13 +8,15 @@ another order give positions that look sound and are wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import map_tensors, run_model
 from nns_plugin.units import Port, UnitGroup
 
@@ -216,45 +218,38 @@ def _recorded(model: nn.Module, groups: Sequence[UnitGroup]) -> Iterator[_Flow]:
     modules = dict(model.named_modules())
     flow = _Flow(modules)
     consumers = {port.name for group in groups for port in group.consumers}
-    with ExitStack() as handles:
-        for name, module in modules.items():
-            if name in consumers:
-                handles.callback(module.register_forward_pre_hook(_reader(flow, name), with_kwargs=True).remove)
-            depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
-            if isinstance(module, NORMS):
-                handles.callback(module.register_forward_hook(_straight_through).remove)
-            if isinstance(module, MIXERS) and not depthwise:
-                handles.callback(module.register_forward_hook(_cutter(flow, name)).remove)
+    hooks: list[Hook] = []
+    for name, module in modules.items():
+        if name in consumers:
+            hooks.append((module, "input", partial(_read_input, flow, name)))
+        depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
+        if isinstance(module, NORMS):
+            hooks.append((module, "output", _straight_through))
+        if isinstance(module, MIXERS) and not depthwise:
+            hooks.append((module, "output", partial(_detached, flow, name)))
+    with hooked(*hooks):
         yield flow
 
 
-def _straight_through(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _straight_through(x: Tensor, output: Tensor) -> Tensor:
     """A norm over channels with its own values, but the gradients of the identity: it does not move positions."""
-    x: Tensor = args[0]
     return output.detach() + (x - x.detach())
 
 
-def _reader(flow: _Flow, name: str) -> Any:
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and x.is_floating_point():
-            flow.reads.setdefault(name, []).append(x.clone())  # later operations may work in place
-
-    return read
+def _read_input(flow: _Flow, name: str, x: Any) -> None:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        flow.reads.setdefault(name, []).append(x.clone())  # later operations may work in place
 
 
-def _cutter(flow: _Flow, name: str) -> Any:
-    def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
+def _detached(flow: _Flow, name: str, x: Any, output: Any) -> Any:
+    first = output[0] if isinstance(output, tuple) else output
 
-        def detached(value: Tensor) -> Tensor:
-            if not value.is_floating_point():
-                return value
-            leaf = value.detach().requires_grad_()
-            if value is first:
-                flow.writes.setdefault(name, []).append(leaf)
-            return leaf.clone()
+    def detached(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        leaf = value.detach().requires_grad_()
+        if value is first:
+            flow.writes.setdefault(name, []).append(leaf)
+        return leaf.clone()
 
-        return map_tensors(output, detached)
-
-    return cut
+    return map_tensors(output, detached)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
 from nns_plugin.models.preserve import preserved
 
@@ -33,16 +36,16 @@ def tap(model: nn.Module, name: str, inputs: Any) -> Tensor:
         CalibrationError: If the module does not run.
     """
 
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else kwargs["input"])
+    def stop(x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise CalibrationError(f"module {name!r} takes a {type(x).__name__} first; expected a tensor")
+        raise _Reached(x)
 
-    handle = model.get_submodule(name).register_forward_pre_hook(read, with_kwargs=True)
     try:
-        run_model(model, inputs)
+        with hooked((model.get_submodule(name), "input", stop)):
+            run_model(model, inputs)
     except _Reached as reached:
         return reached.tensor
-    finally:
-        handle.remove()
     raise CalibrationError(f"module {name!r} did not run")
 
 
@@ -70,29 +73,23 @@ def passage(model: nn.Module, name: str, inputs: Any, added: str | None = None) 
     """
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(x: Tensor, output: Tensor) -> None:
         if not seen:
-            reached = args[0] if args else kwargs["input"]
             if added is None:
-                seen.append((reached, output))
+                seen.append((x, output))
                 raise _Reached(output)
-            seen.append((reached.clone(), output.clone()))  # the forward goes on, and may work in place
+            seen.append((x.clone(), output.clone()))  # the forward goes on, and may work in place
 
     summing = _Summing()
-    handles = [model.get_submodule(name).register_forward_hook(note, with_kwargs=True)]
+    hooks: list[Hook] = [(model.get_submodule(name), "output", note)]
+    if added is not None:
+        hooks.append((model.get_submodule(added), "output", summing.watch))
     try:
-        if added is None:
+        with hooked(*hooks), nullcontext() if added is None else summing:
             run_model(model, inputs)
-        else:
-            handles.append(model.get_submodule(added).register_forward_hook(summing.watch))
-            with summing:
-                run_model(model, inputs)
         beside = None
     except _Reached as reached:
         beside = None if added is None else reached.tensor
-    finally:
-        for handle in handles:
-            handle.remove()
     if not seen:
         raise CalibrationError(f"module {name!r} did not run")
     return Passage(*seen[0], beside)
@@ -109,12 +106,8 @@ def only_summed(model: nn.Module, name: str, inputs: Any) -> bool:
         inputs: Inputs of the model.
     """
     summing = _Summing(stops=False)
-    handle = model.get_submodule(name).register_forward_hook(summing.watch)
-    try:
-        with summing:
-            run_model(model, inputs)
-    finally:
-        handle.remove()
+    with hooked((model.get_submodule(name), "output", summing.watch)), summing:
+        run_model(model, inputs)
     return summing.sums == summing.reads == 1
 
 
@@ -130,7 +123,7 @@ class _Summing(TorchFunctionMode):
         self.stops = stops
         self.reads = self.sums = 0
 
-    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def watch(self, x: Any, output: Any) -> None:
         if self.watched is None and isinstance(output, Tensor):
             self.watched = output
 
@@ -160,22 +153,13 @@ def execution_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict
     """Names of the modules that run, in the order in which they first do, and how often."""
     calls: dict[str, int] = {}
 
-    def note(name: str) -> Any:
-        def count(module: nn.Module, args: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
+    def count(name: str, x: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
 
-        return count
-
-    handles = []
-    try:
-        for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(note(name)))
-        with preserved(model), torch.no_grad():
-            model.eval()
-            run_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[Hook] = [(model.get_submodule(name), "input", partial(count, name)) for name in names]
+    with hooked(*hooks), preserved(model), torch.no_grad():
+        model.eval()
+        run_model(model, inputs)
     return calls
 
 

@@ -1,13 +1,13 @@
-"""Calibration: a forward-only pass that collects statistics; the only file that registers calibration hooks."""
+"""Calibration: a forward-only pass that collects statistics."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.models.fingerprint import fingerprint
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import Batch, device_of, parse_batch, run_model, to_device
 from nns_plugin.models.layers import Layout, axis_length, channel_groups, padded_positions
 from nns_plugin.models.preserve import preserved
@@ -100,15 +101,14 @@ def _calibrate(
             raise CalibrationError(f"the model has no module {name!r}, which the unit groups name")
     names = _label_names(labels)
     run = _Run(_collectors(modules, keys, groups, max_gram_units), threshold, None if names is None else len(names))
-    _observe(model, modules, loader, run, progress)
+    _observe(model, loader, run, progress)
     return _finish(run, groups, names, threshold, fingerprint(model))
 
 
-def _observe(
-    model: nn.Module, modules: Mapping[str, nn.Module], loader: Iterable[Any], run: _Run, progress: bool
-) -> None:
+def _observe(model: nn.Module, loader: Iterable[Any], run: _Run, progress: bool) -> None:
     device = device_of(model)
-    with preserved(model), torch.inference_mode(False), torch.no_grad(), _hooked(modules, run):
+    hooks = [_hook(side, collector, run) for (side, _), collector in run.collectors.items()]
+    with preserved(model), torch.inference_mode(False), torch.no_grad(), hooked(*hooks):
         model.eval()
         for number, item in enumerate(tqdm(loader, desc="calibrating", disable=not progress, leave=False)):
             batch = parse_batch(item, number)
@@ -304,28 +304,13 @@ def _gram_groups(module: nn.Module, side: str, layout: Layout, max_gram_units: i
     return groups
 
 
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], run: _Run) -> Iterator[None]:
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    try:
-        for (side, name), collector in run.collectors.items():
-            handles.append(_hook(modules[name], side, collector, run))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(module: nn.Module, side: str, collector: _Collector, run: _Run) -> torch.utils.hooks.RemovableHandle:
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run.observe(collector, args[0] if args else kwargs.get("input"))
-
-    def write(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _hook(side: str, collector: _Collector, run: _Run) -> Hook:
+    def write(x: Any, output: Any) -> None:
         run.observe(collector, output[0] if isinstance(output, tuple) else output)
 
     if side == "in":
-        return module.register_forward_pre_hook(read, with_kwargs=True)
-    return module.register_forward_hook(write)
+        return collector.module, "input", partial(run.observe, collector)
+    return collector.module, "output", write
 
 
 def _label_names(labels: Sequence[str] | int | None) -> tuple[str, ...] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import device_of, run_model, to_device
-from nns_plugin.models.layers import Convolution, Transposed, axis_length
+from nns_plugin.models.layers import Convolution, Transposed, axis_length, weight_of
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import UnitGroup, role_ports
 
@@ -31,28 +33,20 @@ def layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
 
-    def count(name: str) -> Any:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            # Each input of a transposed convolution, each output of any other layer meets the rest of the weight.
-            values = args[0] if isinstance(module, Transposed) else output
-            axis = -1 if isinstance(module, nn.Linear) else 1
-            counts[name] = counts.get(name, 0) + values.numel() * weight.numel() // values.shape[axis]
+    def count(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        # Each input of a transposed convolution, each output of any other layer meets the rest of the weight.
+        values = x if isinstance(module, Transposed) else output
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        counts[name] = counts.get(name, 0) + values.numel() * weight_of(module).numel() // values.shape[axis]
 
-        return add
-
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Convolution)):
-                handles.append(module.register_forward_hook(count(name)))
-        with preserved(model), torch.no_grad():
-            model.eval()
-            run_model(model, to_device(example_inputs, device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[Hook] = [
+        (module, "output", partial(count, name, module))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Convolution))
+    ]
+    with hooked(*hooks), preserved(model), torch.no_grad():
+        model.eval()
+        run_model(model, to_device(example_inputs, device_of(model)))
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import device_of, map_tensors, parse_batch, run_model, to_device
 from nns_plugin.models.layers import Convolution
 from nns_plugin.models.preserve import preserved
@@ -72,21 +74,13 @@ def _forward(
     """What the consumers give, with gradients, and the model's floating-point outputs; in frozen models, too."""
     reached: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            reached[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return reached[name].clone()  # what follows may work in place
+    def keep(name: str, x: Any, output: Tensor) -> Tensor:
+        reached[name] = output if output.requires_grad else output.detach().requires_grad_()
+        return reached[name].clone()  # what follows may work in place
 
-        return hook
-
-    handles = []
-    try:
-        for name, module in consumers.items():
-            handles.append(module.register_forward_hook(keep(name)))
+    hooks: list[Hook] = [(module, "output", partial(keep, name)) for name, module in consumers.items()]
+    with hooked(*hooks):
         outputs = run_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     scores: list[Tensor] = []
     map_tensors(outputs, lambda value: scores.append(value) or value)  # type: ignore[func-returns-value]
     scores = [score for score in scores if score.requires_grad]

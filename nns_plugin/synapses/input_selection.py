@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nns_plugin.models.comparison import same_outputs
+from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import is_plain_convolution, narrow_columns, weight_of
 from nns_plugin.models.preserve import copied, preserved
@@ -100,18 +102,14 @@ def input_consumers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple
     """Layers that work on one of the model's inputs as it is, or flattened, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(module: nn.Module, x: Any) -> None:
         axis = -1 if isinstance(module, nn.Linear) else 1
         for flat, values in ((False, wanted), (True, wanted.flatten(1))):
-            if args and args[0].shape == values.shape and torch.equal(args[0], values):
+            if isinstance(x, Tensor) and x.shape == values.shape and torch.equal(x, values):
                 found.setdefault(module, (flat and wanted.dim() > 2, axis))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) or is_plain_convolution(module)]
-    handles = [module.register_forward_pre_hook(look) for module in layers]
-    try:
-        with preserved(model), torch.no_grad():
-            run_model(model.eval(), inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[Hook] = [(module, "input", partial(look, module)) for module in layers]
+    with hooked(*hooks), preserved(model), torch.no_grad():
+        run_model(model.eval(), inputs)
     return [(module, flat, axis) for module, (flat, axis) in found.items()]
