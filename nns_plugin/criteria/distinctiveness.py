@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.compensation.least_squares import RIDGE
-from nns_plugin.criteria.elimination import Reading, greedy_errors, output_energy
+from nns_plugin.criteria.elimination import Consumer, greedy_errors, output_energy
 from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError, StaleStatisticsError
 from nns_plugin.models.layers import channel_groups, reading_matrices
@@ -140,15 +140,15 @@ class Distinctiveness:
     def _span(self, group: UnitGroup) -> Tensor | None:
         if not group.consumers or not self.statistics.observed(group):
             return None
-        readings: list[Reading] = []
+        consumers: list[Consumer] = []
         for port in group.consumers:
             record = self.statistics.record(group, port)
             module = self.model.get_submodule(port.name)
             known = None if self.sensitivity is None else self.sensitivity.get(port.name)
-            if record is None or record.gram is None or (found := readings_of(module, record, port, known)) is None:
+            if record is None or record.gram is None or (found := consumers_of(module, record, port, known)) is None:
                 return None
-            readings += found
-        errors = greedy_errors(_joined(readings), group.size, self.ridge)
+            consumers += found
+        errors = greedy_errors(_joined(consumers), group.size, self.ridge)
         if self.cost is None:
             return errors
         cost = self.cost.get(group.name)
@@ -172,15 +172,15 @@ class Distinctiveness:
         return None if vectors is None else sum((v @ v.T for v in vectors), torch.zeros(()).double())
 
 
-def readings_of(
+def consumers_of(
     module: nn.Module, record: Record, port: Port, sensitivity: Tensor | None = None
-) -> list[Reading] | None:
-    """How one consumer reads the units of a port, one reading a channel group; ``None`` if it cannot be told.
+) -> list[Consumer] | None:
+    """One consumer of the units of a port, once per channel group; ``None`` if its weights or Gram matrix are unknown.
 
     Args:
         module: The consumer.
-        record: Of its input.
-        port: Where it reads the units.
+        record: The statistics of its input.
+        port: The positions of the units in its input.
         sensitivity: ``[O]`` mean squared gradient of the model's outputs with respect to its outputs.
 
     Raises:
@@ -211,14 +211,14 @@ def readings_of(
             for part, matrix in zip(sensitivity.chunk(groups), matrices, strict=True)
         ]
         energies = [(matrix.T * row) @ matrix for matrix, row in zip(flat, rows, strict=True)]
-    readings = []
+    consumers = []
     for number, block in enumerate(owner.chunk(groups)):
         own = (block >= 0).nonzero().flatten()
         if own.numel():
             basis = torch.cat([own, torch.tensor([block.numel()])])
             gram = record.gram[number][basis][:, basis]
-            readings.append(Reading(gram, energies[number][own][:, own], block[own], factor))
-    return readings
+            consumers.append(Consumer(gram, energies[number][own][:, own], block[own], factor))
+    return consumers
 
 
 def unit_products(record: Record, port: Port, size: int, center: Center) -> Tensor:
@@ -243,15 +243,15 @@ def unit_products(record: Record, port: Port, size: int, center: Center) -> Tens
     return result
 
 
-def _joined(readings: list[Reading]) -> list[Reading]:
-    """Readings with equal Gram matrices (consumers of one tensor) as one, so that it is inverted once."""
-    joined: list[Reading] = []
-    for reading in readings:
-        energy = reading.weight * reading.energy
+def _joined(consumers: list[Consumer]) -> list[Consumer]:
+    """Consumers with equal Gram matrices (of one tensor) as one, so that it is inverted once."""
+    joined: list[Consumer] = []
+    for consumer in consumers:
+        energy = consumer.weight * consumer.energy
         for place, known in enumerate(joined):
-            if torch.equal(known.unit, reading.unit) and torch.equal(known.gram, reading.gram):
-                joined[place] = Reading(known.gram, known.energy + energy, known.unit, 1.0)
+            if torch.equal(known.unit, consumer.unit) and torch.equal(known.gram, consumer.gram):
+                joined[place] = Consumer(known.gram, known.energy + energy, known.unit, 1.0)
                 break
         else:
-            joined.append(Reading(reading.gram, energy, reading.unit, 1.0))
+            joined.append(Consumer(consumer.gram, energy, consumer.unit, 1.0))
     return joined

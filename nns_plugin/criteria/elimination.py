@@ -14,8 +14,8 @@ COMPACT = 0.8
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """How one consumer reads the units of a group.
+class Consumer:
+    """One consumer of the units of a group: their products over the calibration data, and its weights on them.
 
     Attributes:
         gram: ``[C + 1, C + 1]`` float64 Gram matrix of the channels and the constant, which stands last.
@@ -35,7 +35,7 @@ def output_energy(gram: Tensor, energy: Tensor) -> float:
     return float((gram[:-1, :-1] * energy).sum())
 
 
-def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tensor:
+def greedy_errors(consumers: Sequence[Consumer], size: int, ridge: float) -> Tensor:
     """Score units by the cumulative error at their turn in greedy elimination.
 
     With A the inverse of the Gram matrix of the units that are left (and the constant), removing unit u costs its
@@ -45,7 +45,7 @@ def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tenso
     every 64 removals, as matrix products, and shrink now and then to the units that are left.
 
     Args:
-        readings: One a consumer (or a group of a grouped convolution).
+        consumers: The group's consumers; of a grouped convolution one for each conv group.
         size: Number of units, U.
         ridge: Added to the diagonals of the Gram matrices, relative to their means.
 
@@ -53,7 +53,7 @@ def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tenso
         ``[U]`` float64, the sum of the errors of all removals up to the unit's own: not decreasing in the order of
         removal.
     """
-    states = [_State(reading, size, ridge) for reading in readings]
+    states = [_State(consumer, size, ridge) for consumer in consumers]
     left = torch.ones(size, dtype=torch.bool)
     cumulative = 0.0
     scores = torch.zeros(size, dtype=torch.float64)
@@ -73,17 +73,17 @@ def greedy_errors(readings: Sequence[Reading], size: int, ridge: float) -> Tenso
 
 
 class _State:
-    """A and W^T W of one reading while units are eliminated, with delayed updates."""
+    """A and W^T W of one consumer while units are eliminated, with delayed updates."""
 
-    def __init__(self, reading: Reading, size: int, ridge: float) -> None:
-        gram = reading.gram.double().clone()
+    def __init__(self, consumer: Consumer, size: int, ridge: float) -> None:
+        gram = consumer.gram.double().clone()
         diagonal = gram.diagonal()[:-1]
         mean = float(diagonal.mean())
         diagonal += ridge * mean if mean > 0 else 1.0
         self.inverse = torch.cholesky_inverse(_cholesky(gram, ridge))[:-1, :-1].contiguous()
-        self.part = reading.energy.double() / 2  # W^T W is this and its transpose
-        self.unit = reading.unit
-        self.weight = reading.weight
+        self.part = consumer.energy.double() / 2  # W^T W is this and its transpose
+        self.unit = consumer.unit
+        self.weight = consumer.weight
         self.single = self.unit.unique().numel() == self.unit.numel()
         self.place = torch.full((size,), -1, dtype=torch.int64)
         self._index()

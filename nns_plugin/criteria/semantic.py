@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -114,7 +115,7 @@ class Semantic:
             raise CriterionError(f"measure is {self.measure!r}; it must be one of {', '.join(get_args(Measure))}")
         if self.contrast not in (None, *get_args(Contrast)):
             raise CriterionError(f"contrast is {self.contrast!r}; it must be None or 'rest'")
-        chosen = self._chosen()
+        chosen = self._chosen
         inputs = next(iter(self.statistics.records.values())).inputs
         for label in chosen.nonzero().flatten().tolist():
             if not int(inputs[label]):
@@ -124,7 +125,7 @@ class Semantic:
             raise LabelError("contrast='rest' needs inputs of other labels than the chosen ones; there are none")
 
     def __call__(self, group: UnitGroup) -> Tensor | None:
-        """Scores ``[U]``; ``None`` if the group was not observed."""
+        """Scores ``[U]``; ``None`` if the group was not observed during calibration."""
         if not self.statistics.observed(group):
             return None
         scores = []
@@ -134,6 +135,7 @@ class Semantic:
                 scores.append(self._at_port(record, port, group.size))
         return torch.stack(scores).amax(0) if scores else None
 
+    @functools.cached_property
     def _chosen(self) -> Tensor:
         names = self.statistics.labels
         if names is None:
@@ -148,7 +150,7 @@ class Semantic:
         return chosen
 
     def _at_port(self, record: Record, port: Port, size: int) -> Tensor:
-        chosen = self._chosen()
+        chosen = self._chosen
         read = torch.zeros(size, dtype=torch.bool)
         read[port.unit] = True
         if self.measure == "frequency":

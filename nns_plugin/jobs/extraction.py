@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
 from nns_plugin.backends import Backend
 from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.compensation.survivors import Survivors, survivors_of
-from nns_plugin.criteria import find, score_groups
+from nns_plugin.criteria import build, find, needs_of, options_of, score_groups
 from nns_plugin.errors import CriterionError, LabelError, NNSError, PruningError, RecipeError, SelectionError
 from nns_plugin.jobs.accuracy_search import Judge, smallest_within
 from nns_plugin.jobs.data import Datasets
@@ -174,7 +173,7 @@ def extract(
     """
     chosen = chosen_labels(section, names)
     kind = criterion_class(section)
-    if "snapshot" in kind.requires and snapshot is None:
+    if "snapshot" in needs_of(kind).requires and snapshot is None:
         raise CriterionError(
             f"criterion {section.effective_criterion.name!r} needs the weights before training: pass a snapshot; in a "
             "recipe, let the job train, or give model.initial"
@@ -188,7 +187,7 @@ def extract(
             names,
             labels=chosen,
             head=section.effective_head,
-            gram=how.method != "none" or getattr(kind, "needs_gram", False),
+            gram=how.method != "none" or needs_of(kind).gram,
             backend=TorchPruningBackend,
             ignored_layers=section.ignored_layers,
             statistics=statistics,
@@ -355,14 +354,13 @@ def criterion_class(section: ExtractionSection) -> type[Any]:
     """
     name, options = section.effective_criterion.name, section.effective_criterion.options
     criterion = find(str(name))
-    missing = [need for need in criterion.requires if need not in EVIDENCE]
+    missing = [need for need in needs_of(criterion).requires if need not in EVIDENCE]
     if missing:
         raise CriterionError(
             f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide; use its importance class "
             "in nns_plugin.adapters.torch_pruning.importances"
         )
-    taken = {*criterion.requires, *getattr(criterion, "optional", ()), "labels"}
-    allowed = [option for option in inspect.signature(criterion).parameters if option not in taken]
+    allowed = options_of(criterion)
     for option in options:
         if option not in allowed:
             raise RecipeError(f"criterion.options: found {option!r}; {name!r} has the options {', '.join(allowed)}")
@@ -370,13 +368,8 @@ def criterion_class(section: ExtractionSection) -> type[Any]:
 
 
 def _criterion(section: ExtractionSection, evidence: Mapping[str, Any], chosen: Sequence[int] | None) -> Any:
-    criterion = criterion_class(section)
-    arguments = {need: evidence[need] for need in criterion.requires} | section.effective_criterion.options
-    arguments |= {name: evidence[name] for name in getattr(criterion, "optional", ()) if name in evidence}
-    if getattr(criterion, "accepts_labels", False):
-        arguments["labels"] = chosen
     try:
-        return criterion(**arguments)
+        return build(criterion_class(section), evidence, section.effective_criterion.options, chosen)
     except (CriterionError, TypeError, ValueError) as error:
         if isinstance(error, LabelError):
             raise
@@ -389,7 +382,7 @@ def _evidence(
     """What a criterion may be built from; the costly parts only where they change something."""
     model, groups = extraction.model, extraction.statistics.groups
     evidence: dict[str, Any] = {"statistics": extraction.statistics, "model": model}
-    wanted = getattr(criterion_class(section), "optional", ())
+    wanted = needs_of(criterion_class(section)).optional
     if "sensitivity" in wanted and (section.global_pruning or section.labels is not None):
         evidence["sensitivity"] = output_sensitivity(model, loader, groups, progress=progress)
     if "cost" in wanted and section.global_pruning:

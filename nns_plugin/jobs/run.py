@@ -26,6 +26,7 @@ from nns_plugin.adapters.onnxruntime import (
     runtime_build,
 )
 from nns_plugin.adapters.torch_pruning.importances import count_macs
+from nns_plugin.criteria import needs_of
 from nns_plugin.environment import machine, versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
 from nns_plugin.evaluation.evaluation import drops, evaluate, judged, predict
@@ -302,7 +303,7 @@ def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> tuple[nn.Mod
     if section.checkpoint is not None:
         load_checkpoint(model, section.checkpoint)
     snapshot = None
-    if "snapshot" in criterion_class(recipe).requires:
+    if "snapshot" in needs_of(criterion_class(recipe)).requires:
         if section.initial is not None:
             snapshot = WeightSnapshot.load(section.initial)
         elif recipe.train.epochs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nns_plugin.backends import Backend, find_backend
 from nns_plugin.compensation.options import Compensation
-from nns_plugin.criteria import find, score_groups
+from nns_plugin.criteria import build, find, needs_of, score_groups
 from nns_plugin.errors import SubnetError
 from nns_plugin.models.inputs import device_of, inputs_like
 from nns_plugin.selection import keep_by_threshold
@@ -88,8 +88,7 @@ def integrate(
         first.label_names,
         labels=labels,
         head=first.provenance.head,  # type: ignore[arg-type]
-        gram=how.method != "none"
-        or (budget is not None and getattr(find(first.provenance.criterion), "needs_gram", False)),
+        gram=how.method != "none" or (budget is not None and needs_of(find(first.provenance.criterion)).gram),
         backend=backend,
         ignored_layers=first.provenance.ignored_layers,
         statistics=statistics,
@@ -126,12 +125,9 @@ def _scored_together(first: Subnet, prepared: Extraction) -> dict[str, Tensor]:
     """What the subnets' criterion says of all units for all labels together; empty if it needs what is not here."""
     criterion = find(first.provenance.criterion)
     evidence = {"statistics": prepared.statistics, "model": prepared.model}
-    if not set(criterion.requires) <= set(evidence):
+    if not set(needs_of(criterion).requires) <= set(evidence):
         return {}
-    options = dict(first.provenance.options)
-    if getattr(criterion, "accepts_labels", False):
-        options["labels"] = prepared.labels
-    return score_groups(criterion(**{name: evidence[name] for name in criterion.requires}, **options), prepared.groups)
+    return score_groups(build(criterion, evidence, first.provenance.options, prepared.labels), prepared.groups)
 
 
 def united(subnets: Sequence[Subnet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -19,8 +19,23 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from nns_plugin import Statistics, UnitGroup, calibrate, criteria
-from nns_plugin.criteria import BUILT_IN, Criterion, UnscoredGroupWarning, available, broken, find, score, score_groups
+from nns_plugin import Statistics, UnitGroup, calibrate
+from nns_plugin.criteria import (
+    BUILT_IN,
+    ENTRY_POINT_GROUP,
+    Criterion,
+    Needs,
+    UnscoredGroupWarning,
+    available,
+    broken,
+    build,
+    find,
+    needs_of,
+    options_of,
+    registry,
+    score,
+    score_groups,
+)
 from nns_plugin.criteria.distinctiveness import Distinctiveness
 from nns_plugin.criteria.mean_weight import MeanWeight
 from nns_plugin.criteria.semantic import Semantic
@@ -138,7 +153,7 @@ def test_scores_survive_a_file(name: str, way: str, tmp_path: Path) -> None:
 def test_declarations(name: str) -> None:
     found = find(name)
     assert found is BUILT_IN[name]
-    assert isinstance(found.requires, tuple)
+    assert needs_of(found).requires
     model = zoo.CASES["mlp"].make()
     statistics = calibrate(model, zoo.labelled("mlp", 6), zoo.groups_of("mlp"), gram=True)
     assert all(isinstance(build(model, statistics), Criterion) for build in SETTINGS[name].values())
@@ -184,7 +199,7 @@ def test_violations_are_named(value: Any, message: str) -> None:
 
 def test_a_group_that_cannot_be_scored_is_named_in_a_warning() -> None:
     with pytest.warns(
-        UnscoredGroupWarning, match="Returns has not what it needs to score group 'conv1'; none of its 3 units"
+        UnscoredGroupWarning, match="Returns cannot score group 'conv1': missing inputs; none of its 3 units"
     ):
         assert score(Returns(None), GROUP) is None
     with pytest.warns(UnscoredGroupWarning):
@@ -212,7 +227,7 @@ def plug_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     (tmp_path / "third.py").write_text(
         "class Good:\n"
         "    requires = ('statistics',)\n"
-        "    def __init__(self, statistics): pass\n"
+        "    def __init__(self, statistics, scale=1): self.given = (statistics, scale)\n"
         "    def __call__(self, group): return None\n"
         "class Child(Good): pass\n"
         "class NotCallable:\n"
@@ -229,10 +244,8 @@ def plug_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(*entries: tuple[str, str]) -> None:
-        found = tuple(EntryPoint(name, value, criteria.ENTRY_POINT_GROUP) for name, value in entries)
-        monkeypatch.setattr(
-            criteria, "entry_points", lambda *, group: found if group == criteria.ENTRY_POINT_GROUP else ()
-        )
+        found = tuple(EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in entries)
+        monkeypatch.setattr(registry, "entry_points", lambda *, group: found if group == ENTRY_POINT_GROUP else ())
 
     yield install
     for name in [name for name in sys.modules if name.startswith("third")]:
@@ -246,6 +259,33 @@ def test_a_package_can_add_a_criterion(plug_ins: Callable[..., None]) -> None:
     assert broken() == {}
 
 
+def test_a_plug_in_declares_only_what_it_requires(plug_ins: Callable[..., None]) -> None:
+    """It gets the evidence it requires, its options, and neither other evidence nor the label set."""
+    plug_ins(("good", "third:Good"))
+    assert needs_of(find("good")) == Needs(("statistics",))
+    assert options_of(find("good")) == ("scale",)
+    built = build(find("good"), {"statistics": 1, "model": 2, "cost": 3}, {"scale": 4}, labels=[5])
+    assert vars(built) == {"given": (1, 4)}
+
+
+def test_a_criterion_is_built_from_what_it_declares() -> None:
+    class Declares:
+        requires = ("model",)
+        optional = ("cost", "sensitivity")
+        accepts_labels = True
+        needs_gram = True
+
+        def __init__(self, model: Any, cost: Any = None, sensitivity: Any = None, labels: Any = None, power: Any = 1):
+            self.given = (model, cost, sensitivity, labels, power)
+
+        def __call__(self, group: UnitGroup) -> None: ...
+
+    assert needs_of(Declares) == Needs(("model",), ("cost", "sensitivity"), labels=True, gram=True)
+    assert options_of(Declares) == ("power",)
+    built = build(Declares, {"model": 1, "statistics": 2, "cost": 3}, {"power": 5}, labels=[4])
+    assert vars(built) == {"given": (1, 3, None, [4], 5)}
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -254,11 +294,11 @@ def test_a_package_can_add_a_criterion(plug_ins: Callable[..., None]) -> None:
         ("third_imports:Any", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
         ("third_missing:Any", "ModuleNotFoundError: No module named 'third_missing'"),
         ("third:Nobody", "AttributeError: .*'Nobody'"),
-        ("third:function", "CriterionError: 'third:function' is no class whose instances can be called"),
-        ("third:NotCallable", "CriterionError: 'third:NotCallable' is no class whose instances can be called"),
-        ("third:NoRequires", "CriterionError: 'third:NoRequires' has no attribute 'requires'"),
-        ("third:TextRequires", "CriterionError: 'third:TextRequires' has no attribute 'requires', a tuple"),
-        ("third", "CriterionError: 'third' is no class"),
+        ("third:function", "CriterionError: 'third:function' is not a class whose instances can be called"),
+        ("third:NotCallable", "CriterionError: 'third:NotCallable' is not a class whose instances can be called"),
+        ("third:NoRequires", "CriterionError: NoRequires has no attribute 'requires'"),
+        ("third:TextRequires", "CriterionError: TextRequires has no attribute 'requires', a tuple"),
+        ("third", "CriterionError: 'third' is not a class"),
     ],
 )
 def test_a_broken_plug_in_is_isolated_and_named(plug_ins: Callable[..., None], value: str, reason: str) -> None:

@@ -544,7 +544,7 @@ def test_groups_that_are_read_elsewhere_are_left_alone_by_name(loader_is_there: 
     )
     for left in (3, 2):
         with pytest.warns(
-            UnscoredGroupWarning, match="has not what it needs to score group 'first'; none of its 4 units"
+            UnscoredGroupWarning, match="cannot score group 'first': missing inputs; none of its 4 units"
         ):
             pruner.step()
         assert (model.first.out_channels, model.second.out_channels) == (4, left)
