@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands are there, its Python code runs.
+"""README and docs tell the truth: commands are there, links lead somewhere, Python code runs.
 
 Each ```python block runs alone, in an empty folder. A comment on the last line before a block directs this test:
 ``<!-- not run: reason -->`` skips it, ``<!-- host: onnxruntime, nni -->`` marks it as needing hosts.
@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 MAIN_JOB = 'pip install -c constraints.txt ".[all]" && nns run'
 TEST_COMMAND = "pip install tox && tox"
 
@@ -63,12 +64,17 @@ def python_blocks(text: str) -> list[Block]:
     return blocks
 
 
-def readme_cases() -> list[object]:
+def code_cases() -> list[object]:
     """One test case a block, marked with the hosts that it needs."""
-    blocks = python_blocks(README.read_text(encoding="utf-8")) if README.is_file() else []
     return [
-        pytest.param(block, id=f"line {block.line}", marks=[pytest.mark.host(*block.hosts)] if block.hosts else [])
-        for block in blocks
+        pytest.param(
+            page,
+            block,
+            id=f"{page.name} line {block.line}",
+            marks=[pytest.mark.host(*block.hosts)] if block.hosts else [],
+        )
+        for page in PAGES
+        for block in python_blocks(page.read_text(encoding="utf-8"))
     ]
 
 
@@ -85,13 +91,23 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("block", readme_cases())
-def test_the_readmes_code_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(("page", "block"), code_cases())
+def test_code_runs(page: Path, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if block.reason:
         pytest.skip(block.reason)
     monkeypatch.chdir(tmp_path)
-    code = "\n" * (block.line - 1) + block.code  # so that a traceback shows the README's line
-    exec(compile(code, str(README), "exec"), {"__name__": "__main__"})
+    code = "\n" * (block.line - 1) + block.code  # so that a traceback shows the page's line
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
 def test_blocks_are_found_with_their_directives() -> None:
