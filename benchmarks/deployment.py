@@ -101,7 +101,7 @@ def pruned(dense: ResNet20, statistics: Statistics, loader: list[Tensor], roundi
         return pruner
 
     small = copy.deepcopy(dense)
-    compensated_step(make(small, nearest_ratio(make, dense, example)), statistics, method="refit", loader=loader)
+    compensated_step(make(small, nearest_ratio(make, dense, example)), statistics, "refit", loader)
     return small
 
 

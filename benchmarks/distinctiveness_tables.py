@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from nns_plugin import calibrate
 from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
-from nns_plugin.adapters.torch_pruning.compensated import compensated_removal
 from nns_plugin.adapters.torch_pruning.graph import build_graph, graph_groups, resolve_layers
-from nns_plugin.adapters.torch_pruning.removals import removals_of
+from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
+from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.criteria import Distinctiveness, MeanWeight, score_groups
 from nns_plugin.jobs.iterative import prune_iteratively
@@ -122,7 +122,9 @@ def by_span(task: Task, ratio: float) -> Prune:
         groups = graph_groups(graph, resolve_layers(model, [task.head]))
         kept = keep_by_ratio(score_groups(Distinctiveness(statistics, model, "span"), groups), ratio)
         removals = removals_of(graph, groups, kept)
-        compensated_removal(graph, removals, statistics, Compensation("refit"), batches(task.split.train))
+        compensated_removal(
+            PrunableGraph(graph), removals, statistics, Compensation("refit"), batches(task.split.train)
+        )
         return sum(removal.units.numel() for removal in removals)
 
     return step
@@ -154,7 +156,7 @@ def filters_under_mean(task: Task, model: nn.Module, masked: dict[str, nn.Module
     ]
     kept = keep_by_threshold(score_groups(MeanWeight(model), groups), 1.0)
     removals = removals_of(graph, groups, kept)
-    compensated_removal(graph, removals, statistics, Compensation("none"), batches(task.split.train))
+    compensated_removal(PrunableGraph(graph), removals, statistics, Compensation("none"), batches(task.split.train))
     for module in masked.values():
         prune.custom_from_mask(module, "weight", (module.weight != 0).to(module.weight.dtype))
     return sum(removal.units.numel() for removal in removals)

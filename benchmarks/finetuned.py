@@ -69,7 +69,7 @@ def candidates(
             make = maker(*found, example, ["fc"], across=True)
             smaller = copy.deepcopy(dense)
             pruner = make(smaller, ratio_for(SPEED_UP, make, dense, example))
-            compensated_step(pruner, statistics, method="refit" if name == BALANCED else "none", loader=loader)
+            compensated_step(pruner, statistics, "refit" if name == BALANCED else "none", loader)
             pruned.append((name, smaller))
     return pruned
 

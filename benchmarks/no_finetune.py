@@ -122,7 +122,7 @@ def compared(
             for ratio in ratios:
                 bar.set_description(f"{name}, {method}, {ratio:.2f}")
                 smaller = copy.deepcopy(dense)
-                compensated_step(make(smaller, ratio), statistics, method=method, loader=loader)
+                compensated_step(make(smaller, ratio), statistics, method, loader)
                 accuracies.append(accuracy(smaller, *test))
                 speed_ups.append(count_macs(dense, example)[0] / count_macs(smaller, example)[0])
             rows.append((name, method, accuracies, speed_ups))

@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.compensated import check_current, compensated_removal
 from nns_plugin.adapters.torch_pruning.graph import build_graph
-from nns_plugin.adapters.torch_pruning.removals import removals_of
+from nns_plugin.adapters.torch_pruning.pruner_step import check_current
+from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
+from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.least_squares import Merge
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import survivors_of
@@ -99,7 +100,7 @@ def prune_by_angle(
     kept = {name: selection.kept for name, selection in selections.items()}
     graph = build_graph(model, example_inputs)
     narrowed = compensated_removal(
-        graph,
+        PrunableGraph(graph),
         removals_of(graph, chosen, kept),
         statistics,
         Compensation("merge", recalibrate_batch_norms=recalibrate_batch_norms),

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.compensated import compensated_removal
 from nns_plugin.adapters.torch_pruning.graph import (
     UnusableGroupWarning,
     build_graph,
@@ -17,7 +16,8 @@ from nns_plugin.adapters.torch_pruning.graph import (
     resolve_layers,
     sound_groups,
 )
-from nns_plugin.adapters.torch_pruning.removals import removals_of, restored_on_failure
+from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
+from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.statistics.statistics import Statistics
@@ -57,9 +57,10 @@ class TorchPruningBackend:
 
     def keep(self, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
         """See the protocol."""
-        with restored_on_failure(self._graph):
+        prunable = PrunableGraph(self._graph)
+        with prunable.restored_on_failure():
             for removal in removals_of(self._graph, groups, kept):
-                removal.carry_out(self._graph)
+                prunable.carry_out(removal)
 
     def keep_and_compensate(
         self,
@@ -73,4 +74,6 @@ class TorchPruningBackend:
     ) -> None:
         """See the protocol."""
         removals = removals_of(self._graph, groups, kept)
-        compensated_removal(self._graph, removals, statistics, how, loader, survivors=survivors, progress=progress)
+        compensated_removal(
+            PrunableGraph(self._graph), removals, statistics, how, loader, survivors=survivors, progress=progress
+        )

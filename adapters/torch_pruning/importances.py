@@ -11,7 +11,6 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.compensated import compensated_step
 from nns_plugin.adapters.torch_pruning.followed_snapshot import FollowedSnapshot
 from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
 from nns_plugin.adapters.torch_pruning.graph import (
@@ -22,6 +21,7 @@ from nns_plugin.adapters.torch_pruning.graph import (
     writes_output,
 )
 from nns_plugin.adapters.torch_pruning.installation import put, take
+from nns_plugin.adapters.torch_pruning.pruner_step import compensated_step
 from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.criteria.contract import Criterion, score
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors

@@ -9,23 +9,26 @@ from typing import Any, Literal, get_args
 from nns_plugin.errors import PruningError
 
 Method = Literal["refit", "least_squares", "merge", "mean", "none"]
-Recalibrate = Literal["once", "each_group"]
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """How survivors take over from removed units.
+    """How kept units take over from removed ones.
 
     Attributes:
-        method: ``"refit"``, ``"least_squares"``, ``"merge"``, ``"mean"`` or ``"none"``.
-        recalibrate: ``"each_group"`` observes the model anew before each group, ``"once"`` does not.
-        recalibrate_batch_norms: Whether batch norms are recalibrated.
+        method: ``"refit"`` (layer-wise reconstruction: each consumer in turn learns to repeat the dense model's
+            outputs), ``"least_squares"`` (all kept channels together replace the removed ones), ``"merge"`` (one kept
+            channel replaces each removed one), ``"mean"`` (biases take up the removed channels' means) or ``"none"``.
+        sequential: Of ``"refit"`` and ``"least_squares"``: whether to observe the model anew before each group.
+        recalibrate_batch_norms: Whether to recalibrate batch norms after removal. ``"refit"`` gives the norms behind
+            the layers that it refits the dense model's statistics in either case, and recalibrates the others only
+            where it has to leave a consumer out.
         ridge: Of ``"refit"``: pull towards the weights before it, relative to the inputs' energy.
         max_unfolded: Of ``"refit"``: a consumer whose input unfolds to more rows keeps its least-squares weights.
     """
 
     method: Method = "refit"
-    recalibrate: Recalibrate = "once"
+    sequential: bool = False
     recalibrate_batch_norms: bool = True
     ridge: float = 1e-4
     max_unfolded: int = 8192
@@ -36,15 +39,12 @@ class Compensation:
         Raises:
             PruningError: If an option is unknown or the loader is missing.
         """
-        for name, kind in (("method", Method), ("recalibrate", Recalibrate)):
-            if getattr(self, name) not in get_args(kind):
-                raise PruningError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
-        if self.recalibrate == "each_group" and self.method not in ("refit", "least_squares"):
-            raise PruningError(
-                f"recalibrate='each_group' goes with least_squares and refit, not with method {self.method!r}"
-            )
-        if loader is None and (self.method == "refit" or self.recalibrate == "each_group"):
-            raise PruningError(f"method {self.method!r} with recalibrate={self.recalibrate!r} needs a loader; pass one")
+        if self.method not in get_args(Method):
+            raise PruningError(f"method is {self.method!r}; it must be one of {', '.join(get_args(Method))}")
+        if self.sequential and self.method not in ("refit", "least_squares"):
+            raise PruningError(f"sequential=True goes with refit and least_squares, not with method {self.method!r}")
+        if loader is None and (self.method == "refit" or self.sequential):
+            raise PruningError(f"method {self.method!r} with sequential={self.sequential} needs a loader; pass one")
         if isinstance(loader, Iterator):
             raise PruningError("the loader is an iterator, which yields once; pass something that yields anew")
         if not self.ridge > 0:

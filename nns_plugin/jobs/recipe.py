@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from nns_plugin.compensation.least_squares import Merge
-from nns_plugin.compensation.options import Compensation, Method, Recalibrate
+from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.criteria import available
 from nns_plugin.selection import Complement
 from nns_plugin.subnets.steps import Head
@@ -71,7 +71,7 @@ class CompensationSection(Section):
     """How kept units take over from removed ones; see :class:`nns_plugin.compensation.options.Compensation`."""
 
     method: Method | None = None
-    recalibrate: Recalibrate = "once"
+    sequential: bool = False
     ridge: float = Field(default=1e-4, gt=0)
     max_unfolded: int = Field(default=8192, ge=1)
 
@@ -199,8 +199,8 @@ class ExtractionSection(Section):
             raise ValueError(f"calibrate_head goes with head open, not with {self.effective_head}")
         if self.angle is not None and self.round_to != 1:
             raise ValueError("round_to goes with ratio and zeta, not with angle")
-        if self.compensation.recalibrate == "each_group" and self.effective_method not in ("refit", "least_squares"):
-            raise ValueError(f"each_group goes with refit and least_squares, not with {self.effective_method}")
+        if self.compensation.sequential and self.effective_method not in ("refit", "least_squares"):
+            raise ValueError(f"sequential goes with refit and least_squares, not with {self.effective_method}")
         if self.global_pruning and (self.zeta is not None or self.angle is not None):
             raise ValueError("global_pruning goes with ratio, not with zeta or angle")
         return self
@@ -250,7 +250,7 @@ class ExtractionSection(Section):
         section = self.compensation
         method: Any = self.effective_method
         return Compensation(
-            method, section.recalibrate, self.recalibrate_batch_norms, section.ridge, section.max_unfolded
+            method, section.sequential, self.recalibrate_batch_norms, section.ridge, section.max_unfolded
         )
 
     @property

@@ -17,8 +17,10 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
-from nns_plugin.adapters.torch_pruning.compensated import CompensationWarning, following_norm  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import build_graph, unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.removals import PrunableGraph  # noqa: E402
+from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
+from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.compensation.plans import apply_plan, plan_removal  # noqa: E402
 from nns_plugin.errors import CalibrationError, StaleStatisticsError  # noqa: E402
 from nns_plugin.synapses.masks import prune_under_mean  # noqa: E402
@@ -76,7 +78,9 @@ def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool)
         model(torch.randn(64, 6) * 2 + 1)
     statistics = observed(model, inputs, ["9"])
     dense = copy.deepcopy(model).eval()
-    compensated_step(step_of(model, inputs, 0.5, ["9"]), statistics, loader=[inputs[:100], inputs[100:]], ridge=1e-9)
+    compensated_step(
+        step_of(model, inputs, 0.5, ["9"]), statistics, Compensation(ridge=1e-9), [inputs[:100], inputs[100:]]
+    )
     assert all(module.training for module in model.modules())
     pruned = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -120,7 +124,7 @@ def test_activations_in_place_change_nothing(method: str, batches: int) -> None:
     statistics = observed(model, inputs, ["head", "third"])
     importance = DistinctivenessImportance(statistics, mode="span")
     pruner = step_of(model, inputs, 1 / 6, ["head", "third"], importance)
-    compensated_step(pruner, statistics, method=method, loader=list(inputs.chunk(batches)), ridge=1e-9)
+    compensated_step(pruner, statistics, Compensation(method, ridge=1e-9), list(inputs.chunk(batches)))
     assert model.first.out_channels == 5
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
@@ -156,10 +160,10 @@ class Between(nn.Module):
 def test_only_a_norm_of_its_own_takes_up_a_layers_shift() -> None:
     x = torch.randn(2, 1, 6, 6)
     shared, between = Shared(), Between()
-    assert following_norm(build_graph(shared, x), shared.left) is None
-    assert following_norm(build_graph(between, x), between.consumer) is None
+    assert PrunableGraph(build_graph(shared, x)).following_norm("left") is None
+    assert PrunableGraph(build_graph(between, x)).following_norm("consumer") is None
     alone = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3))
-    assert following_norm(build_graph(alone, torch.randn(2, 2, 8)), alone[0]) is alone[1]
+    assert PrunableGraph(build_graph(alone, torch.randn(2, 2, 8))).following_norm("0") == "1"
 
 
 class Bad(torch.utils.data.Dataset[Tensor]):
@@ -171,12 +175,12 @@ class Bad(torch.utils.data.Dataset[Tensor]):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"method": "refit"}, {"method": "least_squares", "recalibrate": "each_group"}, {"method": "none"}],
-    ids=str,
+    "how",
+    [Compensation("refit"), Compensation("least_squares", sequential=True), Compensation("none")],
+    ids=lambda how: how.method,
 )
 @pytest.mark.parametrize("loader", [[], Bad()], ids=["empty", "bad"])
-def test_a_failure_leaves_model_and_pruner_as_they_were(options: dict[str, Any], loader: Any) -> None:
+def test_a_failure_leaves_model_and_pruner_as_they_were(how: Compensation, loader: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     inputs = torch.randn(64, 5)
@@ -184,12 +188,12 @@ def test_a_failure_leaves_model_and_pruner_as_they_were(options: dict[str, Any],
     before = copy.deepcopy(model)
     pruner = step_of(model, inputs, 0.5, ["5"])
     with pytest.raises((CalibrationError, RuntimeError)):
-        compensated_step(pruner, statistics, loader=loader, **options)
+        compensated_step(pruner, statistics, how, loader)
     assert str(model) == str(before)
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    compensated_step(pruner, statistics, loader=[inputs], **options)  # and again, with good data
+    compensated_step(pruner, statistics, how, [inputs])  # and again, with good data
     assert (model[0].out_features, model[3].out_features) == (4, 3)
     assert model(inputs).shape == (64, 3)
 
@@ -199,11 +203,11 @@ def test_weights_that_were_trained_between_steps_are_stale() -> None:
     inputs = torch.randn(64, 5)
     statistics = observed(model, inputs, ["2"])
     pruner = step_of(model, inputs, 0.5, ["2"], iterative_steps=2)
-    compensated_step(pruner, statistics, method="least_squares")
+    compensated_step(pruner, statistics, "least_squares")
     with torch.no_grad():
         model[2].weight.mul_(2)
     with pytest.raises(StaleStatisticsError, match="'2.weight' has other values"):
-        compensated_step(pruner, statistics, method="least_squares")
+        compensated_step(pruner, statistics, "least_squares")
 
 
 def test_statistics_of_other_widths_are_stale() -> None:
@@ -212,9 +216,9 @@ def test_statistics_of_other_widths_are_stale() -> None:
     narrowed = observed(model, inputs, ["2"]).narrow({"0": torch.arange(4)})
     pruner = step_of(model, inputs, 0.5, ["2"])
     with pytest.raises(StaleStatisticsError, match="'2' cover 4 positions, but it reads 8 now"):
-        compensated_step(pruner, narrowed, method="least_squares")
+        compensated_step(pruner, narrowed, "least_squares")
     assert model[0].out_features == 8
-    compensated_step(pruner, observed(model, inputs, ["2"]), method="least_squares")
+    compensated_step(pruner, observed(model, inputs, ["2"]), "least_squares")
     assert model[0].out_features == 4
 
 
@@ -224,8 +228,8 @@ def test_readers_that_were_not_observed_are_named() -> None:
     groups = unit_groups(model, inputs[:2], ["4"])
     statistics = calibrate(model, [inputs], groups[:1], gram=True)
     pruner = step_of(model, inputs, 0.5, ["4"])
-    with pytest.warns(CompensationWarning, match="do not cover what they read: 4"):
-        compensated_step(pruner, statistics, method="least_squares")
+    with pytest.warns(CompensationWarning, match="do not cover the inputs of: 4"):
+        compensated_step(pruner, statistics, "least_squares")
 
 
 def test_masked_layers_elsewhere_and_frozen_ones_stay_what_they_are() -> None:
@@ -263,7 +267,7 @@ def test_a_sum_whose_other_part_depends_on_the_layer_is_not_repeated() -> None:
     statistics = observed(model, inputs, ["consumer", "more"])
     with torch.no_grad():
         wanted = model.consumer(model.stem(inputs).relu()).numpy()
-    compensated_step(step_of(model, inputs, 0.5, ["consumer", "more"]), statistics, loader=[inputs], ridge=1e-9)
+    compensated_step(step_of(model, inputs, 0.5, ["consumer", "more"]), statistics, Compensation(ridge=1e-9), [inputs])
     with torch.no_grad():
         hidden = model.stem(inputs).relu()
         np.testing.assert_allclose(model.consumer(hidden).numpy(), fitted(hidden.numpy(), wanted), atol=1e-4)
@@ -287,7 +291,7 @@ def test_group_by_group_a_reader_of_two_groups_ends_with_the_best_weights() -> N
     with torch.no_grad():
         wanted = model(inputs).numpy()
     pruner = step_of(model, inputs, 0.5, ["consumer"])
-    compensated_step(pruner, statistics, method="least_squares", loader=[inputs], recalibrate="each_group")
+    compensated_step(pruner, statistics, Compensation("least_squares", sequential=True), [inputs])
     with torch.no_grad():
         hidden = torch.cat([model.left(inputs).relu(), model.right(inputs).relu()], 1).numpy()
         np.testing.assert_allclose(model(inputs).numpy(), fitted(hidden, wanted), atol=1e-4)

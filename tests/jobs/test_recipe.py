@@ -72,7 +72,7 @@ def test_criterion_and_compensation_by_default(
         ({"angle": {}, "compensation.method": "refit"}, "angle goes with compensation merge, not with refit"),
         ({"angle": {}, "global_pruning": True, "round_to": 1}, "global_pruning goes with ratio"),
         ({"angle": {}}, "round_to goes with ratio and zeta"),
-        ({"compensation.recalibrate": "each_group"}, "each_group goes with refit and least_squares, not with none"),
+        ({"compensation.sequential": True}, "sequential goes with refit and least_squares, not with none"),
         ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
         ({"calibrate_head": True, "head": "closed"}, "calibrate_head goes with head open, not with closed"),
         ({"confidence": 0.9}, "confidence goes with max_balanced_accuracy_drop"),

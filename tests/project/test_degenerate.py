@@ -15,8 +15,8 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
-from nns_plugin.adapters.torch_pruning.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.criteria import Distinctiveness, score  # noqa: E402
 
 DEAD, CONSTANT = 2, 5
@@ -98,7 +98,7 @@ def test_steps_leave_finite_models(method: str, count: int, ratio: float) -> Non
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompensationWarning)
-        compensated_step(pruner, statistics, method=method, loader=[inputs])
+        compensated_step(pruner, statistics, method, [inputs])
     assert all(bool(torch.isfinite(value).all()) for value in pruned.state_dict().values())
     if method in ("refit", "least_squares") and (ratio < 0.5 or count == 3):
         # Three that cost nothing; and three inputs are three equations, which four numbers can always fulfil.

@@ -17,8 +17,9 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
-from nns_plugin.adapters.torch_pruning.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
+from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.models.activations import passage  # noqa: E402
 
@@ -117,7 +118,7 @@ def test_a_repeated_unit_is_removed_without_a_trace(kind: str, method: str) -> N
     pruner = pruner_of(
         model, inputs, DistinctivenessImportance(statistics, mode="span"), 1 / count, _whole(kind, whole)
     )
-    compensated_step(pruner, statistics, method=method, loader=[inputs])
+    compensated_step(pruner, statistics, method, [inputs])
     assert model.get_submodule(producer).weight.shape[0] == count - 1
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
@@ -135,7 +136,7 @@ def test_all_readers_of_a_stream_take_over() -> None:
     statistics = calibrate(model, [inputs], groups, gram=True)
     importance = DistinctivenessImportance(statistics, mode="span")
     pruner = pruner_of(model, inputs, importance, 1 / 6, ["head", "second", "side"])
-    compensated_step(pruner, statistics, method="least_squares", loader=[inputs])
+    compensated_step(pruner, statistics, "least_squares", [inputs])
     assert model.stem.out_channels == 5
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
@@ -183,10 +184,10 @@ CONSUMERS: dict[str, Callable[[], tuple[nn.Module, Tensor, str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("method", "recalibrate"), [("least_squares", "once"), ("least_squares", "each_group"), ("refit", "once")]
+    ("method", "sequential"), [("least_squares", False), ("least_squares", True), ("refit", False)]
 )
 @pytest.mark.parametrize("kind", CONSUMERS)
-def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, method: str, recalibrate: str) -> None:
+def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, method: str, sequential: bool) -> None:
     torch.manual_seed(0)
     model, inputs, consumer = CONSUMERS[kind]()
     model[1] = nn.Identity()
@@ -204,27 +205,27 @@ def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, me
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], whole), gram=True)
     importance = DistinctivenessImportance(statistics, mode="span")
     pruner = pruner_of(model, inputs, importance, 1 / length, whole)
-    compensated_step(pruner, statistics, method=method, loader=[inputs], recalibrate=recalibrate, ridge=1e-9)
+    compensated_step(pruner, statistics, Compensation(method, sequential, ridge=1e-9), [inputs])
     assert model[0].weight.shape[0] == 8 - blocks
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::nns_plugin.adapters.torch_pruning.compensated.CompensationWarning")
+@pytest.mark.filterwarnings("ignore::nns_plugin.compensation.compensated.CompensationWarning")
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", CONSUMERS)
 @pytest.mark.parametrize(
-    ("method", "recalibrate"),
+    ("method", "sequential"),
     [
-        ("mean", "once"),
-        ("merge", "once"),
-        ("least_squares", "once"),
-        ("least_squares", "each_group"),
-        ("refit", "once"),
+        ("mean", False),
+        ("merge", False),
+        ("least_squares", False),
+        ("least_squares", True),
+        ("refit", False),
     ],
 )
 def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
-    method: str, recalibrate: str, kind: str, seed: int
+    method: str, sequential: bool, kind: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
     model, inputs, consumer = CONSUMERS[kind]()
@@ -235,11 +236,11 @@ def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], whole), gram=True)
     target = passage(model, consumer, inputs).output.detach()
     errors = []
-    for settings in ({"method": "none"}, {"method": method, "recalibrate": recalibrate}):
+    for how in (Compensation("none"), Compensation(method, sequential)):
         pruned = copy.deepcopy(model)
         pruner = pruner_of(pruned, inputs, tp.importance.RandomImportance(), 0.5, whole)
         torch.manual_seed(seed)
-        compensated_step(pruner, statistics, loader=[inputs], **settings)
+        compensated_step(pruner, statistics, how, [inputs])
         assert pruned[0].weight.shape[0] == 4
         errors.append(float((passage(pruned, consumer, inputs).output - target).detach().double().square().sum()))
     assert errors[1] <= errors[0] * (1 + 1e-5)
@@ -264,7 +265,7 @@ def test_batch_norms_take_up_the_shift_of_layers_without_bias() -> None:
         before = model(inputs)
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[3]]), gram=True)
     pruner = pruner_of(model, inputs, DistinctivenessImportance(statistics, mode="span"), 1 / 6, ["3"])
-    compensated_step(pruner, statistics, method="least_squares", recalibrate_batch_norms=False)
+    compensated_step(pruner, statistics, Compensation("least_squares", recalibrate_batch_norms=False))
     assert model[0].out_channels == 5
     with torch.no_grad():
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
@@ -277,7 +278,7 @@ def test_iterative_steps_with_the_hosts_own_importance(method: str) -> None:
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[4]]), gram=True)
     pruner = pruner_of(model, inputs, tp.importance.MagnitudeImportance(p=2), 0.5, ["4"], iterative_steps=3)
     for _ in range(3):
-        returned = compensated_step(pruner, statistics, method=method, loader=[inputs])
+        returned = compensated_step(pruner, statistics, method, [inputs])
     assert (model[0].out_features, model[2].out_features) == (4, 3)
     assert [group.size for group in returned.groups] == [4, 3]
     assert model(inputs).shape == (64, 3)
@@ -290,7 +291,7 @@ def test_iterative_steps_with_our_importance_follow_the_compensation() -> None:
     importance = DistinctivenessImportance(statistics, mode="span")
     pruner = pruner_of(model, inputs, importance, 0.5, ["4"], iterative_steps=2)
     for _ in range(2):
-        compensated_step(pruner, statistics, method="least_squares")
+        compensated_step(pruner, statistics, "least_squares")
     assert (model[0].out_features, model[2].out_features) == (4, 3)
 
 
@@ -302,29 +303,28 @@ def test_statistics_of_other_weights_are_refused_and_nothing_is_removed() -> Non
         model[0].weight.mul_(2)
     pruner = pruner_of(model, inputs, tp.importance.MagnitudeImportance(p=2), 0.5, ["4"])
     with pytest.raises(StaleStatisticsError, match="'0.weight' has other values"):
-        compensated_step(pruner, statistics, method="least_squares")
+        compensated_step(pruner, statistics, "least_squares")
     assert model[0].out_features == 8
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("compensation", "loader", "message"),
     [
-        ({"method": "magic"}, "method is 'magic'"),
-        ({"method": "refit"}, "needs a loader"),
-        ({"method": "none", "recalibrate": "each_group"}, "goes with least_squares and refit"),
-        ({"method": "least_squares", "recalibrate": "each_group"}, "needs a loader"),
-        ({"method": "refit", "loader": iter([])}, "is an iterator"),
-        ({"method": "mean", "ridge": 0.0}, "ridge is 0.0"),
-        ({"method": "none", "recalibrate": "never"}, "recalibrate is 'never'"),
+        ("magic", None, "method is 'magic'"),
+        ("refit", None, "needs a loader"),
+        (Compensation("none", sequential=True), None, "goes with refit and least_squares"),
+        (Compensation("least_squares", sequential=True), None, "needs a loader"),
+        ("refit", iter([]), "is an iterator"),
+        (Compensation("mean", ridge=0.0), None, "ridge is 0.0"),
     ],
 )
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
+def test_wrong_options(compensation: Any, loader: Any, message: str) -> None:
     inputs = torch.randn(8, 5)
     model = models()["mlp"][0]()
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[4]]), gram=True)
     pruner = pruner_of(model, inputs, tp.importance.MagnitudeImportance(p=2), 0.5, ["4"])
     with pytest.raises(PruningError, match=message):
-        compensated_step(pruner, statistics, **options)
+        compensated_step(pruner, statistics, compensation, loader)
     assert model[0].out_features == 8
 
 
@@ -333,8 +333,8 @@ def test_batch_norms_that_stay_as_they_are_are_named() -> None:
     inputs = torch.randn(16, 4)
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[3]]), gram=True)
     pruner = pruner_of(model, inputs, tp.importance.MagnitudeImportance(p=2), 0.5, ["3"])
-    with pytest.warns(CompensationWarning, match="batch norms keep their statistics"):
-        compensated_step(pruner, statistics, method="least_squares")
+    with pytest.warns(CompensationWarning, match="batch norms keep the dense model's statistics"):
+        compensated_step(pruner, statistics, "least_squares")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model(inputs).shape == (16, 2)
@@ -371,7 +371,7 @@ def test_what_refit_leaves_out_is_named_and_keeps_least_squares(
         pruner = pruner_of(pruned, inputs, tp.importance.MagnitudeImportance(p=2), 0.25, [head])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            compensated_step(pruner, statistics, method=method, loader=[inputs], **options)
+            compensated_step(pruner, statistics, Compensation(method, **options), [inputs])
         results.append(pruned)
         assert any(re.search(reason, str(entry.message)) for entry in caught) == (method == "refit")
     consumer = "consumer" if isinstance(model, Twice) else "2"

@@ -1,0 +1,98 @@
+"""Compensated steps: a pruner of torch-pruning chooses the units that go, and the kept units take over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, planned_removals
+from nns_plugin.compensation.compensated import compensated_removal
+from nns_plugin.compensation.options import Compensation, Method
+from nns_plugin.errors import StaleStatisticsError
+from nns_plugin.models.fingerprint import difference, fingerprint
+from nns_plugin.statistics.statistics import Statistics
+
+
+def compensated_step(
+    pruner: tp.pruner.BasePruner,
+    statistics: Statistics,
+    compensation: Compensation | Method = "refit",
+    loader: Iterable[Any] | None = None,
+    *,
+    progress: bool = False,
+) -> Statistics:
+    """Do what ``pruner.step()`` does, and let the kept units take over from the removed ones.
+
+    Works with any importance of torch-pruning, and step by step in iterative pruning: later calls take the same
+    ``statistics``, which are narrowed along.
+
+    Args:
+        pruner: Any high-level pruner of torch-pruning.
+        statistics: Of its model, collected with ``gram=True``.
+        compensation: A method, or :class:`nns_plugin.Compensation` with further options. ``"least_squares"`` mixes
+            the kept channels so that they replace the removed ones best, from the statistics alone. ``"refit"`` is
+            layer-wise reconstruction: starting there, it walks the consumers in execution order and solves for the
+            weights with which the pruned model best repeats the dense model's outputs on the loader's data.
+            ``"mean"`` moves the removed channels' means into the biases, ``"none"`` changes no weight.
+        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time. Needed by ``"refit"`` and
+            ``sequential=True``; with one, batch norms are recalibrated, and where a kernel spans several positions
+            ``"least_squares"`` is used only if it beats plain removal on this data.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The statistics of the pruned model, narrowed; exact but for what removal itself changed.
+
+    Raises:
+        PruningError: If the method is unknown or the loader is missing. After this or any other error, the model and
+            the pruner are as they were.
+        StaleStatisticsError: If the statistics do not belong to the model.
+    """
+    how = Compensation(compensation) if isinstance(compensation, str) else compensation
+    how.check(loader)
+    known = _followed(pruner, statistics)
+    steps_before = pruner.current_step
+    try:
+        with torch.no_grad():
+            removals = planned_removals(pruner)
+        known = compensated_removal(PrunableGraph(pruner.DG), removals, known, how, loader, progress=progress)
+    except BaseException:
+        pruner.current_step = steps_before
+        raise
+    _FOLLOWED[pruner] = (statistics, known, fingerprint(pruner.model))
+    follow = getattr(pruner.importance, "follow", None)
+    if follow is not None:
+        follow(pruner.DG, known)
+    return known
+
+
+# For each pruner the statistics that it was given, the narrowed ones, and the fingerprint of the model they describe.
+_FOLLOWED: weakref.WeakKeyDictionary[Any, tuple[Statistics, Statistics, Mapping[str, str]]]
+_FOLLOWED = weakref.WeakKeyDictionary()
+
+
+def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistics:
+    given, known, mark = _FOLLOWED.get(pruner, (None, statistics, statistics.fingerprint))
+    if given is not statistics:
+        known, mark = statistics, statistics.fingerprint
+    _check_mark(mark, pruner.model)
+    return known
+
+
+def check_current(statistics: Statistics, model: nn.Module) -> None:
+    """Refuse statistics of another state of the model.
+
+    Raises:
+        StaleStatisticsError: If they say what they belong to, and it is not this model as it is.
+    """
+    _check_mark(statistics.fingerprint, model)
+
+
+def _check_mark(mark: Mapping[str, str], model: nn.Module) -> None:
+    differs = difference(mark, fingerprint(model)) if mark else ""
+    if differs:
+        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
