@@ -39,7 +39,7 @@ from nns_plugin.jobs.iterative import prune_iteratively
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.synapses.masks import prune_under_mean
+from nns_plugin.synapses.mean_weight import prune_under_mean
 
 BATCH = 64
 

@@ -35,8 +35,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nns_plugin.synapses.masks import exchange_synapses, prune_synapses, significance, synapse_gradients, synapse_mask
+from nns_plugin.synapses.exchange import exchange_synapses, synapse_gradients
+from nns_plugin.synapses.masks import prune_synapses, synapse_mask
 from nns_plugin.synapses.minimal import minimal_network
+from nns_plugin.synapses.options import MinimalNetworkOptions
+from nns_plugin.synapses.significance import significance
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 Scores = Callable[[nn.Module], Mapping[str, Tensor]]
@@ -152,9 +155,7 @@ def solve_xor(score: str, by_unit: bool, seed: int) -> tuple[int, int, int, int]
         judge_xor,
         example_inputs=XOR_INPUTS,
         scores=scores_of(score, snapshot),
-        by_unit=by_unit,
-        schedule=XOR_SCHEDULE,
-        seed=seed,
+        options=MinimalNetworkOptions(schedule=XOR_SCHEDULE, by_unit=by_unit, seed=seed),
     )
     right = bool(((found.compact(XOR_INPUTS) > 0) == (XOR_ANSWERS > 0.5)).all())
     first = next(iter(linear(found.model).values()))

@@ -23,7 +23,7 @@ from nns_plugin.errors import PruningError
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.switcher.network import SwitcherNetwork
 from nns_plugin.switcher.scaling_factors import Scales
-from nns_plugin.synapses.masks import significance
+from nns_plugin.synapses.significance import significance
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 
@@ -142,7 +142,7 @@ class WSFPruner(CriterionPruner):
         **options: Of :class:`CriterionPruner`.
 
     Source:
-        See :class:`nns_plugin.criteria.WSF` and :func:`nns_plugin.synapses.masks.significance`.
+        See :class:`nns_plugin.criteria.WSF` and :func:`nns_plugin.synapses.significance.significance`.
     """
 
     def __init__(

@@ -297,7 +297,7 @@ class WSFImportance(CriterionImportance):
 
     @property
     def snapshot(self) -> WeightSnapshot:
-        """The snapshot as wide as the model is now, such as for :func:`nns_plugin.synapses.masks.significance`.
+        """The snapshot as wide as the model is now, such as for :func:`nns_plugin.synapses.significance.significance`.
 
         Raises:
             SnapshotError: If units went in a way that the pruning history does not tell.

@@ -18,7 +18,7 @@ from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
 from nns_plugin.jobs.iterative import prune_iteratively
 from nns_plugin.jobs.recipe import IterativeSection, Recipe, SynapsesSection
 from nns_plugin.subnets.steps import Extraction, carry_out, finish_head, prepare
-from nns_plugin.synapses.masks import prune_under_mean
+from nns_plugin.synapses.mean_weight import prune_under_mean
 
 
 class _Holder(nn.Module):

@@ -140,8 +140,4 @@ class WeightSnapshot:
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, those that are tied under each of their names."""
-    return {
-        name: value
-        for name, value in model.named_parameters(remove_duplicate=False)
-        if value.is_floating_point() and value.dtype != torch.bool
-    }
+    return {name: value for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}

@@ -23,7 +23,7 @@ from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E40
 from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.compensation.plans import apply_plan, plan_removal  # noqa: E402
 from nns_plugin.errors import CalibrationError, StaleStatisticsError  # noqa: E402
-from nns_plugin.synapses.masks import prune_under_mean  # noqa: E402
+from nns_plugin.synapses.mean_weight import prune_under_mean  # noqa: E402
 
 
 def step_of(

@@ -10,7 +10,7 @@ from nns_plugin import Port, UnitGroup
 from nns_plugin.criteria import MeanWeight, score_groups
 from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError, PruningError
-from nns_plugin.synapses.masks import over_mean, prune_under_mean
+from nns_plugin.synapses.mean_weight import over_mean, prune_under_mean
 
 
 def group_of(*names: str, size: int, index: list[int] | None = None, unit: list[int] | None = None) -> UnitGroup:

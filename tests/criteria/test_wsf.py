@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from nns_plugin import Port, UnitGroup
 from nns_plugin.criteria import WSF
 from nns_plugin.errors import CriterionError, SnapshotError
-from nns_plugin.synapses.masks import significance
+from nns_plugin.synapses.significance import significance
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nns_plugin.errors import PruningError
 from nns_plugin.jobs.iterative import IterativePruning, Round, prune_iteratively
 from nns_plugin.models.preserve import copied
-from nns_plugin.synapses.masks import prune_under_mean
+from nns_plugin.synapses.mean_weight import prune_under_mean
 
 
 class Scripted(nn.Module):

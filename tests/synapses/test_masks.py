@@ -11,13 +11,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from nns_plugin.errors import NNSError, PruningError, SnapshotError
-from nns_plugin.synapses.masks import (
-    exchange_synapses,
-    prune_synapses,
-    significance,
-    synapse_gradients,
-    synapse_mask,
-)
+from nns_plugin.synapses.exchange import exchange_synapses, synapse_gradients
+from nns_plugin.synapses.masks import prune_synapses, synapse_mask
+from nns_plugin.synapses.significance import significance
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 
@@ -107,13 +103,13 @@ def test_pruned_synapses_stay_zero_through_training() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give one of them"),
-        ({"amount": 0.5, "threshold": 1.0}, "give one of them"),
+        ({}, "pass exactly one of them"),
+        ({"amount": 0.5, "threshold": 1.0}, "pass exactly one of them"),
         ({"amount": 1.5}, "amount is 1.5; expected a share"),
         ({"amount": -1}, "amount is -1; expected a share"),
         ({"amount": True}, "amount is True"),
-        ({"amount": 25}, "up to the 24 that are left"),
-        ({"amount": 73, "global_pruning": True}, "up to the 72 that are left"),
+        ({"amount": 25}, "at most the 24 remaining"),
+        ({"amount": 73, "global_pruning": True}, "at most the 72 remaining"),
     ],
 )
 def test_amounts_that_make_no_sense(options: dict[str, float], message: str) -> None:
@@ -126,7 +122,7 @@ def test_amounts_that_make_no_sense(options: dict[str, float], message: str) -> 
 def test_scores_that_do_not_fit() -> None:
     model = net()
     for scores, message in (
-        ({"9": torch.ones(1)}, "there is no module '9'"),
+        ({"9": torch.ones(1)}, "the model has no module '9'"),
         ({"3": torch.ones(4, 11)}, r"the scores of '3' are \[4, 11\], but its weight is \[4, 12\]"),
         ({"2": torch.ones(1)}, "its weight is missing"),
         ({"3": torch.full((4, 12), torch.nan)}, "not all finite"),
@@ -173,7 +169,7 @@ def test_an_exchange_that_does_not_fit_changes_nothing() -> None:
     for wrong, message in (
         ({"share": 1.5}, "share is 1.5"),
         ({"snapshot": WeightSnapshot(nn.Linear(2, 2))}, "does not fit the model"),
-        ({"growth": {"0": scores["0"]}}, "growth is of the layers 0"),
+        ({"growth": {"0": scores["0"]}}, "growth covers the layers 0"),
         ({"growth": {**scores, "3": torch.zeros(2)}}, "but its weight is"),
         ({"growth": {**scores, "0": scores["0"] * torch.nan}}, "not all finite"),
     ):
@@ -201,7 +197,7 @@ def test_attention_keeps_its_output_layer_out_of_it() -> None:
     assert set(significance(model, WeightSnapshot(model))) == {"h"}
     with pytest.raises(PruningError, match="threshold is nan"):
         prune_synapses(model, {"h": torch.ones(2, 4)}, threshold=float("nan"))
-    with pytest.raises(PruningError, match="scores of 0 layers"):
+    with pytest.raises(PruningError, match="scores is empty"):
         prune_synapses(model, {}, amount=0.5)
 
 
