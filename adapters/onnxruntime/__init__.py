@@ -1,7 +1,7 @@
 """ONNX Runtime: export a model, compare a candidate with its baseline, and judge whether it may be shipped."""
 
 from nns_plugin.adapters.onnxruntime.accuracy import AccuracyReport, LabelDrop
-from nns_plugin.adapters.onnxruntime.answers import Answers, answers_of, label_parity
+from nns_plugin.adapters.onnxruntime.answers import Answers, answers_of
 from nns_plugin.adapters.onnxruntime.comparison import Comparison, compare, jsonable
 from nns_plugin.adapters.onnxruntime.exporting import export
 from nns_plugin.adapters.onnxruntime.feeds import Feeds, feeds_of, random_values, read_values, values_of
@@ -35,7 +35,7 @@ from nns_plugin.adapters.onnxruntime.profile import (
 )
 from nns_plugin.adapters.onnxruntime.rounding import RoundingGain, rounding_gains
 from nns_plugin.adapters.onnxruntime.session import check_provider, create_session, runtime_build, session_providers
-from nns_plugin.evaluation.parity import Divergence, ParityReport
+from nns_plugin.evaluation.parity import Divergence, ParityReport, label_parity
 
 __all__ = [
     "FEATURES_KEY",

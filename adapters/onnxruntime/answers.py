@@ -14,7 +14,8 @@ from nns_plugin.adapters.onnxruntime.feeds import Array, Feeds
 from nns_plugin.adapters.onnxruntime.file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnxruntime.session import create_session, run_session
 from nns_plugin.errors import ExportError, LabelError
-from nns_plugin.evaluation.parity import Comparing, Kind, ParityReport
+from nns_plugin.evaluation.agreement import count_agreement, shared_columns
+from nns_plugin.evaluation.parity import Kind, ParityAccumulator, ParityReport
 from nns_plugin.labels import OTHER
 
 KIND: Kind = "dense against pruned"
@@ -78,7 +79,7 @@ def answers_of(
         _Side(create_session(file.path, provider, threads=torch.get_num_threads()), feed, names)
         for file, feed, names in zip(files, feeds, zip(*[(a.name, b.name) for a, b in pairs], strict=True), strict=True)
     ]
-    comparing = Comparing([pair[0].name for pair in pairs], rtol, atol)
+    comparing = ParityAccumulator([pair[0].name for pair in pairs], rtol, atol)
     faults: dict[str, str] = {}
     scores: _Scores | None = None
     step = CHUNK * math.lcm(*(feed.fixed or 1 for feed in feeds))
@@ -178,9 +179,9 @@ class _Scores:
         before, after = left[self.place], right[self.place]
         if before.ndim == 2 and after.ndim == 2:
             self.parts.append((before, after))
-        alike, counted = _alike(before, after, self.columns)
+        alike, counted = count_agreement(before, after, self.columns)
         self.alike, self.counted = self.alike + alike, self.counted + counted
-        ours, theirs = _shared(self.columns)
+        ours, theirs = shared_columns(self.columns)
         left[self.place], right[self.place] = before[:, ours], after[:, theirs]
 
     @property
@@ -201,7 +202,7 @@ def _nothing(
     files: Sequence[OnnxFile], feeds: Sequence[Feeds], incomparable: tuple[str, ...], rtol: float, atol: float
 ) -> ParityReport:
     """The report where no outputs correspond."""
-    return Comparing((), rtol, atol).report(
+    return ParityAccumulator((), rtol, atol).report(
         KIND,
         (f"baseline {files[0].path}", f"candidate {files[1].path}"),
         inputs=feeds[0].inputs,
@@ -294,74 +295,3 @@ def _columns(
             f"these, and {OTHER!r} for the rest"
         )
     return tuple(names.index(name) if name in names else None for name in theirs)
-
-
-def _shared(columns: Sequence[int | None]) -> tuple[list[int], list[int]]:
-    """Columns of the labels that both have: the dense model's, and the pruned model's."""
-    ours = [column for column in columns if column is not None]
-    return ours, [place for place, column in enumerate(columns) if column is not None]
-
-
-def label_parity(
-    dense: Array,
-    pruned: Array,
-    columns: Sequence[int | None],
-    names: tuple[str, str] = ("baseline", "candidate"),
-    *,
-    rtol: float = 1e-3,
-    atol: float = 1e-5,
-) -> ParityReport:
-    """Compare the scores of two models for the labels that both have.
-
-    Args:
-        dense: Scores of the dense model ``[N, labels, ...]``.
-        pruned: Scores of the pruned model ``[N, outputs, ...]``, of the same inputs.
-        columns: For each output of the pruned model the dense one's label; ``None`` for "other".
-        names: Of the two.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-    """
-    comparing = Comparing(["scores"], rtol, atol)
-    ours, theirs = _shared(columns)
-    comparing.add([dense[:, ours]], [pruned[:, theirs]])
-    same = agreement(dense, pruned, columns)
-    return comparing.report(KIND, names, inputs=len(dense), batch_sizes=(len(dense),), top1=same)
-
-
-def agreement(dense: Array, pruned: Array, columns: Sequence[int | None]) -> float | None:
-    """Share of inputs (and positions) that both answer with the same label.
-
-    Where the pruned file can say "other", what the dense one answers with a label that it has not is that; where it
-    cannot, only inputs count that the dense one answers with a label of both. Scores that are not finite agree with
-    none.
-
-    Args:
-        dense: Scores of the baseline ``[N, labels, ...]``.
-        pruned: Scores of the candidate ``[N, outputs, ...]``.
-        columns: For each output of the candidate the baseline's label; ``None`` for "other".
-
-    Returns:
-        The share; ``None`` if no input counts, or there is no choice.
-
-    Example:
-        >>> dense, pruned = np.array([[3.0, 1, 2], [1, 2, 3], [1, 3, 2]]), np.array([[9.0, 0], [0, 1], [2, 0]])
-        >>> agreement(dense, pruned, [0, None])
-        0.667
-    """
-    alike, counted = _alike(dense, pruned, columns)
-    return alike / counted if counted else None
-
-
-def _alike(dense: Array, pruned: Array, columns: Sequence[int | None]) -> tuple[int, int]:
-    """How many answers are the same, and how many count."""
-    if len(columns) < 2:
-        return 0, 0
-    shared, theirs = _shared(columns)
-    finite = np.isfinite(dense).all(1) & np.isfinite(pruned).all(1)
-    if None in columns:
-        answer = np.full(dense.shape[1], columns.index(None))
-        answer[shared] = theirs
-        return int(((answer[dense.argmax(1)] == pruned.argmax(1)) & finite).sum()), finite.size
-    counts = np.isin(dense.argmax(1), shared)
-    same = dense[:, shared].argmax(1) == pruned[:, theirs].argmax(1)
-    return int((same & counts & finite).sum()), int(counts.sum())

@@ -21,7 +21,8 @@ from nns_plugin.adapters.onnxruntime.session import (
     run_session,
 )
 from nns_plugin.errors import ExportError
-from nns_plugin.evaluation.parity import Comparing, ParityReport, check_tolerances, top1_agreement
+from nns_plugin.evaluation.agreement import top1_agreement
+from nns_plugin.evaluation.parity import ParityAccumulator, ParityReport, check_tolerances
 from nns_plugin.models.inputs import device_of
 
 
@@ -57,7 +58,7 @@ def check_parity(
     arguments = Arguments.of(inputs)
     check_tolerances(rtol, atol)
     session = create_session(path, provider, threads=torch.get_num_threads())
-    comparing = Comparing([put.name for put in session.get_outputs()], rtol, atol)
+    comparing = ParityAccumulator([put.name for put in session.get_outputs()], rtol, atol)
     other = arguments.map(lambda tensor: tensor[:1]) if arguments.batch > 1 else arguments.doubled()
     agreement = None
     for batch in (other, arguments):
@@ -106,7 +107,7 @@ def check_removal(
         raise ExportError(
             f"the masked model gives outputs {shapes[0]}, the one without those units {shapes[1]}; expected the same"
         )
-    comparing = Comparing([f"output {place}" for place in range(len(expected))], rtol, atol)
+    comparing = ParityAccumulator([f"output {place}" for place in range(len(expected))], rtol, atol)
     comparing.add(expected, found)
     return comparing.report(
         "masked against removed",

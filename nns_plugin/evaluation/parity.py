@@ -1,4 +1,4 @@
-"""How far outputs are from those that were expected: errors, the tolerance that they need, and where they part."""
+"""Parity: how far outputs are from those expected, the tolerance they would need, and where they first diverge."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nns_plugin.errors import ExportError
+from nns_plugin.evaluation.agreement import label_agreement, shared_columns
+from nns_plugin.evaluation.metrics import Array
 
 Kind = Literal["masked against removed", "torch against ONNX", "dense against pruned"]
 
-_MOST_KEPT = 2**22  # errors that percentiles are taken of
+_MOST_KEPT = 2**22  # errors held for the percentiles
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first value that differs by more than is allowed.
+    """The first value that differs by more than the tolerance.
 
     Attributes:
         output: Name of the output.
-        position: Its place in it; the first number is that of the input.
-        expected: The value of the reference.
-        found: The value of the candidate.
+        position: Its index in the output; the first number is the input.
+        expected: The reference's value.
+        found: The candidate's value.
     """
 
     output: str
@@ -41,23 +42,23 @@ class ParityReport:
     Attributes:
         kind: What is compared.
         reference: Name of the model or file whose outputs are expected.
-        candidate: Name of the one whose outputs are judged.
+        candidate: Name of the model or file whose outputs are checked.
         passed: Whether every value differs by at most ``atol + rtol * |reference's value|``; a NaN never passes.
-        max_absolute_error: Largest absolute difference, NaN if an output holds one.
+        max_absolute_error: Largest absolute difference; NaN if an output holds one.
         max_relative_error: Largest difference relative to the reference's value, over values larger than ``atol``.
         p50_absolute_error: Median of the absolute differences.
         p90_absolute_error: Their 90th percentile.
         p99_absolute_error: Their 99th percentile.
-        passing_rtol: The smallest relative tolerance that would pass, with ``atol`` as it is; ``None`` if none would.
-        passing_atol: The smallest absolute tolerance that would pass, with ``rtol`` as it is; ``None`` if none would.
-        top1_agreement: Share of inputs (and positions) whose largest first-output label is the same, in [0, 1];
-            None if the first output is not ``[N, L, ...]`` with at least two labels.
+        passing_rtol: The smallest relative tolerance that would pass with this ``atol``; ``None`` if none would.
+        passing_atol: The smallest absolute tolerance that would pass with this ``rtol``; ``None`` if none would.
+        top1_agreement: Share of inputs (and positions) for which the first output's largest label is the same, in
+            [0, 1]; ``None`` if the first output is not ``[N, L, ...]`` with at least two labels.
         worst_output: Name of the output that is furthest from passing.
-        outputs: Names of the outputs that are compared.
-        incomparable: What of the reference's outputs cannot be compared, and why; nothing passes with any.
-        first_divergence: The first value, in order of outputs and inputs, that differs by more than is allowed.
+        outputs: Names of the outputs compared.
+        incomparable: Which of the reference's outputs cannot be compared, and why; with any, the report does not pass.
+        first_divergence: The first value, in order of outputs and inputs, that differs by more than the tolerance.
         inputs: Number of inputs, N.
-        batch_sizes: Batch sizes that were compared.
+        batch_sizes: Batch sizes at which outputs were compared.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
         provider: Execution provider of the file's session; ``None`` without a file.
@@ -86,19 +87,19 @@ class ParityReport:
     provider: str | None
 
 
-class Errors(NamedTuple):
+class OutputErrors(NamedTuple):
     """Element-wise differences of one output.
 
     Attributes:
         absolute: Absolute differences, flat.
         relative: Largest difference relative to the expected value, over values larger than ``atol``.
-        excess: Largest share of the tolerance that is used up; above 1 fails, a NaN counts as infinite.
-        rtol: Smallest relative tolerance that passes, with ``atol`` as it is; infinite if none does.
-        atol: Smallest absolute tolerance that passes, with ``rtol`` as it is; infinite if none does.
-        place: Flat place of the first value that differs by more than is allowed; ``None`` if none does.
+        excess: Largest ratio of a difference to its tolerance; above 1 fails, and a NaN counts as infinite.
+        rtol: Smallest relative tolerance that passes with this ``atol``; infinite if none does.
+        atol: Smallest absolute tolerance that passes with this ``rtol``; infinite if none does.
+        place: Flat index of the first value that differs by more than the tolerance; ``None`` if none does.
     """
 
-    absolute: npt.NDArray[np.float64]
+    absolute: Array
     relative: float
     excess: float
     rtol: float
@@ -106,11 +107,11 @@ class Errors(NamedTuple):
     place: int | None
 
 
-def errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, atol: float) -> Errors:
-    """Compare one output element by element; equal infinities do not differ.
+def output_errors(expected: Array, found: Array, rtol: float, atol: float) -> OutputErrors:
+    """Compare one output element by element; equal infinities do not count as different.
 
     Example:
-        >>> errors(np.array([1.0, 2.0]), np.array([1.0, 2.5]), rtol=0.0, atol=0.1).rtol
+        >>> output_errors(np.array([1.0, 2.0]), np.array([1.0, 2.5]), rtol=0.0, atol=0.1).rtol
         0.2
     """
     expected, found = (array.astype(np.float64).ravel() for array in (expected, found))
@@ -120,12 +121,12 @@ def errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, ato
         differs = absolute != 0  # a NaN differs
         relative = np.divide(absolute, size, out=np.zeros_like(size), where=~(size <= atol) & differs)
         excess = np.divide(absolute, atol + rtol * size, out=np.zeros_like(size), where=differs)
-        rounded = absolute * (1 + _ROUNDING)  # so that what is told passes in spite of rounding
+        rounded = absolute * (1 + _ROUNDING)  # so that the reported tolerance passes despite rounding
         needed_rtol = np.divide(rounded - atol, size, out=np.zeros_like(size), where=~(absolute <= atol))
         needed_atol = np.where(differs, rounded - rtol * size, 0.0)
     excess = np.where(np.isfinite(excess), excess, np.inf)
     over = np.flatnonzero(excess > 1)
-    return Errors(
+    return OutputErrors(
         absolute=absolute,
         relative=float(relative.max(initial=0)),
         excess=float(excess.max(initial=0)),
@@ -135,34 +136,21 @@ def errors(expected: npt.NDArray[Any], found: npt.NDArray[Any], rtol: float, ato
     )
 
 
-def _largest(values: npt.NDArray[np.float64]) -> float:
+def _largest(values: Array) -> float:
     return float(np.where(np.isnan(values), np.inf, values).max(initial=0))
 
 
-def top1_agreement(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float | None:
-    """Share of inputs and positions with the same largest label; ``None`` unless both are float ``[N, L > 1, ...]``."""
-    if expected.ndim < 2 or expected.shape[1] < 2 or not np.issubdtype(expected.dtype, np.floating):
-        return None
-    return float(np.mean(same_answers(expected, found)))
-
-
-def same_answers(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """``[N, ...]`` where the largest of the scores ``[N, L, ...]`` is the same, and all of them are finite."""
-    finite = np.isfinite(expected).all(1) & np.isfinite(found).all(1)
-    return np.asarray((expected.argmax(1) == found.argmax(1)) & finite)
-
-
 def check_tolerances(rtol: float, atol: float) -> None:
-    """Raises ExportError unless both are numbers from 0 on."""
+    """Raise ExportError unless both are finite numbers of at least 0."""
     if not (0 <= rtol < np.inf and 0 <= atol < np.inf):
-        raise ExportError(f"rtol is {rtol} and atol is {atol}; expected numbers from 0 on")
+        raise ExportError(f"rtol is {rtol} and atol is {atol}; expected finite numbers of at least 0")
 
 
-class Comparing:
-    """Collects the differences of outputs, batch by batch.
+class ParityAccumulator:
+    """Accumulates the differences of outputs, batch by batch.
 
     Args:
-        names: Of the outputs that are compared.
+        names: Names of the outputs to compare.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
 
@@ -173,17 +161,15 @@ class Comparing:
     def __init__(self, names: Sequence[str], rtol: float, atol: float) -> None:
         check_tolerances(rtol, atol)
         self.names, self.rtol, self.atol = tuple(names), rtol, atol
-        self._worst: list[tuple[str, Errors]] = []
+        self._worst: list[tuple[str, OutputErrors]] = []
         self._first: dict[str, Divergence] = {}
         self._kept, self._size, self._stride = [np.zeros(0)], 0, 1
         self._largest = 0.0
 
-    def add(
-        self, expected: Sequence[npt.NDArray[Any]], found: Sequence[npt.NDArray[Any]], first_input: int = 0
-    ) -> None:
-        """Compare the outputs of a batch whose first input has a number."""
+    def add(self, expected: Sequence[Array], found: Sequence[Array], first_input: int = 0) -> None:
+        """Compare the outputs of a batch; ``first_input`` is the number of its first input."""
         for name, reference, candidate in zip(self.names, expected, found, strict=True):
-            of = errors(reference, candidate, self.rtol, self.atol)
+            of = output_errors(reference, candidate, self.rtol, self.atol)
             if of.place is not None and name not in self._first:
                 index = tuple(int(axis) for axis in np.unravel_index(of.place, reference.shape))
                 position = (index[0] + first_input, *index[1:]) if index else ()
@@ -192,8 +178,8 @@ class Comparing:
             self._keep(of.absolute)
             self._worst.append((name, of._replace(absolute=np.zeros(0))))
 
-    def _keep(self, absolute: npt.NDArray[np.float64]) -> None:
-        """Keep errors for the percentiles: all, or every second, fourth and so on where there are very many."""
+    def _keep(self, absolute: Array) -> None:
+        """Keep errors for the percentiles: all, or every second, fourth and so on if there are very many."""
         self._kept.append(absolute[:: self._stride])
         self._size += self._kept[-1].size
         while self._size > _MOST_KEPT:
@@ -211,12 +197,12 @@ class Comparing:
         provider: str | None = None,
         incomparable: tuple[str, ...] = (),
     ) -> ParityReport:
-        """All that was compared."""
+        """The report on all outputs that were added."""
         absolute = np.concatenate(self._kept)
         if not absolute.size and not incomparable:
-            raise ExportError(f"{names[0]} and {names[1]} give no values to compare; pass inputs that they answer")
+            raise ExportError(f"{names[0]} and {names[1]} return no values to compare; pass inputs for which they do")
         worst, of_worst = max(self._worst, key=lambda named: named[1].excess, default=("", None))
-        method: Any = "linear" if np.isfinite(absolute).all() else "higher"  # nothing lies between infinite errors
+        method: Any = "linear" if np.isfinite(absolute).all() else "higher"  # no interpolation between infinite errors
         p50, p90, p99 = map(float, np.percentile(absolute, (50, 90, 99), method=method) if absolute.size else (0, 0, 0))
         rtol = max((of.rtol for _, of in self._worst), default=0.0)
         atol = max((of.atol for _, of in self._worst), default=0.0)
@@ -244,3 +230,29 @@ class Comparing:
             atol=self.atol,
             provider=provider,
         )
+
+
+def label_parity(
+    dense: Array,
+    pruned: Array,
+    columns: Sequence[int | None],
+    names: tuple[str, str] = ("baseline", "candidate"),
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+) -> ParityReport:
+    """Compare the scores of two models for the labels that both have.
+
+    Args:
+        dense: Scores of the dense model ``[N, labels, ...]``.
+        pruned: Scores of the pruned model ``[N, outputs, ...]``, of the same inputs.
+        columns: For each output of the pruned model the dense model's label; ``None`` for "other".
+        names: Names of the two models.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+    """
+    accumulator = ParityAccumulator(["scores"], rtol, atol)
+    ours, theirs = shared_columns(columns)
+    accumulator.add([dense[:, ours]], [pruned[:, theirs]])
+    same = label_agreement(dense, pruned, columns)
+    return accumulator.report("dense against pruned", names, inputs=len(dense), batch_sizes=(len(dense),), top1=same)

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import LabelError, SelectionError
-from nns_plugin.evaluation.evaluation import drops, evaluate, judged, log_probabilities, predict
-from nns_plugin.evaluation.intervals import percentile, unseen_share
+from nns_plugin.evaluation.evaluation import Outputs, comparable_outputs, drops, evaluate
+from nns_plugin.evaluation.intervals import percentile, rule_of_three
+from nns_plugin.evaluation.metrics import log_probabilities
+from nns_plugin.evaluation.prediction import predict
 from nns_plugin.jobs.recipe import CONFIDENCE
 from nns_plugin.subnets.head import cross_calibrated
 from nns_plugin.subnets.provenance import Trial
@@ -54,13 +57,14 @@ class Judge:
             LabelError: If the data has too few inputs of a label, or there is nothing to mistake it for.
         """
         truth, names = self._truth, self._names
-        answers = log_probabilities(predict(extraction.model, self._validation, like=truth)[0])
+        logits = predict(extraction.model, self._validation, expected_labels=truth)[0]
+        answers = torch.from_numpy(log_probabilities(logits.numpy()))
         if self._calibrated and extraction.opens:
             answers = cross_calibrated(answers, extraction.outputs, truth)
         reached = evaluate(answers, truth, extraction.outputs, extraction.labels, names).mean_balanced_accuracy
         if reached is None:
             raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
-        large = judged(self._logits, tuple(range(len(names))), extraction.labels, extraction.outputs)
+        large = comparable_outputs(self._logits, tuple(range(len(names))), extraction.labels, extraction.outputs)
         if self._max_drop is not None:
             _check_inputs(truth, extraction.labels, names, self._max_drop, self._confidence)
         return reached, drop_bound(
@@ -153,7 +157,7 @@ def _check_inputs(
     """
     if confidence <= 0.5:
         return
-    least = unseen_share(1, confidence) / (2 * max_drop) if max_drop else math.inf
+    least = rule_of_three(1, confidence) / (2 * max_drop) if max_drop else math.inf
     for label in labels:
         count = int((truth == label).sum())
         if 0 < count < least:
@@ -166,8 +170,8 @@ def _check_inputs(
 
 
 def drop_bound(
-    dense: tuple[Tensor, Sequence[int | None]],
-    subnet: tuple[Tensor, Sequence[int | None]],
+    dense: Outputs,
+    subnet: Outputs,
     truth: Tensor,
     chosen: Sequence[int],
     names: Sequence[str],
@@ -186,7 +190,7 @@ def drop_bound(
     Raises:
         LabelError: If there are too few inputs of a label to say.
     """
-    bound = percentile(drops(dense, subnet, truth, chosen, names, RESAMPLES), 100 * confidence)
+    bound = percentile(drops(dense, subnet, truth, chosen, names, RESAMPLES).mean_balanced_accuracy, 100 * confidence)
     if bound is None:
         raise LabelError("the validation data has so few inputs of a label that its accuracy cannot be judged")
     return bound

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.torch_pruning.graph import unit_groups
 from nns_plugin.criteria import Semantic, score_groups
-from nns_plugin.evaluation.evaluation import evaluate, judged, predict
+from nns_plugin.evaluation.evaluation import comparable_outputs, evaluate
+from nns_plugin.evaluation.prediction import predict
 from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, provenance, stage
 from nns_plugin.jobs.figures import activity_figure, integration_figure, overlap_figure, size_figure
@@ -80,7 +81,7 @@ def job_figures(
     for ratio in tqdm(RATIOS, desc="sizes", disable=not progress, leave=False):
         fixed = {"ratio": ratio, "zeta": None, "angle": None, "max_balanced_accuracy_drop": None, "confidence": None}
         subnet = _subnet(recipe.model_copy(update=fixed), data, dense, statistics, snapshot)
-        columns, seen = judged(logits, whole, subnet.labels, subnet.outputs)
+        columns, seen = comparable_outputs(logits, whole, subnet.labels, subnet.outputs)
         before = evaluate(columns, truth, seen, labels, names).mean_balanced_accuracy
         after = _judge(subnet, data, dense)
         if before is not None and after is not None:

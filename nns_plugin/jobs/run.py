@@ -29,8 +29,9 @@ from nns_plugin.adapters.torch_pruning.importances import count_macs
 from nns_plugin.criteria import needs_of
 from nns_plugin.environment import machine, versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
-from nns_plugin.evaluation.evaluation import drops, evaluate, judged, predict
+from nns_plugin.evaluation.evaluation import Outputs, comparable_outputs, drops, evaluate
 from nns_plugin.evaluation.intervals import Interval, interval
+from nns_plugin.evaluation.prediction import predict
 from nns_plugin.jobs.data import Datasets, repeated
 from nns_plugin.jobs.extraction import backend_of, chosen_labels, criterion_class, extract_from, provenance, stage
 from nns_plugin.jobs.figures import new_figure
@@ -172,7 +173,7 @@ def _prove(
     batch = _test_inputs(data, settings.batch)
     reports: dict[str, ModelReport] = {}
     raw: dict[str, NDArray[Any]] = {}
-    answers: dict[str, tuple[Tensor, Sequence[int | None]]] = {}
+    answers: dict[str, Outputs] = {}
     truth: Tensor | None = None
     subnet = Subnet.of(extraction, data.label_names, provenance(dense, recipe, extraction, trials, _training(recipe)))
     pair = (("baseline", dense, everything), ("subnet", extraction.model, extraction.outputs))
@@ -183,7 +184,7 @@ def _prove(
         with stage("data.test"):
             logits, truth = predict(model, data.test, progress, truth)
         raw[name] = logits.numpy()
-        answers[name] = judged(logits, outputs, extraction.labels, extraction.outputs)
+        answers[name] = comparable_outputs(logits, outputs, extraction.labels, extraction.outputs)
         evaluation = evaluate(
             answers[name][0],
             truth,
@@ -275,7 +276,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 def _drop(
     reports: Mapping[str, ModelReport],
-    answers: Mapping[str, tuple[Tensor, Sequence[int | None]]],
+    answers: Mapping[str, Outputs],
     truth: Tensor,
     labels: Sequence[int],
     names: Sequence[str],
@@ -289,7 +290,7 @@ def _drop(
     if not resamples:
         return before - after, None
     lost = drops(answers["baseline"], answers["subnet"], truth, labels, names, resamples, recipe.seed)
-    return before - after, interval(lost)
+    return before - after, interval(lost.mean_balanced_accuracy)
 
 
 def _dense_model(recipe: Recipe, data: Datasets, progress: bool) -> tuple[nn.Module, WeightSnapshot | None]:

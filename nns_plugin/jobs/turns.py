@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.errors import LabelError
-from nns_plugin.evaluation.evaluation import evaluate, predict
+from nns_plugin.evaluation.evaluation import evaluate
+from nns_plugin.evaluation.prediction import predict
 from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
 from nns_plugin.jobs.iterative import prune_iteratively

@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the extra cli is not installed")
-
 from nns_plugin.errors import CalibrationError, LabelError
-from nns_plugin.evaluation.evaluation import evaluate, predict
+from nns_plugin.evaluation.evaluation import evaluate
+from nns_plugin.evaluation.prediction import predict
 
 NAMES = ("ant", "bee", "cat")
 

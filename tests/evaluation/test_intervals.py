@@ -1,54 +1,26 @@
-"""Bootstrap intervals: weighted metrics against scikit-learn, and intervals against resampling one by one."""
+"""Bootstrap intervals against theory and against resampling one by one; the rule of three as published."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-metrics = pytest.importorskip("sklearn.metrics", reason="the extra cli is not installed")
-
-from nns_plugin.evaluation import intervals  # noqa: E402
-from nns_plugin.evaluation.evaluation import drops, evaluate  # noqa: E402
-from nns_plugin.evaluation.intervals import bootstrap, interval, label_metrics, resampled  # noqa: E402
+from nns_plugin.evaluation import intervals
+from nns_plugin.evaluation.evaluation import drops, evaluate
+from nns_plugin.evaluation.intervals import bootstrap, interval, resample_counts, rule_of_three
 
 NAMES = ("ant", "bee", "cat")
 
 
-@given(seed=st.integers(0, 10_000))
-def test_weighted_metrics_are_those_of_scikit_learn(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    inputs = int(generator.integers(4, 40))
-    truth, said = (generator.random((2, inputs)) < 0.4).astype(bool)
-    score = np.round(generator.random(inputs), 1)  # with ties
-    weights = generator.integers(0, 4, (5, inputs)).astype(float)
-    found = label_metrics(weights, truth, said, score)
-    for row, weight in enumerate(weights):
-        there = weight > 0
-        if len(set(truth[there])) < 2 or not said[there].any():
-            continue
-        expected = {
-            "recall": metrics.recall_score(truth, said, sample_weight=weight),
-            "false_positive_rate": 1 - metrics.recall_score(~truth, ~said, sample_weight=weight),
-            "precision": metrics.precision_score(truth, said, sample_weight=weight),
-            "f1": metrics.f1_score(truth, said, sample_weight=weight),
-            "balanced_accuracy": metrics.balanced_accuracy_score(truth, said, sample_weight=weight),
-            "auroc": metrics.roc_auc_score(truth, score, sample_weight=weight),
-        }
-        for name, value in expected.items():
-            assert found[name][row] == pytest.approx(value, abs=1e-12), name
-
-
 def test_every_resample_draws_as_many_inputs_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "_CHUNK", 70)
-    parts = list(resampled(20, 8, seed=1))
+    parts = list(resample_counts(20, 8, seed=1))
     assert [part.shape for part in parts] == [(3, 20), (3, 20), (2, 20)]
     counts = np.concatenate(parts)
     assert (counts.sum(1) == 20).all()
     assert len({tuple(row) for row in counts}) == 8
-    again = np.concatenate(list(resampled(20, 8, seed=1)))
+    again = np.concatenate(list(resample_counts(20, 8, seed=1)))
     assert np.array_equal(counts, again)
 
 
@@ -81,7 +53,7 @@ def test_intervals_are_those_of_evaluations_of_resampled_inputs() -> None:
     assert plain.intervals == {}
     assert plain.labels[0].intervals == {}
     values: dict[str, list[float]] = {}
-    for weights in np.concatenate(list(resampled(150, 300, 4))):
+    for weights in np.concatenate(list(resample_counts(150, 300, 4))):
         rows = np.repeat(np.arange(150), weights.astype(int))
         again = evaluate(logits[rows], truth[rows], (0, 1, 2), [0, 2], NAMES)
         for name in ("closed_set_accuracy", "open_set_accuracy", "mean_balanced_accuracy"):
@@ -104,10 +76,45 @@ def test_a_drop_is_resampled_for_both_models_together() -> None:
     """A model against itself loses exactly nothing, in every resample."""
     truth, logits = setting()
     same = drops((logits, (0, 1, 2)), (logits, (0, 1, 2)), truth, [0, 1], NAMES, 200)
-    assert same.tolist() == [0.0] * 200
+    assert same.accuracy.tolist() == [0.0] * 200
+    assert {name: lost.tolist() for name, lost in same.balanced_accuracies.items()} == dict.fromkeys(
+        NAMES[:2], [0.0] * 200
+    )
     worse = logits.clone()
     worse[:40] = worse[:40].roll(1, 1)
-    lost = drops((logits, (0, 1, 2)), (worse, (0, 1, 2)), truth, [0, 1], NAMES, 200)
+    lost = drops((logits, (0, 1, 2)), (worse, (0, 1, 2)), truth, [0, 1], NAMES, 200).mean_balanced_accuracy
     low, high = interval(lost) or (0.0, 0.0)
     assert (low, high) == pytest.approx(tuple(np.percentile(lost, [2.5, 97.5])))
     assert 0 < low < high < 0.4
+
+
+def test_drops_are_differences_of_evaluations_of_resampled_inputs() -> None:
+    truth, logits = setting()
+    other = logits.roll(1, 1)
+    lost = drops((logits, (0, 1, 2)), (other, (0, 1, 2)), truth, [2, 0], NAMES, 30, seed=3)
+    for place, weights in enumerate(np.concatenate(list(resample_counts(150, 30, 3)))):
+        rows = np.repeat(np.arange(150), weights.astype(int))
+        before, after = (evaluate(each[rows], truth[rows], (0, 1, 2), [2, 0], NAMES) for each in (logits, other))
+        assert lost.accuracy[place] == pytest.approx(before.accuracy - after.accuracy)
+        mean = (before.mean_balanced_accuracy or 0) - (after.mean_balanced_accuracy or 0)
+        assert lost.mean_balanced_accuracy[place] == pytest.approx(mean)
+        for left, right in zip(before.labels, after.labels, strict=True):
+            drop = (left.balanced_accuracy or 0) - (right.balanced_accuracy or 0)
+            assert lost.balanced_accuracies[left.label][place] == pytest.approx(drop)
+
+
+@pytest.mark.parametrize(("inputs", "published"), [(10, 0.26), (20, 0.14), (30, 0.10), (50, 0.06), (100, 0.03)])
+def test_the_rule_of_three_is_as_published(inputs: int, published: float) -> None:
+    """Hanley and Lippman-Hand (1983): the exact 95 % bound after 0 events in n, and 3 / n as its approximation."""
+    exact = 1 - 0.05 ** (1 / inputs)
+    assert exact == pytest.approx(published, abs=0.006)
+    bound = rule_of_three(inputs, 0.95)
+    assert bound == pytest.approx(3 / inputs, rel=0.002)
+    assert exact < bound < exact * (1 + 2 / inputs)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_the_rule_of_three_holds_at_any_confidence(confidence: float) -> None:
+    """With that error rate, none of many inputs is wrong just as often as the confidence leaves open."""
+    rate = rule_of_three(10_000, confidence)
+    assert (1 - rate) ** 10_000 == pytest.approx(1 - confidence, rel=2e-3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from nns_plugin.errors import ExportError
-from nns_plugin.evaluation.parity import Comparing, Divergence, ParityReport, check_tolerances, errors
+from nns_plugin.evaluation.parity import Divergence, ParityAccumulator, ParityReport, check_tolerances, output_errors
 
 NAN, INF = math.nan, math.inf
 
@@ -22,7 +22,7 @@ def array(*values: float) -> Any:
     return np.array(values, np.float64)
 
 
-def report_of(comparing: Comparing, inputs: int = 1, **options: Any) -> ParityReport:
+def report_of(comparing: ParityAccumulator, inputs: int = 1, **options: Any) -> ParityReport:
     return comparing.report(
         "dense against pruned", ("dense", "pruned"), inputs=inputs, batch_sizes=(inputs,), top1=None, **options
     )
@@ -30,7 +30,7 @@ def report_of(comparing: Comparing, inputs: int = 1, **options: Any) -> ParityRe
 
 def compared(outputs: dict[str, tuple[Any, Any]], rtol: float = 0.0, atol: float = 0.0, **options: Any) -> ParityReport:
     """The report of one batch of outputs by name."""
-    comparing = Comparing(list(outputs), rtol, atol)
+    comparing = ParityAccumulator(list(outputs), rtol, atol)
     comparing.add(
         [np.asarray(left) for left, _ in outputs.values()], [np.asarray(right) for _, right in outputs.values()]
     )
@@ -41,7 +41,7 @@ def compared(outputs: dict[str, tuple[Any, Any]], rtol: float = 0.0, atol: float
 
 
 def test_errors_against_numbers_by_hand() -> None:
-    found = errors(array(1, -2, 0, 10, 4), array(1.5, -2.25, 0.125, 10, 3), rtol=0.125, atol=0.5)
+    found = output_errors(array(1, -2, 0, 10, 4), array(1.5, -2.25, 0.125, 10, 3), rtol=0.125, atol=0.5)
     assert found.absolute.tolist() == [0.5, 0.25, 0.125, 0, 1]
     assert found.relative == 0.5  # of 1; the value 0 is not over atol
     assert found.excess == 1  # 1 / (0.5 + 0.125 * 4), which passes
@@ -51,7 +51,7 @@ def test_errors_against_numbers_by_hand() -> None:
 
 
 def test_the_tolerances_that_pass_come_from_different_values() -> None:
-    found = errors(array(100, 0.5), array(110, 0.75), rtol=0.05, atol=0.125)
+    found = output_errors(array(100, 0.5), array(110, 0.75), rtol=0.05, atol=0.125)
     assert found.rtol == pytest.approx(0.25)  # (0.25 - 0.125) / 0.5, and (10 - 0.125) / 100 is less
     assert found.atol == pytest.approx(5)  # 10 - 5, and 0.25 - 0.025 is less
     assert found.excess == pytest.approx(10 / 5.125)
@@ -91,7 +91,7 @@ def test_the_tolerances_that_would_pass(expected: float, found: float, rtol: Any
     "dtypes", list(itertools.product(["float16", "float32", "float64", "int64", "uint8", "bool"], repeat=2))
 )
 def test_element_types_do_not_matter(dtypes: tuple[str, str]) -> None:
-    found = errors(np.array([0, 1, 1]).astype(dtypes[0]), np.array([1, 1, 0]).astype(dtypes[1]), rtol=0, atol=0)
+    found = output_errors(np.array([0, 1, 1]).astype(dtypes[0]), np.array([1, 1, 0]).astype(dtypes[1]), rtol=0, atol=0)
     assert found.absolute.tolist() == [1, 0, 1]
     assert (found.place, found.atol) == (0, pytest.approx(1))
 
@@ -145,7 +145,7 @@ def test_a_report_is_that_of_a_loop(pair: tuple[Any, Any], rtol: float, atol: fl
 
 @given(pairs, tolerances, tolerances)
 def test_reports_do_not_depend_on_batches(pair: tuple[Any, Any], rtol: float, atol: float) -> None:
-    comparing = Comparing(["y"], rtol, atol)
+    comparing = ParityAccumulator(["y"], rtol, atol)
     for place in range(len(pair[0])):
         comparing.add([pair[0][place : place + 1]], [pair[1][place : place + 1]], first_input=place)
     assert report_of(comparing) == compared({"y": pair}, rtol, atol)
@@ -164,7 +164,7 @@ def test_the_first_divergence_is_first_in_order_not_the_largest() -> None:
 
 
 def test_the_first_divergence_counts_inputs_over_batches_and_outputs_in_order() -> None:
-    comparing = Comparing(["a", "b"], 0, 0)
+    comparing = ParityAccumulator(["a", "b"], 0, 0)
     zeros, ones = np.zeros((2, 1)), np.ones((2, 1))
     comparing.add([zeros, zeros], [zeros, zeros], first_input=0)
     comparing.add([zeros, zeros], [zeros, ones], first_input=2)
@@ -215,14 +215,14 @@ def test_nothing_passes_that_cannot_be_compared() -> None:
     report = compared({"y": (array(1), array(1))}, incomparable=("output 'z' is missing",))
     assert not report.passed
     assert (report.passing_rtol, report.passing_atol, report.first_divergence) == (None, None, None)
-    alone = report_of(Comparing([], 0, 0), incomparable=("output 'z' is missing",))
+    alone = report_of(ParityAccumulator([], 0, 0), incomparable=("output 'z' is missing",))
     assert not alone.passed
     assert (alone.outputs, alone.worst_output) == ((), "")
 
 
 def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(ExportError, match="dense and pruned give no values to compare"):
-        report_of(Comparing([], 0, 0))
+    with pytest.raises(ExportError, match="dense and pruned return no values to compare"):
+        report_of(ParityAccumulator([], 0, 0))
     with pytest.raises(ExportError, match="no values to compare"):
         compared({"y": (np.zeros((0, 3)), np.zeros((0, 3)))})
 
@@ -230,8 +230,8 @@ def test_nothing_to_compare_is_an_error() -> None:
 @pytest.mark.parametrize("tolerance", [-1e-9, NAN, INF])
 def test_tolerances_are_numbers_from_zero_on(tolerance: float) -> None:
     for rtol, atol in ((tolerance, 0.0), (0.0, tolerance)):
-        with pytest.raises(ExportError, match="expected numbers from 0 on"):
+        with pytest.raises(ExportError, match="expected finite numbers of at least 0"):
             check_tolerances(rtol, atol)
-        with pytest.raises(ExportError, match="expected numbers from 0 on"):
-            Comparing(["y"], rtol, atol)
+        with pytest.raises(ExportError, match="expected finite numbers of at least 0"):
+            ParityAccumulator(["y"], rtol, atol)
     check_tolerances(0, 0)

@@ -267,7 +267,8 @@ def pruned(
     recipe: Any, chosen: list[int] | None = None, factory: str = "user_factories:data", **changes: Any
 ) -> tuple[Any, Any]:
     """The pruned model of a recipe and its evaluation, without the cost of exporting it."""
-    from nns_plugin.evaluation.evaluation import evaluate, predict
+    from nns_plugin.evaluation.evaluation import evaluate
+    from nns_plugin.evaluation.prediction import predict
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
     from nns_plugin.jobs.run import extracted
@@ -413,7 +414,7 @@ def test_turns_go_on_until_accuracy_falls(recipe: Any) -> None:
 @pytest.mark.parametrize("turns", [False, True])
 def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns: bool, rejected: bool) -> None:
     """On the data that decides there is nothing left to gain, whatever came last."""
-    from nns_plugin.evaluation.evaluation import predict
+    from nns_plugin.evaluation.prediction import predict
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
     from nns_plugin.subnets.head import balancing_shift

@@ -356,7 +356,7 @@ def test_outputs_that_are_not_finite_have_no_accuracy(
     files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert validate(files["good"], files["NaN"], "--data", files["data"], "--max-accuracy-drop", "1") == 4
-    assert "the candidate gives outputs that are not finite for 60 of 60 inputs" in complaint(capsys)
+    assert "the candidate returns outputs that are not finite for 60 of 60 inputs" in complaint(capsys)
 
 
 @pytest.mark.parametrize(

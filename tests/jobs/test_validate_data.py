@@ -109,7 +109,7 @@ def test_a_mistake_in_an_option_is_one_line(
         ({"x": INPUTS[:0]}, "at least one"),
         ({"x": np.float32(1)}, "found float32[]"),
         ({"x": INPUTS, "labels": TRUTH / 2}, "has labels float64[60]; expected integers [N]"),
-        ({"x": INPUTS, "labels": TRUTH[:5]}, "int64[5]; expected integers [60], one an input"),
+        ({"x": INPUTS, "labels": TRUTH[:5]}, "int64[5]; expected integers [60], one per input"),
         ({"x": INPUTS, "labels": TRUTH + 7}, "has labels 7..9; expected 0..2"),
         ({"x": INPUTS, "labels": TRUTH - 1}, "has labels -1..1; expected 0..2"),
         ({"x": INPUTS, "labels": 0 * TRUTH}, "label 'bee' is not in the test data"),

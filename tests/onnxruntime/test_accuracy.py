@@ -170,7 +170,7 @@ def test_few_inputs_on_which_nothing_is_lost_prove_little(dense: Path, tmp_path:
 def test_a_single_label_without_other_has_no_accuracy(dense: Path, tmp_path: Path) -> None:
     found = compare(dense, linear(tmp_path / "small.onnx", OFF[:, :1], ["cat"]), X, TRUTH, **QUICK)
     assert found.accuracy is None
-    assert found.accuracy_fault == "label 'cat' alone cannot be mistaken for another: it has no accuracy to judge"
+    assert found.accuracy_fault == "label 'cat' alone cannot be confused with another, so it has no accuracy"
 
 
 # What is found out ----------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_outputs_that_are_not_finite_leave_no_accuracy(side: str, dense: Path, t
     broken = linear(tmp_path / "broken.onnx", W * np.float32(np.nan), NAMES)
     found = compare(*((broken, dense) if side == "baseline" else (dense, broken)), X, TRUTH, **QUICK)
     assert found.accuracy is None
-    assert found.accuracy_fault == f"the {side} gives outputs that are not finite for 240 of 240 inputs"
+    assert found.accuracy_fault == f"the {side} returns outputs that are not finite for 240 of 240 inputs"
     assert not parity(found).passed
 
 

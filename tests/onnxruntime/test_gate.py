@@ -149,7 +149,7 @@ def test_thresholds_that_are_none_cannot_fail() -> None:
     bad = comparison(
         parity=(FAILED,),
         accuracy=None,
-        accuracy_fault="the candidate gives outputs that are not finite",
+        accuracy_fault="the candidate returns outputs that are not finite",
         latency=(of_latency(low=0.1, p90_high=1e6),),
     )
     verdict = Gate().judge(bad)
@@ -168,7 +168,7 @@ def test_torch_models_are_judged_without_a_threshold() -> None:
 
 def test_outputs_without_accuracy_fail_where_accuracy_is_asked_for() -> None:
     broken = comparison(
-        accuracy=None, accuracy_fault="the candidate gives outputs that are not finite for 1 of 2 inputs"
+        accuracy=None, accuracy_fault="the candidate returns outputs that are not finite for 1 of 2 inputs"
     )
     for gate in (Gate(max_accuracy_drop=1), Gate(max_label_drop=1)):
         (check,) = gate.judge(broken).failures

@@ -28,7 +28,8 @@ from nns_plugin.adapters import onnxruntime as adapter  # noqa: E402
 from nns_plugin.adapters.onnxruntime import exporting, latency  # noqa: E402
 from nns_plugin.adapters.onnxruntime import session as session_module  # noqa: E402
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError  # noqa: E402
-from nns_plugin.evaluation import parity as output_errors  # noqa: E402
+from nns_plugin.evaluation.agreement import top1_agreement  # noqa: E402
+from nns_plugin.evaluation.parity import output_errors  # noqa: E402
 from nns_plugin.synapses.input_selection import InputSelection  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
@@ -616,7 +617,7 @@ def test_a_nan_fails_even_if_both_sides_agree_on_it(tmp_path: Path) -> None:
     ],
 )
 def test_errors_by_hand(expected: float, found: float, absolute: float, relative: float, excess: float) -> None:
-    errors = output_errors.errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
+    errors = output_errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
     np.testing.assert_allclose(errors.absolute, [absolute], atol=1e-12)
     np.testing.assert_allclose(errors.relative, [relative], atol=1e-12)
     np.testing.assert_allclose(errors.excess, excess, atol=1e-12)
@@ -624,18 +625,18 @@ def test_errors_by_hand(expected: float, found: float, absolute: float, relative
 
 def test_errors_without_tolerance() -> None:
     same, other = np.array([0.0, 3.0]), np.array([0.0, 3.0 + 1e-9])
-    assert output_errors.errors(same, same, rtol=0, atol=0).excess == 0
-    assert output_errors.errors(same, other, rtol=0, atol=0).excess == np.inf
-    assert output_errors.errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
+    assert output_errors(same, same, rtol=0, atol=0).excess == 0
+    assert output_errors(same, other, rtol=0, atol=0).excess == np.inf
+    assert output_errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == np.inf
 
 
 def test_top1_agreement_by_hand() -> None:
     expected = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [5.0, 4.0]])
     found = np.array([[1.0, 2.0], [2.0, 3.0], [0.0, 1.0], [5.0, 4.0]])
-    assert output_errors.top1_agreement(expected, found) == 0.75
-    assert output_errors.top1_agreement(expected[:, 0], found[:, 0]) is None
-    assert output_errors.top1_agreement(expected[:, :1], found[:, :1]) is None
-    assert output_errors.top1_agreement(expected.astype(int), found.astype(int)) is None
+    assert top1_agreement(expected, found) == 0.75
+    assert top1_agreement(expected[:, 0], found[:, 0]) is None
+    assert top1_agreement(expected[:, :1], found[:, :1]) is None
+    assert top1_agreement(expected.astype(int), found.astype(int)) is None
 
 
 def test_a_fixed_batch_axis_is_found_out(tmp_path: Path) -> None:
