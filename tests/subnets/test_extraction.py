@@ -28,7 +28,8 @@ from nns_plugin.errors import (  # noqa: E402
     SelectionError,
     SnapshotError,
 )
-from nns_plugin.evaluation.evaluation import evaluate, predict  # noqa: E402
+from nns_plugin.evaluation.evaluation import evaluate  # noqa: E402
+from nns_plugin.evaluation.prediction import predict  # noqa: E402
 from nns_plugin.jobs.accuracy_search import smallest_within  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
