@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import Statistics, UnitGroup, calibrate
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
 GOAL, GRAM_GOAL = 1.15, 1.6  # calibration time / forward time, without and with Gram matrices
 LABELS = 1000

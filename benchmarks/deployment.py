@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nns_plugin import Statistics, calibrate
 from nns_plugin.adapters.onnxruntime import Comparison, SessionMemory, compare, export
 from nns_plugin.adapters.torch_pruning import compensated_step, count_macs
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
 ROUNDINGS = (1, 8, 16)
 SPEED_UP, NEAR = 2.1, 0.025  # of MACs; ratios within NEAR of it are as good as each other

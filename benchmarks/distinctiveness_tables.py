@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from nns_plugin import calibrate
 from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
-from nns_plugin.adapters.torch_pruning.graph import build_graph, graph_groups, resolve_layers
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import graph_groups, resolve_layers
 from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
 from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.options import Compensation

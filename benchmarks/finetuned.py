@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nns_plugin import calibrate
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step, count_macs
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
 SPEED_UP, EPOCHS, RATE, MOMENTUM, DECAY, BATCH = 2.1, 2, 0.05, 0.9, 5e-4, 128
 CALIBRATION_IMAGES = 1024

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from nns_plugin import Statistics, Subnet, calibrate
 from nns_plugin.adapters.onnxruntime import export, measure_latency
 from nns_plugin.adapters.torch_pruning import count_macs
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 from nns_plugin.evaluation.evaluation import evaluate
 from nns_plugin.evaluation.prediction import predict
 from nns_plugin.jobs.accuracy_search import drop_bound

@@ -45,7 +45,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import Statistics, UnitGroup, calibrate
-from nns_plugin.adapters.torch_pruning.graph import build_graph, remove_units, unit_groups
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
+from nns_plugin.adapters.torch_pruning.unit_removal import remove_units
 from nns_plugin.criteria import Semantic, score_groups
 from nns_plugin.selection import keep_by_threshold
 

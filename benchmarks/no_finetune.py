@@ -30,7 +30,7 @@ from nns_plugin.adapters.torch_pruning import (
     compensated_step,
     count_macs,
 )
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 from nns_plugin.jobs.training import train_classifier
 
 METHODS = ("none", "least_squares", "refit")

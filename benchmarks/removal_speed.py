@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nns_plugin import calibrate
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, MeanWeightImportance
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
 GOAL = 3.0  # times torch-pruning's L2
 RATIO, IMAGE_SIZE, CALIBRATION_IMAGES = 0.5, 224, 64  # more positions than the widest stream has units

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from nns_plugin.adapters.nni.global_groups import Metrics, Spaces, changed, decided_globally
 from nns_plugin.adapters.nni.masks import apply_masks, masked_units, silencing_masks
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped, held_masks, plain_copy, wrappers_of
-from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.criteria.ties import separate_ties
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError

@@ -14,7 +14,8 @@ from nni.compression.base.setting import PruningSetting, canonicalize_settings
 from torch import Tensor, nn
 
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped
-from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups
 from nns_plugin.errors import PruningError
 from nns_plugin.models.layers import Transposed, out_axis, rows_of
 from nns_plugin.units import Port

@@ -17,7 +17,8 @@ from nns_plugin.adapters.nni.masks import (
     masked_units,
     silencing_masks,
 )
-from nns_plugin.adapters.torch_pruning.graph import build_graph, carriers, graph_groups, groups_with_parameters
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups, groups_with_parameters
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import run_model, tensors_of
 from nns_plugin.models.layers import axis_length

@@ -1,17 +1,19 @@
 """torch-pruning as host: criteria as importances for any of its pruners, and compensated removal."""
 
+from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
+from nns_plugin.adapters.torch_pruning.criterion_importance import CriterionImportance
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 from nns_plugin.adapters.torch_pruning.importances import (
-    CriterionImportance,
     DistinctivenessImportance,
     MeanWeightImportance,
     SemanticImportance,
     SwitcherImportance,
     WSFImportance,
-    compensated_step,
-    count_macs,
     install,
     uninstall,
 )
+from nns_plugin.adapters.torch_pruning.macs import count_macs
+from nns_plugin.adapters.torch_pruning.pruner_step import compensated_step
 
 __all__ = [
     "CriterionImportance",
@@ -23,5 +25,7 @@ __all__ = [
     "compensated_step",
     "count_macs",
     "install",
+    "prune_by_angle",
     "uninstall",
+    "unit_groups",
 ]

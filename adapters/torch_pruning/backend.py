@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.graph import (
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.groups import (
     UnusableGroupWarning,
-    build_graph,
     graph_groups,
     output_layers,
     resolve_layers,

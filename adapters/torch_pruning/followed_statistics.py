@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.graph import TracedGroup
+from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup
 from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.models.fingerprint import difference, fingerprint
 from nns_plugin.models.layers import axis_length

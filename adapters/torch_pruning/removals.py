@@ -12,7 +12,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning, remove_units, trace_group
+from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning
+from nns_plugin.adapters.torch_pruning.traced_group import trace_group
+from nns_plugin.adapters.torch_pruning.unit_removal import remove_units
 from nns_plugin.compensation.removals import Removal
 from nns_plugin.errors import GroupError
 from nns_plugin.units import UnitGroup, complement

@@ -358,7 +358,7 @@ def criterion_class(section: ExtractionSection) -> type[Any]:
     if missing:
         raise CriterionError(
             f"criterion {name!r} needs {', '.join(missing)}, which a recipe cannot provide; use its importance class "
-            "in nns_plugin.adapters.torch_pruning.importances"
+            "in nns_plugin.adapters.torch_pruning"
         )
     allowed = options_of(criterion)
     for option in options:

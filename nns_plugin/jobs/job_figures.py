@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.torch_pruning.graph import unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 from nns_plugin.criteria import Semantic, score_groups
 from nns_plugin.evaluation.evaluation import comparable_outputs, evaluate
 from nns_plugin.evaluation.prediction import predict

@@ -25,7 +25,7 @@ from nns_plugin.adapters.onnxruntime import (
     measure_latency,
     runtime_build,
 )
-from nns_plugin.adapters.torch_pruning.importances import count_macs
+from nns_plugin.adapters.torch_pruning.macs import count_macs
 from nns_plugin.criteria import needs_of
 from nns_plugin.environment import machine, versions
 from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError

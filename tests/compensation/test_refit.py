@@ -17,7 +17,8 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import build_graph, unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.graph import build_graph  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.adapters.torch_pruning.removals import PrunableGraph  # noqa: E402
 from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.compensation.options import Compensation  # noqa: E402

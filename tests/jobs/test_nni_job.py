@@ -22,7 +22,7 @@ pytest.importorskip("pydantic")
 from nns_plugin.adapters.nni import NNIBackend, NNIFallbackWarning  # noqa: E402
 from nns_plugin.adapters.nni.masked_speedup import ModelSpeedup  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning  # noqa: E402
 from nns_plugin.errors import PruningError, RecipeError, SelectionError  # noqa: E402
 from nns_plugin.jobs.loading import load_recipe  # noqa: E402
 from nns_plugin.jobs.run import run_job  # noqa: E402

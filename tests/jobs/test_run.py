@@ -589,7 +589,7 @@ def test_a_layer_with_a_computed_weight_is_left_alone() -> None:
     """torch-pruning itself fails on it in the middle of a removal."""
     import warnings
 
-    from nns_plugin.adapters.torch_pruning.graph import unit_groups
+    from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8),

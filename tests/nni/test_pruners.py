@@ -22,7 +22,9 @@ from nni.compression.utils import TorchEvaluator  # noqa: E402
 from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters import nni as ours  # noqa: E402
 from nns_plugin.adapters import torch_pruning as importances  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import build_graph, trace_group, unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.graph import build_graph  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.traced_group import trace_group  # noqa: E402
 from nns_plugin.criteria import UnscoredGroupWarning  # noqa: E402
 from nns_plugin.errors import CriterionError, PruningError, SnapshotError, StaleStatisticsError  # noqa: E402
 from nns_plugin.switcher.network import SwitcherNetwork  # noqa: E402

@@ -23,7 +23,7 @@ from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.nni import MeanWeightPruner, UngroupedLayersWarning, speedup, with_dependency_groups  # noqa: E402
 from nns_plugin.adapters.nni.dependency_groups import Layer  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 

@@ -15,7 +15,7 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning import DistinctivenessImportance, compensated_step  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.criteria import Distinctiveness, score  # noqa: E402
 

@@ -17,7 +17,7 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin import Statistics, Subnet, calibrate  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CalibrationError,
     CriterionError,

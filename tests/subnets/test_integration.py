@@ -18,7 +18,7 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
 from nns_plugin import Statistics, Subnet, calibrate, integrate  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.criteria import Semantic  # noqa: E402
 from nns_plugin.errors import NNSError, PruningError, SubnetError  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402

@@ -209,7 +209,7 @@ def test_tied_and_unread_units_are_told(zoo: Any) -> None:
 def test_the_criterion_and_its_importance(zoo: Any) -> None:
     tp = pytest.importorskip("torch_pruning")
     from nns_plugin.adapters.torch_pruning import SwitcherImportance
-    from nns_plugin.adapters.torch_pruning.graph import unit_groups
+    from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
     model = perceptron().eval()
     scales = random_scales(find_switches(model, ROWS), 8, off=0.3)

@@ -14,7 +14,7 @@ pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle  # noqa: E402
-from nns_plugin.adapters.torch_pruning.graph import unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.selection import AngleRule  # noqa: E402
 

@@ -22,16 +22,16 @@ pytest.importorskip("torch_pruning")
 
 import zoo  # noqa: E402
 
-from nns_plugin.adapters.torch_pruning.graph import (  # noqa: E402
+from nns_plugin.adapters.torch_pruning.graph import build_graph  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import (  # noqa: E402
     UncheckedGroupsWarning,
     UnusableGroupWarning,
-    build_graph,
     graph_groups,
     output_layers,
-    remove_units,
     resolve_layers,
     unit_groups,
 )
+from nns_plugin.adapters.torch_pruning.unit_removal import remove_units  # noqa: E402
 
 
 def recorded(find: Callable[[], Any]) -> tuple[Any, list[str]]:

@@ -29,7 +29,7 @@ from nns_plugin.adapters.torch_pruning import (  # noqa: E402
     install,
     uninstall,
 )
-from nns_plugin.adapters.torch_pruning.graph import UnusableGroupWarning, unit_groups  # noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, unit_groups  # noqa: E402
 
 fresh = zoo.fresh_arguments
 

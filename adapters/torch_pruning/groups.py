@@ -1,0 +1,226 @@
+"""The unit groups of a model, found in its dependency graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from nns_plugin.adapters.torch_pruning.checks import misread
+from nns_plugin.adapters.torch_pruning.graph import TracedGraph, build_graph, no_hooks_left
+from nns_plugin.adapters.torch_pruning.traced_group import (
+    TracedGroup,
+    is_consumer,
+    name_of,
+    ports_of,
+    trace_group,
+)
+from nns_plugin.errors import GroupError
+from nns_plugin.models.preserve import preserved
+from nns_plugin.units import Port, UnitGroup
+
+ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+
+
+class UnusableGroupWarning(UserWarning):
+    """A group was left out because its ports are malformed or its host cannot remove its units."""
+
+
+class UncheckedGroupsWarning(UserWarning):
+    """Gradients could not tell whether units are read where the host says."""
+
+
+def unit_groups(
+    model: nn.Module, example_inputs: Any, ignored_layers: Iterable[nn.Module | str] | None = None
+) -> tuple[UnitGroup, ...]:
+    """Find the units of a model that can be removed.
+
+    Groups that write the model's output (the labels) are no units and are left out. A group whose ports are
+    malformed, or that is read elsewhere than torch-pruning thinks, is left out and named in an
+    :class:`UnusableGroupWarning`. The model is left as it was found.
+
+    Args:
+        model: The model; frozen parameters are no obstacle.
+        example_inputs: A tensor, or a tuple or mapping of tensors, that the model can run on.
+        ignored_layers: Modules, or names of modules, whose outputs must stay whole.
+
+    Returns:
+        The groups, in the order of their first producers in the model.
+
+    Raises:
+        GroupError: If the model cannot run on the example inputs, or an ignored layer does not exist.
+    """
+    ignored = resolve_layers(model, ignored_layers or ())
+    return graph_groups(build_graph(model, example_inputs), ignored)
+
+
+def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
+    """The unit groups of a graph; see :func:`unit_groups`."""
+    groups = sound_groups(graph, ignored)
+    if isinstance(graph, TracedGraph):
+        for name, reason in _misread(graph, groups).items():
+            _leave_out(f"group of {name!r}: {reason}")
+            groups = tuple(group for group in groups if group.name != name)
+    return groups
+
+
+def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
+    """The same, taking the host's word for where units are read."""
+    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
+        groups = _sound_groups(graph, ignored)
+    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
+    return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> list[UnitGroup]:
+    groups = []
+    for host_group in _host_groups(graph, ignored):
+        if writes_output(host_group):
+            if any(is_consumer(graph, item.dep) for item in host_group):
+                name = name_of(graph, host_group[0].dep)
+                _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
+            continue
+        try:
+            groups.append(trace_group(host_group).group)
+        except GroupError as error:
+            _leave_out(str(error))
+    return groups
+
+
+def carriers(graph: tp.DependencyGraph) -> dict[str, tuple[Port, ...]]:
+    """Where the units of each group stand on out axes: at what writes them, and at what passes them on.
+
+    Returns:
+        By name of the group the ports of producers, norms, depthwise convolutions and other modules that have units on
+        their out axes, in the order of the host.
+    """
+    found: dict[str, tuple[Port, ...]] = {}
+    for host_group, traced in _followed(graph):
+        ports: dict[str, Port] = {}
+        for item in host_group:
+            name = graph._module2name.get(item.dep.target.module)
+            passes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            if name is not None and passes and not isinstance(item.dep.target.module, nn.Parameter):
+                roots = torch.tensor(item.root_idxs, dtype=torch.int64)
+                ports[name] = Port(name, torch.tensor(item.idxs, dtype=torch.int64), traced.unit_of_root[roots])
+        found[traced.group.name] = tuple(ports.values())
+    return found
+
+
+def groups_with_parameters(graph: tp.DependencyGraph) -> frozenset[str]:
+    """Names of the groups whose units meet a parameter that belongs to no layer: an embedding of positions, a gate."""
+    return frozenset(
+        traced.group.name
+        for host_group, traced in _followed(graph)
+        if any(isinstance(item.dep.target.module, nn.Parameter) for item in host_group)
+    )
+
+
+def _followed(graph: tp.DependencyGraph) -> Iterator[tuple[tp.dependency.Group, TracedGroup]]:
+    """The host's groups that can be followed; :func:`graph_groups` tells of the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnusableGroupWarning)
+        host_groups = _host_groups(graph)
+    for host_group in host_groups:
+        if not writes_output(host_group):
+            with suppress(GroupError):
+                yield host_group, trace_group(host_group)
+
+
+def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
+    """Those groups of a host's graph that were found before, as they are now.
+
+    Where units are read was checked when the former groups were found; a host's own graph keeps no inputs to check
+    new ones with.
+    """
+    known = {group.name for group in former}
+    return tuple(group for group in graph_groups(graph) if group.name in known)
+
+
+def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
+    """Modules of a model given as such or by name, with everything inside them.
+
+    Raises:
+        GroupError: If one is not in the model; types are no layers.
+    """
+    modules = dict(model.named_modules())
+    present = set(modules.values())
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise GroupError(f"ignored_layers is {layers!r}; it must be a list of modules or of their names")
+    found: list[nn.Module] = []
+    for layer in layers:
+        module = modules.get(layer) if isinstance(layer, str) else layer
+        if not isinstance(module, nn.Module) or module not in present:
+            raise GroupError(
+                f"ignored layer {layer!r} is not in the model; expected a module of it or one of its names, such as "
+                f"{', '.join([name for name in modules if name][:5])}"
+            )
+        found.extend(module.modules())
+    return found
+
+
+def writes_output(host_group: tp.dependency.Group) -> bool:
+    """Whether the units of a group are the model's outputs themselves."""
+    positions = len(host_group[0].idxs)
+    shapes = [item.dep.target.module.shape for item in host_group if item.dep.target.type == tp.ops.OPTYPE.OUTPUT]
+    if shapes:
+        # A flattened map has them many times over; a product of two embeddings has contracted them.
+        return any(length and length % positions == 0 for shape in shapes for length in shape)
+    if any(is_consumer(host_group._DG, item.dep) for item in host_group):
+        return False
+    return any(not item.dep.target.outputs for item in host_group)
+
+
+def output_layers(graph: tp.DependencyGraph) -> tuple[str, ...]:
+    """Names of the layers whose positions are the model's outputs."""
+    return tuple(
+        port.name
+        for host_group in _host_groups(graph)
+        if writes_output(host_group)
+        for item in host_group
+        for role, port in ports_of(graph, item)
+        if role == "out"
+    )
+
+
+def _host_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> list[tp.dependency.Group]:
+    """All full groups of a graph; roots that the host cannot follow are named in a warning."""
+    ignored = list(ignored)
+    try:
+        return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOTS)))
+    except Exception:  # the host fails in any way on operations that it does not know
+        pass
+    for module in [module for module in graph.module2node if isinstance(module, ROOTS) and module not in ignored]:
+        pruner = graph.get_pruner_of_module(module)
+        try:
+            graph.get_pruning_group(module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module))))
+        except Exception as error:
+            name = graph._module2name.get(module)
+            _leave_out(f"group of {name!r}: torch-pruning cannot follow its units: {type(error).__name__}: {error}")
+            ignored.append(module)
+    return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOTS)))
+
+
+def _misread(graph: TracedGraph, groups: Sequence[UnitGroup]) -> dict[str, str]:
+    model = graph.model
+    with preserved(model), no_hooks_left(model), torch.inference_mode(False), torch.enable_grad():
+        model.eval()
+        try:
+            return misread(model, graph.example_inputs, groups)
+        except RuntimeError as error:  # operations without gradients, or that overwrite what gradients need
+            warnings.warn(
+                "where units are read could not be checked, torch-pruning's word is taken for it: "
+                f"{str(error).splitlines()[0]}",
+                UncheckedGroupsWarning,
+                stacklevel=4,
+            )
+            return {}
+
+
+def _leave_out(reason: str) -> None:
+    warnings.warn(f"left out: {reason}", UnusableGroupWarning, stacklevel=4)
