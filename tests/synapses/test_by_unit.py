@@ -9,7 +9,7 @@ from torch import nn
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
-from nns_plugin.adapters.torch_pruning.groups import unit_groups# noqa: E402
+from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.synapses.by_unit import scores_by_unit  # noqa: E402
 
 
