@@ -78,7 +78,7 @@ def prune_by_angle(
     Example:
         >>> import torch
         >>> from nns_plugin import calibrate
-        >>> from nns_plugin.adapters.torch_pruning.graph import unit_groups
+        >>> from nns_plugin.adapters.torch_pruning import unit_groups
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 2))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]]))
         >>> _ = model[0].bias.data.zero_()
