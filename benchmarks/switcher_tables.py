@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from nns_plugin.errors import SwitchError, TrainingError
 from nns_plugin.switcher.network import AllOffWarning, SwitcherNetwork
-from nns_plugin.switcher.scaling_factors import switch_off
+from nns_plugin.switcher.removal import switch_off
 from nns_plugin.switcher.training import Epoch, train_switched
 
 BATCH, SWITCHER_RATE, TASK_STEPS = 64, 3e-3, 20
@@ -206,8 +206,8 @@ def switched(
         alternate=alternate,
         **{**(LITERAL if literal else {"task_steps": TASK_STEPS}), **changes},
     )
-    small = switch_off(model, result.scales, batches.inputs[:2])
-    first = next(iter(values for name, values in result.scales.items() if name.startswith("inputs of")))
+    small = switch_off(model, result.factors, batches.inputs[:2])
+    first = next(iter(values for name, values in result.factors.items() if name.startswith("inputs of")))
     return small.model, result.epochs, first
 
 

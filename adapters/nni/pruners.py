@@ -22,7 +22,7 @@ from nns_plugin.criteria.wsf import WSF, Reduction
 from nns_plugin.errors import PruningError
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.switcher.network import SwitcherNetwork
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.synapses.significance import significance
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
@@ -180,7 +180,7 @@ class SwitcherPruner(CriterionPruner):
     """Units with the lowest factors go first, as an NNI pruner; ``sparse_threshold`` is the least factor that stays.
 
     Args:
-        scales: What a switcher network gives for the model; or the network itself, which is then asked again whenever
+        factors: What a switcher network gives for the model; or the network itself, which is then asked again whenever
             masks are made.
         **options: Of :class:`CriterionPruner`.
 
@@ -195,14 +195,14 @@ class SwitcherPruner(CriterionPruner):
         evaluator: Evaluator | None = None,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
-        scales: Scales | SwitcherNetwork,
+        factors: ScalingFactors | SwitcherNetwork,
         **options: Any,
     ) -> None:
-        self._scales = scales
+        self._factors = factors
         super().__init__(model, config_list, evaluator, existed_wrappers, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
-        if isinstance(self._scales, Scales):
-            return Switcher(self._scales)
+        if isinstance(self._factors, ScalingFactors):
+            return Switcher(self._factors)
         with torch.no_grad():
-            return Switcher(self._scales(model))
+            return Switcher(self._factors(model))

@@ -25,7 +25,7 @@ from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.macs import layer_macs, unit_macs
 from nns_plugin.statistics.sensitivity import output_sensitivity
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
 
@@ -229,15 +229,15 @@ class SwitcherImportance(CriterionImportance):
     """Units with the lowest factors go first, as a torch-pruning importance.
 
     Args:
-        scales: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model. They do not follow
+        factors: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model. They do not follow
             removals: for iterative pruning, ask the switcher again, or a group with other units is an error.
 
     Source:
         See :class:`nns_plugin.criteria.Switcher`.
     """
 
-    def __init__(self, scales: Scales) -> None:
-        super().__init__(Switcher(scales))
+    def __init__(self, factors: ScalingFactors) -> None:
+        super().__init__(Switcher(factors))
 
 
 IMPORTANCES: dict[str, type[CriterionImportance]] = {

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from nns_plugin.errors import CriterionError
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.units import UnitGroup
 
 
@@ -17,7 +17,7 @@ class Switcher:
     """The factor of each unit: 0 prunes, below 1 weakens, from 1 on strengthens.
 
     Attributes:
-        scales: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model as it is now.
+        factors: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model as it is now.
 
     Source:
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures".
@@ -28,14 +28,15 @@ class Switcher:
         >>> from nns_plugin.switcher.switches import Switch
         >>> units = torch.arange(2)
         >>> group = UnitGroup("0", 2, producers=(Port("0", units, units),), consumers=(Port("1", units, units),))
-        >>> scales = Scales([Switch("0", 2, group.consumers, group.producers)], {"0": torch.tensor([0.0, 1.5])})
-        >>> Switcher(scales)(group)
+        >>> switch = Switch("0", 2, group.consumers, group.producers)
+        >>> factors = ScalingFactors([switch], {"0": torch.tensor([0.0, 1.5])})
+        >>> Switcher(factors)(group)
         tensor([0.0000, 1.5000], dtype=torch.float64)
     """
 
-    scales: Scales
+    factors: ScalingFactors
 
-    requires: ClassVar[tuple[str, ...]] = ("scales",)
+    requires: ClassVar[tuple[str, ...]] = ("factors",)
 
     def __call__(self, group: UnitGroup) -> Tensor | None:
         """Scores ``[U]``; ``None`` if the group has no factors.
@@ -43,7 +44,7 @@ class Switcher:
         Raises:
             CriterionError: If the group had other units when the factors were made.
         """
-        found = self.scales.get(group.name)
+        found = self.factors.get(group.name)
         if found is None:
             return None
         if found.shape != (group.size,):

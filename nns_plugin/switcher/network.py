@@ -15,7 +15,7 @@ from nns_plugin.backends import Backend
 from nns_plugin.errors import PruningError, SwitchError
 from nns_plugin.models.layers import Convolution, rows_of, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.switcher.switches import Switch, UnswitchedWarning, find_switches, owns_weight
 from nns_plugin.switcher.weight_count import WeightCount
 from nns_plugin.units import Port
@@ -129,7 +129,7 @@ class SwitcherNetwork(nn.Module):
         self.register_buffer("progress", torch.ones(()))
         self.to(next(model.parameters()).device)
 
-    def forward(self, weights: nn.Module | Mapping[str, Tensor]) -> Scales:
+    def forward(self, weights: nn.Module | Mapping[str, Tensor]) -> ScalingFactors:
         """Factors of every switch, finite and not negative.
 
         Args:
@@ -144,7 +144,7 @@ class SwitcherNetwork(nn.Module):
         values = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
         raw = self._raw(values)
         if self.form == "literal":
-            return Scales(self.switches, {name: self._alive(values, name) for name, values in raw.items()})
+            return ScalingFactors(self.switches, {name: self._alive(values, name) for name, values in raw.items()})
         assert self.thresholds is not None
         levels = {
             switch.name: _standardised(raw[switch.name]) - threshold
@@ -153,20 +153,20 @@ class SwitcherNetwork(nn.Module):
         share = 0.0 if self.budget is None else self.budget * (1 - (1 - float(self.progress)) ** 3)
         raised = self._count.offset(levels, share)
         found = {name: self._alive(level - raised, name) for name, level in levels.items()}
-        return Scales(self.switches, found)
+        return ScalingFactors(self.switches, found)
 
     @property
     def reads(self) -> frozenset[str]:
         """Names of the parameters that it reads."""
         return frozenset(map(weight_key, (*self._linear, *self._filters)))
 
-    def removed(self, scales: Scales) -> float:
+    def removed(self, factors: ScalingFactors) -> float:
         """Share of the weights of linear and convolutional layers between what is on and what is off.
 
-        Where :func:`~nns_plugin.switcher.scaling_factors.switch_off` cannot remove units exactly, as under a LayerNorm,
+        Where :func:`~nns_plugin.switcher.removal.switch_off` cannot remove units exactly, as under a LayerNorm,
         it warns and removes less.
         """
-        return self._count.removed({name: (values > 0).cpu() for name, values in scales.items()})
+        return self._count.removed({name: (values > 0).cpu() for name, values in factors.items()})
 
     def _alive(self, level: Tensor, name: str) -> Tensor:
         """ReLU, and division by the mean if factors compete; where nothing is above 0, the strongest becomes 1."""

@@ -1,4 +1,4 @@
-"""Scales: the factors that a switcher gives, how they fold into the weights, and what they turn off."""
+"""ScalingFactors: the factors that a switcher gives, how they fold into the weights, and what they turn off."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Backend
 from nns_plugin.errors import SwitchError
 from nns_plugin.files import read_safetensors, write_safetensors
 from nns_plugin.models.layers import axis_length, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.switcher.selected import selected
 from nns_plugin.switcher.switches import Switch, scaled_columns
-from nns_plugin.synapses.compaction import compact
 from nns_plugin.units import Port
 
-FORMAT = "nns-plugin scales 1"
+FORMAT = "nns-plugin scaling factors 1"
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Counts:
     strengthened: int
 
 
-class Scales(Mapping[str, Tensor]):
+class ScalingFactors(Mapping[str, Tensor]):
     """Factors by name of the switch, ``[size]`` each.
 
     Args:
@@ -64,9 +60,9 @@ class Scales(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._factors)
 
-    def detach(self) -> Scales:
+    def detach(self) -> ScalingFactors:
         """The same without the graph that they hang on."""
-        return Scales(self.switches, {name: values.detach() for name, values in self.items()})
+        return ScalingFactors(self.switches, {name: values.detach() for name, values in self.items()})
 
     def counts(self) -> dict[str, Counts]:
         """How many are pruned, weakened and strengthened, by name of the switch."""
@@ -135,7 +131,7 @@ class Scales(Mapping[str, Tensor]):
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scales:
+    def load(cls, path: str | os.PathLike[str]) -> ScalingFactors:
         """Read a file of :meth:`save`.
 
         Raises:
@@ -144,7 +140,7 @@ class Scales(Mapping[str, Tensor]):
         return read_safetensors(Path(path), FORMAT, SwitchError, _decoded)
 
 
-def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Scales:
+def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> ScalingFactors:
     switches = []
     factors = {}
     for place, told in enumerate(json.loads(metadata["nns"])):
@@ -158,60 +154,21 @@ def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Scales:
         positions = tuple(map(int, told["positions"]))
         switches.append(Switch(str(told["name"]), int(told["size"]), ports["consumers"], ports["producers"], positions))
         factors[switches[-1].name] = tensors[f"factors {place}"]
-    return Scales(switches, factors)
+    return ScalingFactors(switches, factors)
 
 
-def fold(model: nn.Module, scales: Scales) -> nn.Module:
+def fold(model: nn.Module, factors: ScalingFactors) -> nn.Module:
     """A copy of a model with the factors multiplied into its weights: what it computes under them, without them.
 
     Args:
         model: Left as it is.
-        scales: Its factors.
+        factors: Its factors.
 
     Raises:
         SwitchError: If the factors are of another model.
     """
     folded = copied(model)
     with torch.no_grad():
-        for name, value in scales.parameters_of(folded).items():
+        for name, value in factors.parameters_of(folded).items():
             folded.get_parameter(name).copy_(value)
     return folded
-
-
-@dataclass(frozen=True, eq=False)
-class SwitchedOff:
-    """A model without what its factors turn off.
-
-    Attributes:
-        model: Takes the inputs that it took before; in evaluation mode. Layers of which single input positions are
-            gone are :class:`~nns_plugin.switcher.selected.Selected`.
-        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
-        inputs: The positions that are left of each layer that lost some, ``[k]`` int64 ascending, as counted after
-            units are gone.
-    """
-
-    model: nn.Module
-    kept: Mapping[str, Tensor]
-    inputs: Mapping[str, Tensor]
-
-
-def switch_off(model: nn.Module, scales: Scales, example_inputs: Any, *, backend: Backend | None = None) -> SwitchedOff:
-    """Fold the factors into a copy, and remove what they turn off: units, input features and flattened positions.
-
-    Args:
-        model: Left as it is.
-        scales: Its factors.
-        example_inputs: Inputs that it can run on.
-        backend: Removes units; torch-pruning by default.
-
-    Raises:
-        SwitchError: If the factors are of another model.
-        PruningError: If the model cannot run in double precision on the CPU.
-
-    Warns:
-        UnremovedWarning: If units at 0 have to stay.
-    """
-    small = compact(fold(model, scales), example_inputs, narrow_inputs=False, backend=backend)
-    single = [switch.consumers[0].name for switch in scales.switches if not switch.producers]
-    network, inputs = selected(small.model, single)
-    return SwitchedOff(network, small.kept, inputs)

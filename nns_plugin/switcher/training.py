@@ -17,10 +17,8 @@ from nns_plugin.errors import CheckpointError, PruningError
 from nns_plugin.models.preserve import preserved_modes
 from nns_plugin.switcher.checkpoint import TrainingState
 from nns_plugin.switcher.network import SwitcherNetwork
-from nns_plugin.switcher.scaling_factors import Counts, Scales, fold, switch_off
+from nns_plugin.switcher.scaling_factors import Counts, ScalingFactors
 from nns_plugin.switcher.turns import Loss, Turns
-
-__all__ = ["Epoch", "Scales", "Switched", "SwitcherNetwork", "fold", "switch_off", "train_switched"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,12 @@ class Switched:
 
     Attributes:
         switcher: Trained.
-        scales: Its factors for the model as it is now.
+        factors: Its factors for the model as it is now.
         epochs: What each epoch led to.
     """
 
     switcher: SwitcherNetwork
-    scales: Scales
+    factors: ScalingFactors
     epochs: tuple[Epoch, ...]
 
 
@@ -211,10 +209,10 @@ def train_switched(
         with bar:
             while len(done) < epochs and not _over(done[ramp:], patience):
                 value = turns.epoch(len(done), loader, alternate, bar)
-                scales = turns.scales()
-                judged = None if validation is None else turns.judge(validation, scales)
-                removed = switcher.removed(scales)
-                done.append(Epoch(len(done) + 1, value, judged, scales.counts(), removed))
+                factors = turns.factors()
+                judged = None if validation is None else turns.judge(validation, factors)
+                removed = switcher.removed(factors)
+                done.append(Epoch(len(done) + 1, value, judged, factors.counts(), removed))
                 for scheduler in schedulers:
                     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                         scheduler.step(done[-1].judged)
@@ -231,7 +229,7 @@ def train_switched(
                     break
         if best is not None:
             state.restore(best)
-    return Switched(switcher, turns.scales(), tuple(done))
+    return Switched(switcher, turns.factors(), tuple(done))
 
 
 def _check_optimizer(

@@ -15,7 +15,7 @@ from nns_plugin.errors import TrainingError
 from nns_plugin.models.inputs import device_of, tensors_of, to_device
 from nns_plugin.models.preserve import preserved_modes
 from nns_plugin.switcher.network import SwitcherNetwork
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -45,8 +45,8 @@ class Turns:
         self.device = device_of(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self._given: dict[str, Tensor] = {}
-        self._scales: Scales | None = None
-        self._factors = Scales((), {})
+        self._connected: ScalingFactors | None = None
+        self._leaves = ScalingFactors((), {})
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._stepped = False
@@ -76,18 +76,18 @@ class Turns:
             self._update()
         return total / count
 
-    def scales(self) -> Scales:
+    def factors(self) -> ScalingFactors:
         """Factors for the network as it is."""
         with torch.no_grad():
-            found: Scales = self.switcher(self.model)
+            found: ScalingFactors = self.switcher(self.model)
         return found.detach()
 
-    def judge(self, loader: Iterable[Any], scales: Scales) -> float:
+    def judge(self, loader: Iterable[Any], factors: ScalingFactors) -> float:
         """Mean loss in evaluation mode."""
         total, count = 0.0, 0
         with preserved_modes(self.model), torch.no_grad():
             self.model.eval()
-            weights = scales.parameters_of(self.model)
+            weights = factors.parameters_of(self.model)
             for inputs, targets, size in _batches(loader, self.device):
                 total, count = total + float(self._loss(weights, inputs, targets)) * size, count + size
         if not count or not math.isfinite(total):
@@ -118,23 +118,23 @@ class Turns:
             for name, value in self.model.named_parameters()
             if name in self.switcher.reads
         }
-        self._scales = self.switcher(self._given)
-        leaves = {name: values.detach().requires_grad_() for name, values in self._scales.items()}
-        self._factors = Scales(self.switcher.switches, leaves)
-        self._sums = {name: torch.zeros_like(values) for name, values in self._factors.items()}
+        self._connected = self.switcher(self._given)
+        leaves = {name: values.detach().requires_grad_() for name, values in self._connected.items()}
+        self._leaves = ScalingFactors(self.switcher.switches, leaves)
+        self._sums = {name: torch.zeros_like(values) for name, values in self._leaves.items()}
         self._steps = 0
 
     def _train(self, inputs: Any, targets: Any, closing: bool) -> float:
         """A step of the network."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        weights = self._factors.parameters_of(self.model)
+        weights = self._leaves.parameters_of(self.model)
         loss, value = self._finite_loss(weights, inputs, targets)
-        wanted = [*trained.values(), *self._factors.values()]
+        wanted = [*trained.values(), *self._leaves.values()]
         found = torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True)
         gradients = dict(zip(trained, found[: len(trained)], strict=True))
         scale = self.scaler.get_scale()
         finite = all(bool(g.isfinite().all()) for g in found[len(trained) :] if g is not None)
-        for name, gradient in zip(self._factors, found[len(trained) :], strict=True):
+        for name, gradient in zip(self._leaves, found[len(trained) :], strict=True):
             if gradient is not None and finite:  # a step that overflows is none
                 self._sums[name] += gradient / scale
         self._steps += finite
@@ -175,8 +175,8 @@ class Turns:
 
     def _through_switcher(self) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """What the sums of the factors' gradients are for the weights that the switcher reads, and for its own."""
-        assert self._scales is not None
-        sums = [(values, self._sums[name]) for name, values in self._scales.items() if values.requires_grad]
+        assert self._connected is not None
+        sums = [(values, self._sums[name]) for name, values in self._connected.items() if values.requires_grad]
         given = {name: value for name, value in self._given.items() if value.requires_grad and self.second_term}
         learned = self._learned() if self.gather else []
         if not sums or not (given or learned):

@@ -43,7 +43,7 @@ from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF
 from nns_plugin.errors import CriterionError
 from nns_plugin.models.preserve import preserved_rng
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.switcher.switches import Switch
 from nns_plugin.synapses.snapshot import WeightSnapshot
 
@@ -56,14 +56,14 @@ def moved_from(model: nn.Module) -> WeightSnapshot:
     )
 
 
-def factors_of(model: nn.Module) -> Scales:
+def factors_of(model: nn.Module) -> ScalingFactors:
     """Some factors for every group of a case, whatever reads its units."""
     with preserved_rng():
         name = next(name for name, case in zoo.CASES.items() if type(case.make()) is type(model))
     generator = torch.Generator().manual_seed(6)
     groups = zoo.groups_of(name)
     switches = [Switch(group.name, group.size, group.consumers, group.producers) for group in groups]
-    return Scales(switches, {switch.name: torch.rand(switch.size, generator=generator) for switch in switches})
+    return ScalingFactors(switches, {switch.name: torch.rand(switch.size, generator=generator) for switch in switches})
 
 
 # For each criterion, ways to build it from a model and its statistics.

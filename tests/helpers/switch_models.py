@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nns_plugin import Port
 from nns_plugin.models.inputs import run_model
 from nns_plugin.switcher.network import SwitcherNetwork
-from nns_plugin.switcher.scaling_factors import Scales
+from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.switcher.switches import Switch
 
 
@@ -37,7 +37,7 @@ IMAGES = torch.zeros(2, 2, 7, 7).normal_(generator=torch.Generator().manual_seed
 ROWS = torch.zeros(4, 6).normal_(generator=torch.Generator().manual_seed(4))
 
 
-def random_scales(switches: tuple[Switch, ...], seed: int, off: float = 0.4) -> Scales:
+def random_factors(switches: tuple[Switch, ...], seed: int, off: float = 0.4) -> ScalingFactors:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for switch in switches:
@@ -45,24 +45,24 @@ def random_scales(switches: tuple[Switch, ...], seed: int, off: float = 0.4) -> 
         values[torch.rand(switch.size, generator=generator) < off] = 0
         values[0] = 1.5
         found[switch.name] = values
-    return Scales(switches, found)
+    return ScalingFactors(switches, found)
 
 
-def scaled_by_hooks(model: nn.Module, scales: Scales, inputs: Any) -> Any:
+def scaled_by_hooks(model: nn.Module, factors: ScalingFactors, inputs: Any) -> Any:
     """What the model gives if what its layers read is multiplied, unit by unit: no weight is touched."""
     handles = []
-    for switch in scales.switches:
+    for switch in factors.switches:
         for port in switch.consumers:
             layer = model.get_submodule(port.name)
 
             def multiply(
                 module: nn.Module, args: tuple[Tensor, ...], port: Port = port, name: str = switch.name
             ) -> Any:
-                factors = torch.ones(args[0].shape[-1 if isinstance(module, nn.Linear) else 1])
+                columns = torch.ones(args[0].shape[-1 if isinstance(module, nn.Linear) else 1])
                 for position, unit in zip(port.index.tolist(), port.unit.tolist(), strict=True):
-                    factors[position] = scales[name][unit]
+                    columns[position] = factors[name][unit]
                 shape = [1, -1, *[1] * (args[0].dim() - 2)]
-                return (args[0] * (factors if isinstance(module, nn.Linear) else factors.reshape(shape)),)
+                return (args[0] * (columns if isinstance(module, nn.Linear) else columns.reshape(shape)),)
 
             handles.append(layer.register_forward_pre_hook(multiply))
     try:

@@ -28,7 +28,7 @@ from nns_plugin.adapters.torch_pruning.traced_group import trace_group  # noqa: 
 from nns_plugin.criteria import UnscoredGroupWarning  # noqa: E402
 from nns_plugin.errors import CriterionError, PruningError, SnapshotError, StaleStatisticsError  # noqa: E402
 from nns_plugin.switcher.network import SwitcherNetwork  # noqa: E402
-from nns_plugin.switcher.scaling_factors import Scales  # noqa: E402
+from nns_plugin.switcher.scaling_factors import ScalingFactors  # noqa: E402
 from nns_plugin.switcher.switches import find_switches  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
@@ -75,10 +75,10 @@ def moved_snapshot(model: nn.Module) -> WeightSnapshot:
     return WeightSnapshot(other)
 
 
-def random_scales(model: nn.Module, inputs: Any) -> Scales:
+def random_factors(model: nn.Module, inputs: Any) -> ScalingFactors:
     generator = torch.Generator().manual_seed(6)
     switches = find_switches(model, inputs)
-    return Scales(switches, {switch.name: torch.rand(switch.size, generator=generator) for switch in switches})
+    return ScalingFactors(switches, {switch.name: torch.rand(switch.size, generator=generator) for switch in switches})
 
 
 def pruner_for(
@@ -96,7 +96,7 @@ def pruner_for(
     if criterion == "wsf":
         given["snapshot"] = moved_snapshot(model)
     if criterion == "switcher":
-        given["scales"] = random_scales(model, inputs)
+        given["factors"] = random_factors(model, inputs)
     return kind(model, config, example_inputs=inputs, **{**given, **options})
 
 
@@ -111,7 +111,7 @@ def importance_for(criterion: str, model: nn.Module, inputs: Any, batches: Any, 
     if criterion == "mean_weight":
         return importances.MeanWeightImportance()
     if criterion == "switcher":
-        return importances.SwitcherImportance(random_scales(model, inputs))
+        return importances.SwitcherImportance(random_factors(model, inputs))
     return importances.WSFImportance(moved_snapshot(model))
 
 
@@ -295,7 +295,7 @@ def test_fused_with_another_compressor(criterion: str) -> None:
     if criterion == "wsf":
         given.update(snapshot=moved_snapshot(model))
     if criterion == "switcher":
-        given.update(scales=random_scales(model, IMAGES[:2]))
+        given.update(factors=random_factors(model, IMAGES[:2]))
     distiller.wrap_model()
     pruner = kind.from_compressor(distiller, config, **given)
     assert pruner.evaluator is evaluator
@@ -595,7 +595,7 @@ def test_a_switcher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = simple()
     torch.manual_seed(0)
     switcher = SwitcherNetwork(model, IMAGES[:2], channels=2, depth=1, width=8, budget=None)
-    pruner = ours.SwitcherPruner(model, CONFIG, example_inputs=IMAGES[:2], scales=switcher)
+    pruner = ours.SwitcherPruner(model, CONFIG, example_inputs=IMAGES[:2], factors=switcher)
     first = pruner.scores()
     assert np.allclose(first["conv1"], switcher(simple())["conv1"].detach(), atol=1e-6)
     with torch.no_grad():

@@ -450,7 +450,7 @@ def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
     with pytest.raises(CriterionError, match=r"'wsf' needs the weights before training: pass a snapshot"):
         extracted(labels=[1, 3], criterion="wsf")
     with pytest.raises(
-        CriterionError, match="'switcher' needs scales, which a recipe cannot provide; use its importance class"
+        CriterionError, match="'switcher' needs factors, which a recipe cannot provide; use its importance class"
     ):
         extracted(labels=[1, 3], criterion="switcher")
     with pytest.raises(SnapshotError, match="does not fit the model"):

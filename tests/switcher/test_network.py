@@ -25,7 +25,7 @@ from nns_plugin.errors import (  # noqa: E402
     SwitchError,
 )
 from nns_plugin.switcher.network import AllOffWarning, RowNetwork, SwitcherNetwork  # noqa: E402
-from nns_plugin.switcher.scaling_factors import Scales, SwitchedOff, fold  # noqa: E402
+from nns_plugin.switcher.scaling_factors import ScalingFactors, fold  # noqa: E402
 from nns_plugin.switcher.switches import UnswitchedWarning, find_switches  # noqa: E402
 
 
@@ -41,10 +41,10 @@ def test_factors_are_finite_and_not_negative(seed: int, scale: float, form: Any)
     weights = {name: scale * torch.randn(v.shape, generator=generator) for name, v in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AllOffWarning)
-        scales = switcher(weights)
-    assert list(scales) == [switch.name for switch in switcher.switches]
+        factors = switcher(weights)
+    assert list(factors) == [switch.name for switch in switcher.switches]
     for switch in switcher.switches:
-        values = scales[switch.name]
+        values = factors[switch.name]
         assert values.shape == (switch.size,)
         assert bool((values.isfinite() & (values >= 0)).all())
         assert bool((values > 0).any())
@@ -64,8 +64,8 @@ def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_rea
         switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8, budget=None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AllOffWarning)
-            scales = switcher(model)
-        loss = sum((values * torch.randn_like(values)).sum() for values in scales.values())
+            factors = switcher(model)
+        loss = sum((values * torch.randn_like(values)).sum() for values in factors.values())
         loss.backward()
         for part in (switcher, model):
             for name, value in part.named_parameters():
@@ -110,15 +110,15 @@ def test_all_off_keeps_the_strongest(form: Any) -> None:
         else:
             switcher.thresholds.fill_(50.0)
     with pytest.warns(AllOffWarning) as told:
-        scales = switcher(model)
+        factors = switcher(model)
     names = [str(warning.message).split("'")[1] for warning in told]
     assert sorted(names) == ["0", "2", "inputs of 0"]
     assert "are 0; its strongest one is kept" in str(told[0].message)
     raw = switcher._raw(dict(model.named_parameters()))
-    for name, values in scales.items():
+    for name, values in factors.items():
         assert values.nonzero().flatten().tolist() == [int(raw[name].argmax())]
         assert float(values.sum().detach()) == 1.0
-    scales["0"].sum().backward()
+    factors["0"].sum().backward()
     source = switcher.connected.head.bias if form == "literal" else switcher.thresholds
     assert source.grad is not None
     assert bool(source.grad.any())  # it can come back
@@ -154,7 +154,7 @@ def test_each_unit_gets_what_its_own_rows_say() -> None:
         nn.init.zeros_(layer.bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AllOffWarning)
-        scales = switcher(model)
+        factors = switcher(model)
     sums = {
         "first": 8 * model.first.weight.sum((1, 2, 3)),
         "second": 8 * model.second.weight.sum((1, 2, 3)),
@@ -163,7 +163,7 @@ def test_each_unit_gets_what_its_own_rows_say() -> None:
     }
     for name, expected in sums.items():
         assert bool((expected > 0).any())
-        assert torch.allclose(scales[name], expected.relu(), rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(factors[name], expected.relu(), rtol=1e-4, atol=1e-6), name
 
 
 def test_a_unit_with_several_readers_gets_their_mean() -> None:
@@ -201,9 +201,9 @@ def test_a_budget_starts_with_nearly_all_on() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_networks_of_other_types(dtype: torch.dtype) -> None:
     model = perceptron().to(dtype)
-    scales = switcher_for(model, ROWS.to(dtype))(model)
-    assert all(values.dtype == torch.float32 for values in scales.values())
-    assert all(value.dtype == dtype for value in scales.parameters_of(model).values())
+    factors = switcher_for(model, ROWS.to(dtype))(model)
+    assert all(values.dtype == torch.float32 for values in factors.values())
+    assert all(value.dtype == dtype for value in factors.parameters_of(model).values())
 
 
 def test_filters_of_tied_convolutions_are_not_read() -> None:
@@ -264,20 +264,20 @@ def test_wrong_networks_are_told() -> None:
         switcher({**dict(model.named_parameters()), "0.weight": torch.ones(9, 6)})
     with pytest.raises(SwitchError, match="'2.weight' is missing"):
         switcher(nn.Sequential(nn.Linear(6, 7)))
-    scales = switcher(model).detach()
+    factors = switcher(model).detach()
     with pytest.raises(SwitchError, match="the model has no layer"):
-        fold(nn.Sequential(nn.Linear(6, 7)), scales)
+        fold(nn.Sequential(nn.Linear(6, 7)), factors)
     for width in (5, 8):
         other = nn.Sequential(nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
         with pytest.raises(SwitchError, match=f"'0' reads {width} positions, and the factors are for 6; they are of"):
-            fold(other, scales)
-    for factors, message in (
+            fold(other, factors)
+    for wrong, message in (
         ({"0": torch.ones(7), "2": torch.ones(5)}, r"'inputs of 0' has \[0\] factors; expected \[6\]"),
-        ({**scales, "2": -torch.ones(5)}, "negative or not finite"),
-        ({**scales, "2": torch.full((5,), torch.nan)}, "negative or not finite"),
+        ({**factors, "2": -torch.ones(5)}, "negative or not finite"),
+        ({**factors, "2": torch.full((5,), torch.nan)}, "negative or not finite"),
     ):
         with pytest.raises(SwitchError, match=message):
-            Scales(scales.switches, factors)
+            ScalingFactors(factors.switches, wrong)
 
 
 def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
@@ -285,12 +285,11 @@ def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
 
     model = Flat()
     switcher = switcher_for(model, IMAGES)
-    scales = copy.deepcopy(switcher)(model)
-    assert all(torch.equal(values, switcher(model)[name]) for name, values in scales.items())
+    factors = copy.deepcopy(switcher)(model)
+    assert all(torch.equal(values, switcher(model)[name]) for name, values in factors.items())
     save_model(switcher, str(tmp_path / "switcher.safetensors"))
     torch.manual_seed(123)
     other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8, budget=None)
     load_model(other, str(tmp_path / "switcher.safetensors"))
-    assert all(torch.equal(values, other(model)[name]) for name, values in scales.items())
-    assert isinstance(SwitchedOff, type)
+    assert all(torch.equal(values, other(model)[name]) for name, values in factors.items())
     assert issubclass(SwitchError, NNSError)

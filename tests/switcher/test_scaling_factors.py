@@ -17,7 +17,7 @@ from torch.func import functional_call
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
-from switch_models import IMAGES, ROWS, Flat, perceptron, random_scales, scaled_by_hooks  # noqa: E402
+from switch_models import IMAGES, ROWS, Flat, perceptron, random_factors, scaled_by_hooks  # noqa: E402
 
 from nns_plugin.criteria import Switcher, UnscoredGroupWarning, score  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
@@ -27,7 +27,8 @@ from nns_plugin.errors import (  # noqa: E402
 )
 from nns_plugin.models.inputs import run_model  # noqa: E402
 from nns_plugin.models.preserve import copied  # noqa: E402
-from nns_plugin.switcher.scaling_factors import Counts, Scales, fold, switch_off  # noqa: E402
+from nns_plugin.switcher.removal import switch_off  # noqa: E402
+from nns_plugin.switcher.scaling_factors import Counts, ScalingFactors, fold  # noqa: E402
 from nns_plugin.switcher.selected import Selected, selected  # noqa: E402
 from nns_plugin.switcher.switches import UnswitchedWarning, find_switches  # noqa: E402
 from nns_plugin.switcher.weight_count import WeightCount  # noqa: E402
@@ -41,17 +42,17 @@ def test_factors_act_where_units_are_read_and_fold_and_remove_exactly(zoo: Any, 
     made = zoo.CASES[case]
     torch.manual_seed(0)
     model, inputs = made.make().eval(), made.inputs(4)
-    scales = random_scales(find_switches(model, inputs), 1)
-    expected = scaled_by_hooks(model, scales, inputs)
+    factors = random_factors(find_switches(model, inputs), 1)
+    expected = scaled_by_hooks(model, factors, inputs)
     with torch.no_grad():
-        called = functional_call(model, scales.parameters_of(model), inputs)
-    folded = run_model(fold(model, scales).eval(), inputs)
+        called = functional_call(model, factors.parameters_of(model), inputs)
+    folded = run_model(fold(model, factors).eval(), inputs)
     assert torch.allclose(called, expected, atol=1e-5)
     assert torch.allclose(folded, expected, atol=1e-5)
-    small = switch_off(model, scales, inputs)
+    small = switch_off(model, factors, inputs)
     assert torch.allclose(run_model(small.model, inputs), expected, atol=1e-5)
     for name, kept in small.kept.items():
-        assert torch.equal(kept, scales[name].nonzero().flatten()), name
+        assert torch.equal(kept, factors[name].nonzero().flatten()), name
     assert small.kept
     count = sum(value.numel() for value in small.model.parameters())
     assert count < sum(value.numel() for value in model.parameters())
@@ -72,22 +73,22 @@ def test_input_features_and_flattened_positions_get_factors_beside_the_units() -
 def test_what_factors_at_0_turn_off_is_gone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Flat().eval()
-    scales = random_scales(find_switches(model, IMAGES), 2)
-    small = switch_off(model, scales, IMAGES)
+    factors = random_factors(find_switches(model, IMAGES), 2)
+    small = switch_off(model, factors, IMAGES)
     network: Any = small.model
-    channels = int((scales["second"] > 0).sum())
-    positions = (scales["inputs of wide"].reshape(5, 4) > 0)[scales["second"] > 0]
+    channels = int((factors["second"] > 0).sum())
+    positions = (factors["inputs of wide"].reshape(5, 4) > 0)[factors["second"] > 0]
     if bool((~positions.any(1)).any()):  # a channel of which no position is read is gone as well
         pytest.fail("choose another seed")
-    assert network.first.out_channels == int((scales["first"] > 0).sum())
+    assert network.first.out_channels == int((factors["first"] > 0).sum())
     assert network.second.out_channels == channels
     assert isinstance(network.wide, Selected)
     assert small.inputs["wide"].tolist() == positions.flatten().nonzero().flatten().tolist()
     assert network.wide.layer.in_features == int(positions.sum())
-    assert network.wide.layer.out_features == network.head.in_features == int((scales["wide"] > 0).sum())
+    assert network.wide.layer.out_features == network.head.in_features == int((factors["wide"] > 0).sum())
     x = torch.randn(5, 2, 7, 7)
     with torch.no_grad():
-        assert torch.allclose(network(x), fold(model, scales)(x), atol=1e-5)
+        assert torch.allclose(network(x), fold(model, factors)(x), atol=1e-5)
 
 
 def test_a_selection_is_exported_with_the_model(tmp_path: Path) -> None:
@@ -97,13 +98,13 @@ def test_a_selection_is_exported_with_the_model(tmp_path: Path) -> None:
     from nns_plugin.adapters.onnxruntime import export
 
     model = perceptron().eval()
-    scales = random_scales(find_switches(model, ROWS), 5)
-    small = switch_off(model, scales, ROWS)
+    factors = random_factors(find_switches(model, ROWS), 5)
+    small = switch_off(model, factors, ROWS)
     assert isinstance(small.model[0], Selected)
     session = onnxruntime.InferenceSession(export(small.model, ROWS, tmp_path / "small.onnx"))
     assert session.get_inputs()[0].shape[1] == 6  # the inputs of the wide model
     found = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})[0]
-    assert np.allclose(found, scaled_by_hooks(model, scales, ROWS).numpy(), atol=1e-5)
+    assert np.allclose(found, scaled_by_hooks(model, factors, ROWS).numpy(), atol=1e-5)
 
 
 def test_selected_layers() -> None:
@@ -158,10 +159,10 @@ def test_grouped_and_transposed_weights_are_counted(zoo: Any) -> None:
         torch.manual_seed(0)
         model, inputs = made.make().eval(), made.inputs(2)
         switches = find_switches(model, inputs)
-        scales = random_scales(switches, 3, off=0.3)
-        small = switch_off(model, scales, inputs).model
+        factors = random_factors(switches, 3, off=0.3)
+        small = switch_off(model, factors, inputs).model
         layers = [m for m in small.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-        counted = WeightCount(model, switches).left({name: values > 0 for name, values in scales.items()})
+        counted = WeightCount(model, switches).left({name: values > 0 for name, values in factors.items()})
         assert counted == sum(layer.weight.numel() for layer in layers), case
 
 
@@ -177,19 +178,19 @@ def test_zeros_as_examples_do_not_mislead() -> None:
 
 def test_counts_and_files(tmp_path: Path) -> None:
     model = Flat()
-    scales = random_scales(find_switches(model, IMAGES), 9)
-    for name, values in scales.items():
+    factors = random_factors(find_switches(model, IMAGES), 9)
+    for name, values in factors.items():
         array = values.numpy()
         expected = Counts(int((array == 0).sum()), int(((array > 0) & (array < 1)).sum()), int((array >= 1).sum()))
-        assert scales.counts()[name] == expected
-    again = Scales.load(scales.save(tmp_path / "scales.safetensors"))
-    assert list(again) == list(scales)
-    assert all(torch.equal(again[name], scales[name]) for name in scales)
-    assert torch.equal(fold(model, again).head.weight, fold(model, scales).head.weight)
-    (tmp_path / "cut").write_bytes((tmp_path / "scales.safetensors").read_bytes()[:-9])
+        assert factors.counts()[name] == expected
+    again = ScalingFactors.load(factors.save(tmp_path / "factors.safetensors"))
+    assert list(again) == list(factors)
+    assert all(torch.equal(again[name], factors[name]) for name in factors)
+    assert torch.equal(fold(model, again).head.weight, fold(model, factors).head.weight)
+    (tmp_path / "cut").write_bytes((tmp_path / "factors.safetensors").read_bytes()[:-9])
     for name in ("cut", "none"):
         with pytest.raises(SwitchError):
-            Scales.load(tmp_path / name)
+            ScalingFactors.load(tmp_path / name)
 
 
 def test_tied_and_unread_units_are_told(zoo: Any) -> None:
@@ -212,22 +213,22 @@ def test_the_criterion_and_its_importance(zoo: Any) -> None:
     from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
     model = perceptron().eval()
-    scales = random_scales(find_switches(model, ROWS), 8, off=0.3)
+    factors = random_factors(find_switches(model, ROWS), 8, off=0.3)
     groups = {group.name: group for group in unit_groups(model, ROWS)}
     for name in ("0", "2"):
-        found = score(Switcher(scales), groups[name])
+        found = score(Switcher(factors), groups[name])
         assert found is not None
-        assert np.allclose(found.numpy(), scales[name].numpy())
+        assert np.allclose(found.numpy(), factors[name].numpy())
     counts = {"0": 4, "2": 3}  # what torch-pruning leaves of 7 and of 5 at a ratio of 0.4
-    kept = {name: scales[name].topk(count).indices.sort().values for name, count in counts.items()}
-    assert all(float(scales[name].sort(descending=True).values[count - 1]) > 0 for name, count in counts.items())
+    kept = {name: factors[name].topk(count).indices.sort().values for name, count in counts.items()}
+    assert all(float(factors[name].sort(descending=True).values[count - 1]) > 0 for name, count in counts.items())
     start = copied(model)
     pruner = tp.BasePruner(
-        model, ROWS, SwitcherImportance(scales), pruning_ratio=0.4, ignored_layers=[model[4]], **zoo.fresh_arguments()
+        model, ROWS, SwitcherImportance(factors), pruning_ratio=0.4, ignored_layers=[model[4]], **zoo.fresh_arguments()
     )
     pruner.step()
     assert torch.equal(model[2].weight, start[2].weight[kept["2"]][:, kept["0"]])
     with pytest.raises(CriterionError, match="7 factors for group '0', which has"):
-        score(Switcher(scales), unit_groups(model, ROWS)[0])
+        score(Switcher(factors), unit_groups(model, ROWS)[0])
     with pytest.warns(UnscoredGroupWarning):
-        assert score(Switcher(Scales((), {})), groups["0"]) is None
+        assert score(Switcher(ScalingFactors((), {})), groups["0"]) is None

@@ -27,7 +27,7 @@ from nns_plugin.errors import (  # noqa: E402
 )
 from nns_plugin.models.preserve import copied  # noqa: E402
 from nns_plugin.switcher.network import SwitcherNetwork  # noqa: E402
-from nns_plugin.switcher.scaling_factors import Scales  # noqa: E402
+from nns_plugin.switcher.scaling_factors import ScalingFactors  # noqa: E402
 from nns_plugin.switcher.switches import Switch, find_switches  # noqa: E402
 from nns_plugin.switcher.training import Epoch, Switched, train_switched  # noqa: E402
 
@@ -58,10 +58,10 @@ class Ones(nn.Module):
         self.reads: frozenset[str] = frozenset({"0.weight"})
         self.budget = None
 
-    def forward(self, weights: Any) -> Scales:
-        return Scales(self.switches, {switch.name: torch.ones(switch.size) for switch in self.switches})
+    def forward(self, weights: Any) -> ScalingFactors:
+        return ScalingFactors(self.switches, {switch.name: torch.ones(switch.size) for switch in self.switches})
 
-    def removed(self, scales: Scales) -> float:
+    def removed(self, factors: ScalingFactors) -> float:
         return 0.0
 
 
@@ -103,11 +103,11 @@ class OneWeight(nn.Module):
         self.budget = None
         self.own = nn.Parameter(weights.clone())
 
-    def forward(self, weights: Any) -> Scales:
+    def forward(self, weights: Any) -> ScalingFactors:
         values = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
-        return Scales(self.switches, {"inputs of 0": (self.own @ values["0.weight"]).relu()})
+        return ScalingFactors(self.switches, {"inputs of 0": (self.own @ values["0.weight"]).relu()})
 
-    def removed(self, scales: Scales) -> float:
+    def removed(self, factors: ScalingFactors) -> float:
         return 0.0
 
 
@@ -218,11 +218,11 @@ def test_a_budget_rises_and_only_what_comes_after_counts() -> None:
         assert np.allclose([progress for progress, _ in seen], np.array(expected[2::3]) / 3)
         for progress, removed in seen:
             assert removed >= 0.6 * (1 - (1 - progress) ** 3) - 1e-9
-        assert switcher.removed(result.scales) >= 0.6
+        assert switcher.removed(result.factors) >= 0.6
         judged = [epoch.judged for epoch in result.epochs]
         model.eval()
         with torch.no_grad():
-            weights = result.scales.parameters_of(model)
+            weights = result.factors.parameters_of(model)
             value = np.mean(
                 [float(nn.functional.cross_entropy(functional_call(model, weights, x), y)) for x, y in batches]
             )
@@ -278,9 +278,9 @@ def test_alternate_training_trains_both_and_separate_training_the_switcher_alone
         assert len(result.epochs) == 4
         assert result.epochs[-1].loss < result.epochs[0].loss
         with torch.no_grad():
-            assert all(torch.equal(values, result.scales[name]) for name, values in switcher(model).items())
-        assert result.epochs[-1].counts == result.scales.counts()
-        assert result.epochs[-1].removed == switcher.removed(result.scales)
+            assert all(torch.equal(values, result.factors[name]) for name, values in switcher(model).items())
+        assert result.epochs[-1].counts == result.factors.counts()
+        assert result.epochs[-1].removed == switcher.removed(result.factors)
 
 
 def test_nothing_but_weights_and_buffers_changes() -> None:
@@ -325,14 +325,14 @@ def test_the_end_of_the_data_ends_a_turn_and_the_last_batch_may_be_small() -> No
         validation=uneven,
     )  # fmt: skip
 
-    def mean(network: nn.Module, scales: Scales) -> float:
+    def mean(network: nn.Module, factors: ScalingFactors) -> float:
         with torch.no_grad():
-            weights = scales.parameters_of(network)
+            weights = factors.parameters_of(network)
             losses = [nn.functional.cross_entropy(functional_call(network, weights, i), t) for i, t in uneven]
         return float((12 * losses[0] + 3 * losses[1]) / 15)
 
     assert math.isclose(result.epochs[0].loss, mean(start.train(), switcher_for(start, ROWS)(start)), rel_tol=1e-4)
-    assert math.isclose(result.epochs[0].validation or 0, mean(model.eval(), result.scales), rel_tol=1e-4)
+    assert math.isclose(result.epochs[0].validation or 0, mean(model.eval(), result.factors), rel_tol=1e-4)
 
 
 def test_schedulers_step_after_each_epoch() -> None:
@@ -515,7 +515,7 @@ def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Pa
     assert same_state(whole[0], again[0])
     assert same_state(whole[1], again[1])
     assert whole[2].epochs == again[2].epochs
-    assert all(torch.equal(values, again[2].scales[name]) for name, values in whole[2].scales.items())
+    assert all(torch.equal(values, again[2].factors[name]) for name, values in whole[2].factors.items())
 
 
 def test_a_checkpoint_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ def test_it_stops_when_the_loss_no_longer_falls_and_keeps_the_best() -> None:
     assert all(torch.equal(value, states[best][name]) for name, value in model.state_dict().items())
     model.eval()
     with torch.no_grad():
-        value = nn.functional.cross_entropy(functional_call(model, result.scales.parameters_of(model), x), 2 - y)
+        value = nn.functional.cross_entropy(functional_call(model, result.factors.parameters_of(model), x), 2 - y)
     assert math.isclose(float(value), losses[best], rel_tol=1e-5)
 
 

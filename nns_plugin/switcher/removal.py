@@ -1,0 +1,55 @@
+"""Remove what scaling factors turn off: units, input features and flattened positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nns_plugin.backends import Backend
+from nns_plugin.switcher.scaling_factors import ScalingFactors, fold
+from nns_plugin.switcher.selected import selected
+from nns_plugin.synapses.compaction import compact
+
+
+@dataclass(frozen=True, eq=False)
+class SwitchedOff:
+    """A model without what its factors turn off.
+
+    Attributes:
+        model: Takes the inputs that it took before; in evaluation mode. Layers of which single input positions are
+            gone are :class:`~nns_plugin.switcher.selected.Selected`.
+        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
+        inputs: The positions that are left of each layer that lost some, ``[k]`` int64 ascending, as counted after
+            units are gone.
+    """
+
+    model: nn.Module
+    kept: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+
+
+def switch_off(
+    model: nn.Module, factors: ScalingFactors, example_inputs: Any, *, backend: Backend | None = None
+) -> SwitchedOff:
+    """Fold the factors into a copy, and remove what they turn off: units, input features and flattened positions.
+
+    Args:
+        model: Left as it is.
+        factors: Its factors.
+        example_inputs: Inputs that it can run on.
+        backend: Removes units; torch-pruning by default.
+
+    Raises:
+        SwitchError: If the factors are of another model.
+        PruningError: If the model cannot run in double precision on the CPU.
+
+    Warns:
+        UnremovedWarning: If units at 0 have to stay.
+    """
+    small = compact(fold(model, factors), example_inputs, narrow_inputs=False, backend=backend)
+    single = [switch.consumers[0].name for switch in factors.switches if not switch.producers]
+    network, inputs = selected(small.model, single)
+    return SwitchedOff(network, small.kept, inputs)
