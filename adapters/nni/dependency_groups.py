@@ -105,7 +105,7 @@ def with_dependency_groups(
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class GroupedLayer:
     """A layer whose out axis is of one group.
 
     Attributes:
@@ -162,9 +162,9 @@ def _is_active(setting: Mapping[str, Any]) -> bool:
     return setting.get("sparse_ratio") is not None or setting.get("sparse_threshold") is not None
 
 
-def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[Layer]]:
+def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[GroupedLayer]]:
     """Layers that the group owns whole, those with the same units at the same positions together."""
-    found: list[list[Layer]] = []
+    found: list[list[GroupedLayer]] = []
     for port in ports:
         module = model.get_submodule(port.name)
         weight = getattr(module, "weight", None)
@@ -172,7 +172,7 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[Layer]]:
             continue
         axis = out_axis(module)
         shape = tuple(length if place == axis else 1 for place, length in enumerate(weight.shape))
-        layer = Layer(port.name, port.unit[port.index.argsort()], shape, axis)
+        layer = GroupedLayer(port.name, port.unit[port.index.argsort()], shape, axis)
         for layers in found:
             if torch.equal(layers[0].unit, layer.unit):
                 layers.append(layer)
@@ -184,8 +184,8 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[Layer]]:
 
 def _join(
     group: str,
-    leader: Layer,
-    members: Sequence[Layer],
+    leader: GroupedLayer,
+    members: Sequence[GroupedLayer],
     model: nn.Module,
     configs: dict[str, Config],
     settings: Mapping[str, Any],
@@ -213,7 +213,7 @@ def _join(
                 setting["internal_metric_block"] = leader.blocks
 
 
-def _aligned(config: Mapping[str, Any], leader: Layer, module: nn.Module) -> Config:
+def _aligned(config: Mapping[str, Any], leader: GroupedLayer, module: nn.Module) -> Config:
     """A config whose masks are those of the leader."""
     named = {key: deepcopy(value) for key, value in config.items() if key not in (*OURS, "target_names")}
     settings = named.setdefault("target_settings", {})

@@ -22,7 +22,7 @@ from nns_plugin.adapters.onnxruntime.latency import (
     measure_latency,
     median_ratio,
 )
-from nns_plugin.adapters.onnxruntime.layers import Layer, odd_layers, read_layers
+from nns_plugin.adapters.onnxruntime.layers import OnnxLayer, odd_layers, read_layers
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory, session_memory
 from nns_plugin.adapters.onnxruntime.parity import check_parity, check_removal
 from nns_plugin.adapters.onnxruntime.profile import (
@@ -52,9 +52,9 @@ __all__ = [
     "LabelDrop",
     "LatencyComparison",
     "LatencyReport",
-    "Layer",
     "NodeTime",
     "OnnxFile",
+    "OnnxLayer",
     "OperatorChange",
     "ParityReport",
     "Profile",

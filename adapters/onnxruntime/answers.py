@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nns_plugin.adapters.onnxruntime.feeds import Array, Feeds
+from nns_plugin.adapters.onnxruntime.feeds import Feeds
 from nns_plugin.adapters.onnxruntime.file import OnnxFile, TensorSpec
 from nns_plugin.adapters.onnxruntime.session import create_session, run_session
 from nns_plugin.errors import ExportError, LabelError
 from nns_plugin.evaluation.agreement import count_agreement, shared_columns
+from nns_plugin.evaluation.metrics import Array
 from nns_plugin.evaluation.parity import Kind, ParityAccumulator, ParityReport
 from nns_plugin.labels import OTHER
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.onnxruntime.accuracy import AccuracyReport, accuracy_report
 from nns_plugin.adapters.onnxruntime.answers import answers_of
 from nns_plugin.adapters.onnxruntime.exporting import export
-from nns_plugin.adapters.onnxruntime.feeds import Array, Feeds, feeds_of, random_values, values_of
+from nns_plugin.adapters.onnxruntime.feeds import Feeds, feeds_of, random_values, values_of
 from nns_plugin.adapters.onnxruntime.file import OnnxFile, read_file
 from nns_plugin.adapters.onnxruntime.latency import SESSIONS, FeedPair, LatencyComparison, measure_latency
 from nns_plugin.adapters.onnxruntime.layers import read_layers
@@ -29,6 +29,7 @@ from nns_plugin.adapters.onnxruntime.profile import ProfileComparison, compare_p
 from nns_plugin.adapters.onnxruntime.session import check_provider, provider_name, runtime_build
 from nns_plugin.environment import machine, versions
 from nns_plugin.errors import ExportError
+from nns_plugin.evaluation.metrics import Array
 from nns_plugin.evaluation.parity import ParityReport, check_tolerances
 
 Model: TypeAlias = str | os.PathLike[str] | nn.Module

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nns_plugin.adapters.onnxruntime.file import OnnxFile, TensorSpec
 from nns_plugin.errors import ExportError
+from nns_plugin.evaluation.metrics import Array
 
-Array: TypeAlias = npt.NDArray[Any]
 Values: TypeAlias = Mapping[str, Array]
 """Inputs by name, ``[N, ...]``; those of a file that takes another size than N are the same in every run."""
 

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.onnxruntime.feeds import Array, feeds_of, values_of
+from nns_plugin.adapters.onnxruntime.feeds import feeds_of, values_of
 from nns_plugin.adapters.onnxruntime.file import read_file
 from nns_plugin.adapters.onnxruntime.session import Floats, Inputs, create_session, run_session
 from nns_plugin.errors import ExportError
+from nns_plugin.evaluation.intervals import Interval
+from nns_plugin.evaluation.metrics import Array
 
 SESSIONS = 10
 _WARMUP_WINDOW = 10  # rounds whose median is compared with the median of as many before them
@@ -25,7 +27,6 @@ _WARMUP_CHANGE = 0.05
 _RESAMPLES = 2000
 _LEVEL = 0.95
 
-Interval = tuple[float, float]
 Run = Callable[[], object]
 Opener = Callable[[], tuple[Run, str]]
 """Opens a session; returns what runs it once, and the provider that it got."""

@@ -15,7 +15,7 @@ IMAGE_CHANNELS = 4  # inputs that are colours, not units
 
 
 @dataclass(frozen=True)
-class Layer:
+class OnnxLayer:
     """A layer with constant weights.
 
     Attributes:
@@ -57,7 +57,7 @@ def rounded_up(inputs: int, outputs: int, multiple: int, is_convolution: bool) -
     return up[0], up[1] if is_convolution else outputs
 
 
-def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
+def layers(model: onnx.ModelProto) -> tuple[OnnxLayer, ...]:
     """The layers of a model, in the order of its nodes; its weights need not be loaded."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -78,7 +78,7 @@ def layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
         else:
             continue
         name = node.name or node.output[0]
-        found.append(Layer(name, node.op_type, node.input[0], attributes, *sizes, groups, _is_float32(tensor)))
+        found.append(OnnxLayer(name, node.op_type, node.input[0], attributes, *sizes, groups, _is_float32(tensor)))
     return tuple(found)
 
 
@@ -86,11 +86,11 @@ def _is_float32(tensor: onnx.TensorProto | None) -> bool:
     return tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
 
 
-def read_layers(path: str | os.PathLike[str]) -> tuple[Layer, ...]:
+def read_layers(path: str | os.PathLike[str]) -> tuple[OnnxLayer, ...]:
     """The layers of a file."""
     return layers(onnx.load(os.fspath(path), load_external_data=False))
 
 
-def odd_layers(found: Sequence[Layer], multiple: int = MULTIPLES[0]) -> tuple[Layer, ...]:
+def odd_layers(found: Sequence[OnnxLayer], multiple: int = MULTIPLES[0]) -> tuple[OnnxLayer, ...]:
     """The layers whose channels are no multiple of a number."""
     return tuple(layer for layer in found if layer.is_odd(multiple))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nns_plugin.adapters.onnxruntime.feeds import Array
-from nns_plugin.adapters.onnxruntime.layers import MULTIPLES, Layer, odd_layers
+from nns_plugin.adapters.onnxruntime.layers import MULTIPLES, OnnxLayer, odd_layers
 from nns_plugin.adapters.onnxruntime.session import create_session, provider_name, run_session
 from nns_plugin.errors import ExportError
+from nns_plugin.evaluation.metrics import Array
 
 _WARMUP = 5
 _KERNEL = "_kernel_time"
@@ -190,7 +190,7 @@ def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...
     return tuple(tuple(int(size) for size in shape) for tensor in told for shape in tensor.values())
 
 
-def compare_profiles(baseline: Profile, candidate: Profile, layers: Sequence[Layer] = ()) -> ProfileComparison:
+def compare_profiles(baseline: Profile, candidate: Profile, layers: Sequence[OnnxLayer] = ()) -> ProfileComparison:
     """Totals for each type of operator, and what explains a candidate that is slower than its operations say.
 
     Args:
@@ -211,7 +211,7 @@ def _split(left: tuple[int, float] | None, right: tuple[int, float] | None) -> t
     return left_count, right_count, left_us, right_us
 
 
-def _notes(baseline: Profile, candidate: Profile, layers: Sequence[Layer]) -> list[str]:
+def _notes(baseline: Profile, candidate: Profile, layers: Sequence[OnnxLayer]) -> list[str]:
     notes = []
     for name, of in (("baseline", baseline), ("candidate", candidate)):
         if of.fallen_back:

@@ -18,9 +18,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from nns_plugin.adapters.onnxruntime.comparison import Comparison
-from nns_plugin.adapters.onnxruntime.feeds import Array
 from nns_plugin.adapters.onnxruntime.latency import FeedPair, measure_latency
 from nns_plugin.adapters.onnxruntime.layers import MULTIPLES, layers, rounded_up
+from nns_plugin.evaluation.metrics import Array
 
 _OPSET = 17
 
@@ -56,7 +56,7 @@ class RoundingGain:
     ratio_high: float
 
 
-class _Layer(NamedTuple):
+class _LayerKind(NamedTuple):
     """What decides how long a layer takes: its operator with attributes, its sizes, and where its input's end."""
 
     operator: str
@@ -70,7 +70,7 @@ class _Layer(NamedTuple):
     def is_convolution(self) -> bool:
         return self.operator == "Conv"
 
-    def rounded(self, multiple: int) -> _Layer:
+    def rounded(self, multiple: int) -> _LayerKind:
         """With more channels."""
         inputs, outputs = rounded_up(self.inputs, self.outputs, multiple, self.is_convolution)
         return self._replace(inputs=inputs, outputs=outputs)
@@ -123,8 +123,8 @@ def rounding_gains(
     """
     found = []
     for latency in comparison.latency:
-        kinds = Counter[_Layer]()
-        names: dict[_Layer, str] = {}
+        kinds = Counter[_LayerKind]()
+        names: dict[_LayerKind, str] = {}
         for name, layer in _layers(Path(path), latency.batch):
             kinds[layer] += 1
             names.setdefault(layer, name)
@@ -164,7 +164,7 @@ def rounding_gains(
     return tuple(sorted(found, key=lambda gain: gain.count * (gain.rounded_ms - gain.latency_ms)))
 
 
-def _layers(path: Path, batch: int) -> Iterator[tuple[str, _Layer]]:
+def _layers(path: Path, batch: int) -> Iterator[tuple[str, _LayerKind]]:
     """Layers of a file that can be measured alone at a batch size, with their names."""
     model = onnx.load(str(path))
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -181,10 +181,10 @@ def _layers(path: Path, batch: int) -> Iterator[tuple[str, _Layer]]:
         if layer.is_convolution:
             yield (
                 layer.name,
-                _Layer("Conv", _plain(layer.attributes), layer.inputs, layer.outputs, layer.kernel, shape[2:]),
+                _LayerKind("Conv", _plain(layer.attributes), layer.inputs, layer.outputs, layer.kernel, shape[2:]),
             )
         elif shape[-1] == layer.inputs and not layer.attributes.get("transA", 0):
-            yield layer.name, _Layer("MatMul", (), layer.inputs, layer.outputs, (), shape[1:-1])
+            yield layer.name, _LayerKind("MatMul", (), layer.inputs, layer.outputs, (), shape[1:-1])
 
 
 def _plain(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -91,7 +91,7 @@ class FollowedStatistics:
         elif self._trained(graph):
             self._again(graph, "weights have changed since the statistics were collected")
         else:
-            kept = kept_units(graph.pruning_history()[self._seen :], self._statistics.groups, self._roots)
+            kept = kept_by_history(graph.pruning_history()[self._seen :], self._statistics.groups, self._roots)
             self._statistics = self._statistics.narrow(kept)
             if misfit := self._misfit(graph):
                 self._again(graph, f"the model lost units that its pruning history does not tell of: {misfit}")
@@ -150,7 +150,7 @@ def _state(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def kept_units(
+def kept_by_history(
     history: Sequence[Sequence[Any]],
     groups: Sequence[UnitGroup],
     roots: dict[tuple[str, bool], tuple[str, list[int]]],

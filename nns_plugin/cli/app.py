@@ -112,7 +112,7 @@ def run(
         console.print(tables.trials(report))
     console.print(tables.comparison(report))
     console.print(tables.per_label(report))
-    console.print(tables.kept_units(report))
+    console.print(tables.kept_units_table(report))
     written = ", ".join((*FILES, *(("figures",) if figures else ())))
     console.print(f"written to {output}: {written}", highlight=False, markup=False)
     if not (report.baseline.parity.passed and report.subnet.parity.passed):

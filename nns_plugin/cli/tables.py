@@ -130,7 +130,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def kept_units(report: Report) -> Table:
+def kept_units_table(report: Report) -> Table:
     """How many units of each group are left."""
     table = Table(title="units")
     table.add_column("group")

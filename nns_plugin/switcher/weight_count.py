@@ -15,7 +15,7 @@ from nns_plugin.units import Port
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class _LayerWeights:
     """A layer's weights: G groups, each of which has a kernel between each of its in- and out-positions."""
 
     groups: int
@@ -42,7 +42,7 @@ class WeightCount:
             groups = module.groups if isinstance(module, Convolution) else 1
             read, written = (axis_length(module, side, name) for side in ("in", "out"))
             self._layers.append(
-                _Layer(
+                _LayerWeights(
                     groups,
                     weight_of(module).numel() * groups // (read * written),
                     read,

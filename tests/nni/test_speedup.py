@@ -21,7 +21,7 @@ import nni.compression.pruning as host  # noqa: E402
 
 from nns_plugin import calibrate  # noqa: E402
 from nns_plugin.adapters.nni import MeanWeightPruner, UngroupedLayersWarning, speedup, with_dependency_groups  # noqa: E402
-from nns_plugin.adapters.nni.dependency_groups import Layer  # noqa: E402
+from nns_plugin.adapters.nni.dependency_groups import GroupedLayer  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.compensation.options import Compensation  # noqa: E402
@@ -537,7 +537,7 @@ def test_embeddings_depthwise_transposed_and_norms_alone() -> None:
     ("units", "blocks"), [([0, 1, 2, 3], 1), ([0, 1, 0, 1], 2), ([4, 5, 6], 1), ([0, 0, 1, 1], 1), ([0, 1, 1, 0], 1)]
 )
 def test_blocks_that_lie_side_by_side(units: list[int], blocks: int) -> None:
-    assert Layer("layer", torch.tensor(units), (len(units),), 0).blocks == blocks
+    assert GroupedLayer("layer", torch.tensor(units), (len(units),), 0).blocks == blocks
 
 
 def test_group_ids_and_granularities_of_the_users_own(zoo: Any) -> None:

@@ -17,7 +17,7 @@ from onnx_graphs import W, X, linear, tensor, write  # noqa: E402
 
 from nns_plugin.adapters.onnxruntime.feeds import feeds_of, random_values  # noqa: E402
 from nns_plugin.adapters.onnxruntime.file import read_file  # noqa: E402
-from nns_plugin.adapters.onnxruntime.layers import Layer, odd_layers, read_layers  # noqa: E402
+from nns_plugin.adapters.onnxruntime.layers import OnnxLayer, odd_layers, read_layers  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import session_memory  # noqa: E402
 from nns_plugin.adapters.onnxruntime.profile import (  # noqa: E402
     _WARMUP,
@@ -61,8 +61,8 @@ def node(operator: str = "Conv", us: float = 1.0, name: str = "n", by: str = CPU
     return NodeTime(name, operator, by, us, (), (), operator in ("Conv", "Gemm", "MatMul"))
 
 
-def layer(operator: str = "Conv", channels: tuple[int, int] = (16, 16), name: str = "n") -> Layer:
-    return Layer(name, operator, "x", {}, *channels, (3, 3) if operator == "Conv" else (), 1)
+def layer(operator: str = "Conv", channels: tuple[int, int] = (16, 16), name: str = "n") -> OnnxLayer:
+    return OnnxLayer(name, operator, "x", {}, *channels, (3, 3) if operator == "Conv" else (), 1)
 
 
 def of(*nodes: NodeTime, provider: str = CPU) -> Profile:
@@ -190,7 +190,7 @@ def test_what_cannot_be_profiled(tmp_path: Path) -> None:
         (layer("MatMul", channels=(10, 16)), 8, True),
     ],
 )
-def test_odd_layers_have_channels_that_are_no_multiple(given: Layer, multiple: int, odd: bool) -> None:
+def test_odd_layers_have_channels_that_are_no_multiple(given: OnnxLayer, multiple: int, odd: bool) -> None:
     assert odd_layers([given], multiple) == ((given,) if odd else ())
     assert odd_layers([given]) == odd_layers([given], 16)
 
