@@ -26,7 +26,7 @@ from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_
 from nns_plugin.criteria.ties import separate_ties
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
 from nns_plugin.models.inputs import run_model
-from nns_plugin.models.layers import axis_length, out_axis, rows_of, spread
+from nns_plugin.models.layers import axis_length, broadcast_to_weight, by_output, out_axis
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
@@ -196,7 +196,7 @@ class CriterionPruner(_NormPruner):
                 return self._weight_metric(name, space)
             out = varying == out_axis(module) if len(shape) > 1 else True
             positions = self._positions(name, module, "out" if out else "in", scores)
-            full = None if positions is None else spread(module, positions, "out" if out else "in", shape)
+            full = None if positions is None else broadcast_to_weight(module, positions, "out" if out else "in", shape)
         else:
             positions = self._positions(name, module, "in" if space.type is TargetType.INPUT else "out", scores)
             length = -1 if positions is None else len(positions)
@@ -367,7 +367,7 @@ def _axis(module: nn.Module, side: str) -> int:
     """Number of positions that a layer reads, or writes or passes on."""
     weight = getattr(module, "weight", None)
     if side == "out" and isinstance(weight, Tensor):
-        return len(rows_of(module, weight))
+        return len(by_output(module, weight))
     return axis_length(module, side, type(module).__name__)
 
 

@@ -17,7 +17,7 @@ from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped
 from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups
 from nns_plugin.errors import PruningError
-from nns_plugin.models.layers import Transposed, out_axis, rows_of
+from nns_plugin.models.layers import TransposedConvolution, by_output, out_axis
 from nns_plugin.units import Port
 
 Config = dict[str, Any]
@@ -153,7 +153,7 @@ def _with_own_axis(module: nn.Module, config: Config, setting: Mapping[str, Any]
     if out_axis(module) and setting.get("granularity") == "default":
         targets = config.setdefault("target_settings", {})
         targets.setdefault("weight", {})["granularity"] = "in_channel"
-        if isinstance(module, Transposed):
+        if isinstance(module, TransposedConvolution):
             own = {"module_name": None, "target_name": "weight", "dims": [1]}
             targets.setdefault("bias", {}).setdefault("align", own)
 
@@ -168,7 +168,7 @@ def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[GroupedLayer]]:
     for port in ports:
         module = model.get_submodule(port.name)
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or len(rows_of(module, weight)) != port.index.numel():
+        if not isinstance(weight, Tensor) or len(by_output(module, weight)) != port.index.numel():
             continue
         axis = out_axis(module)
         shape = tuple(length if place == axis else 1 for place, length in enumerate(weight.shape))

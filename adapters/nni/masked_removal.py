@@ -21,11 +21,9 @@ from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups, groups_with_parameters
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import run_model, tensors_of
-from nns_plugin.models.layers import axis_length
+from nns_plugin.models.layers import axis_length, is_norm_over_units
 from nns_plugin.models.preserve import copied, preserved
 from nns_plugin.units import Port, UnitGroup, removed_positions
-
-NORMS = (nn.LayerNorm, nn.GroupNorm)  # their statistics are of other units as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,4 +187,4 @@ def _contradicted(
 
 
 def _passes_norm(model: nn.Module, ports: Sequence[Port]) -> bool:
-    return any(isinstance(model.get_submodule(port.name), NORMS) for port in ports)
+    return any(is_norm_over_units(model.get_submodule(port.name)) for port in ports)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import rows_of, spread
+from nns_plugin.models.layers import broadcast_to_weight, by_output
 from nns_plugin.units import Port, UnitGroup
 
 Masks = Mapping[str, Mapping[str, Tensor | None]]
@@ -22,7 +22,7 @@ def full_mask(module: nn.Module, name: str, mask: Tensor) -> Tensor:
 
 def masked_positions(module: nn.Module, mask: Tensor) -> Tensor:
     """Which out-positions of a module have no weight left, ``[out-positions]`` bool."""
-    rows = rows_of(module, full_mask(module, "weight", mask))
+    rows = by_output(module, full_mask(module, "weight", mask))
     return ~rows.reshape(len(rows), -1).any(1)
 
 
@@ -81,7 +81,7 @@ def silencing_masks(
                 if not isinstance(value, Tensor) or not gone.numel() or value.numel() == 1:  # one slope for all
                     continue
                 mask = found.setdefault(port.name, {}).setdefault(target, torch.ones(value.shape, dtype=torch.bool))
-                rows = torch.ones(len(rows_of(module, value)) if target == "weight" else len(value), dtype=torch.bool)
+                rows = torch.ones(len(by_output(module, value)) if target == "weight" else len(value), dtype=torch.bool)
                 rows[gone] = False
-                mask &= spread(module, rows, "out", value.shape) if target == "weight" else rows
+                mask &= broadcast_to_weight(module, rows, "out", value.shape) if target == "weight" else rows
     return found

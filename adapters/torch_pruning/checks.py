@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import map_tensors, run_model
+from nns_plugin.models.layers import (
+    Convolution,
+    broadcast_to_activation,
+    by_channel,
+    channel_axis,
+    is_depthwise,
+    is_norm_over_units,
+)
 from nns_plugin.units import Port, UnitGroup
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-MIXERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+MIXERS = (Convolution, nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 
 def misread(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> dict[str, str]:
@@ -73,19 +80,15 @@ class _Flow:
 
     def length(self, name: str, x: Tensor) -> int:
         """Number of positions of an activation of a module."""
-        return x.shape[1] if isinstance(self.modules[name], nn.modules.conv._ConvNd) else x.shape[-1]
+        return x.shape[channel_axis(self.modules[name])]
 
-    def along(self, name: str, values: Tensor, like: Tensor) -> Tensor:
-        """Values by position as a factor for an activation of a module."""
-        if isinstance(self.modules[name], nn.modules.conv._ConvNd):
-            return values.reshape(-1, *[1] * (like.dim() - 2))
-        return values
+    def scaled(self, name: str, x: Tensor, factors: Tensor) -> Tensor:
+        """An activation of a module times a factor for each position."""
+        return x * broadcast_to_activation(self.modules[name], factors.to(x), x.dim())
 
-    def by_position(self, name: str, gradient: Tensor) -> Tensor:
-        """``[positions, n]`` view of a module's gradient."""
-        if isinstance(self.modules[name], nn.modules.conv._ConvNd):
-            return gradient.transpose(0, 1).flatten(1)
-        return gradient.reshape(-1, gradient.shape[-1]).T
+    def by_channel(self, name: str, activation: Tensor) -> Tensor:
+        """``[positions, samples]`` of an activation of a module, or of its gradient."""
+        return by_channel(self.modules[name], activation)
 
 
 def _follows_codes(
@@ -96,7 +99,7 @@ def _follows_codes(
     for port in group.producers:
         for leaf in flow.writes.get(port.name, []):
             codes = _codes(group)[port.unit].to(leaf.device)[:, None]
-            plain, weighted = (flow.by_position(port.name, value)[port.index] for value in flow.coded[id(leaf)])
+            plain, weighted = (flow.by_channel(port.name, value)[port.index] for value in flow.coded[id(leaf)])
             slack = 1e-3 * plain.abs() + 1e-6 * plain.abs().amax()
             if bool(((weighted - codes * plain).abs() > slack).any()):
                 return False
@@ -115,7 +118,7 @@ def _code(flow: _Flow, weights: Mapping[str, list[Tensor]], groups: Sequence[Uni
                         codes[port.index] = _codes(group)[port.unit]
             products = x * weight
             plain = plain.to(x.device) + products.sum()
-            weighted = weighted.to(x.device) + (products * flow.along(name, codes.to(x), x)).sum()
+            weighted = weighted.to(x.device) + flow.scaled(name, products, codes).sum()
     leaves = [leaf for calls in flow.writes.values() for leaf in calls]
     for leaf, *gradients in zip(leaves, _gradients(plain, leaves), _gradients(weighted, leaves), strict=True):
         flow.coded[id(leaf)] = (gradients[0], gradients[1])
@@ -141,7 +144,7 @@ def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup,
         total = _read(flow, weights, port, port.index[chosen[port.unit]], outside)
         found = zip(leaves, _gradients(total, [leaf for _, leaf in leaves]), strict=True)
         return [
-            (producer.unit, (flow.by_position(name, gradient)[producer.index] != 0).any(1).cpu())
+            (producer.unit, (flow.by_channel(name, gradient)[producer.index] != 0).any(1).cpu())
             for (name, _), gradient in found
             for producer in group.producers
             if producer.name == name
@@ -175,7 +178,7 @@ def _silent_units(flow: _Flow, group: UnitGroup, port: Port) -> Tensor:
     """``[U]`` bool: units that a consumer reads as a constant, such as behind a ReLU that is never active."""
     silent = torch.ones(group.size, dtype=torch.bool)
     for x in flow.reads.get(port.name, []):
-        values = flow.by_position(port.name, x.detach())[port.index]
+        values = flow.by_channel(port.name, x.detach())[port.index]
         constant = (values == values[:, :1]).all(1) if values.shape[1] > 1 else (values == 0).all(1)
         silent[port.unit[~constant.cpu()]] = False
     return silent
@@ -187,7 +190,7 @@ def _read(flow: _Flow, weights: Mapping[str, list[Tensor]], port: Port, position
     for x, weight in zip(flow.reads.get(port.name, []), weights.get(port.name, []), strict=True):
         mask = torch.full((flow.length(port.name, x),), float(outside))
         mask[positions] = float(not outside)
-        total = total.to(x.device) + (x * weight * flow.along(port.name, mask.to(x), x)).sum()
+        total = total.to(x.device) + flow.scaled(port.name, x * weight, mask).sum()
     return total
 
 
@@ -196,7 +199,7 @@ def _reads_inputs(flow: _Flow, port: Port, inputs: Any) -> bool:
     values = (
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     )
-    axis = 1 if isinstance(flow.modules[port.name], nn.modules.conv._ConvNd) else -1
+    axis = channel_axis(flow.modules[port.name])
     for x in flow.reads.get(port.name, []):
         tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
         alike = [value for value in tensors if value.dim() == x.dim() and value.shape[axis] == x.shape[axis]]
@@ -222,10 +225,9 @@ def _recorded(model: nn.Module, groups: Sequence[UnitGroup]) -> Iterator[_Flow]:
     for name, module in modules.items():
         if name in consumers:
             hooks.append((module, "input", partial(_read_input, flow, name)))
-        depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
-        if isinstance(module, NORMS):
+        if is_norm_over_units(module):
             hooks.append((module, "output", _straight_through))
-        if isinstance(module, MIXERS) and not depthwise:
+        if isinstance(module, MIXERS) and not is_depthwise(module):
             hooks.append((module, "output", partial(_detached, flow, name)))
     with hooked(*hooks):
         yield flow

@@ -24,7 +24,7 @@ from nns_plugin.errors import GroupError
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import Port, UnitGroup
 
-ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
+ROOTS = (Convolution, nn.Linear, nn.LSTM)
 
 
 class UnusableGroupWarning(UserWarning):

@@ -17,6 +17,7 @@ from nns_plugin.adapters.torch_pruning.traced_group import trace_group
 from nns_plugin.adapters.torch_pruning.unit_removal import remove_units
 from nns_plugin.compensation.removals import Removal
 from nns_plugin.errors import GroupError
+from nns_plugin.models.layers import is_batch_norm
 from nns_plugin.units import UnitGroup, complement
 
 R = TypeVar("R", bound=Removal)
@@ -64,7 +65,7 @@ class PrunableGraph:
         """See the protocol."""
         node = self._graph.module2node.get(self.model.get_submodule(name))
         outputs = [] if node is None else node.outputs
-        if len(outputs) != 1 or not isinstance(outputs[0].module, nn.modules.batchnorm._BatchNorm):
+        if len(outputs) != 1 or not is_batch_norm(outputs[0].module):
             return None
         norm = outputs[0].module
         if norm.running_mean is None or len(outputs[0].inputs) != 1:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch_pruning.dependency.index_mapping import _SliceIndexMapping
 
 from nns_plugin.errors import GroupError
+from nns_plugin.models.layers import Convolution, TransposedConvolution, channel_groups, is_depthwise
 from nns_plugin.units import Port, UnitGroup, check_group, check_port
 
-CONSUMERS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
-PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
+CONSUMERS = (Convolution, nn.Linear, nn.LSTM)
+PRODUCERS = (Convolution, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
         raise GroupError(f"the root lists {roots} positions, but not 0..{roots - 1}; pass a full group")
     for item in host_group:
         module = item.dep.target.module
-        if isinstance(module, nn.modules.conv._ConvTransposeNd) and 1 < module.groups < module.out_channels:
+        if isinstance(module, TransposedConvolution) and module.groups > 1 and not is_depthwise(module):
             raise GroupError(
                 f"torch-pruning cuts {name_of(graph, item.dep)!r} wrongly, a grouped transposed convolution"
             )
@@ -151,8 +152,8 @@ def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
         return module.num_groups
     if isinstance(module, nn.MultiheadAttention):
         return int(module.num_heads)
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not _is_depthwise(module):
-        return module.groups
+    if channel_groups(module) > 1 and not is_depthwise(module):
+        return channel_groups(module)
     if isinstance(module, tp.ops._SplitOp) and module.split_sizes:
         if "sizes" in dep.target.grad_fn.name().lower():
             raise GroupError(f"it is split into sizes {module.split_sizes}, which the forward would not change")
@@ -199,10 +200,6 @@ def _is_parametrized(module: Any) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
-
-
 def _is_attention(dep: Any) -> bool:
     return isinstance(dep.target.module, nn.MultiheadAttention)
 
@@ -218,7 +215,7 @@ def _is_producer(graph: tp.DependencyGraph, dep: Any) -> bool:
     module = dep.target.module
     if not isinstance(module, PRODUCERS) or not graph.is_out_channel_pruning_fn(dep.handler):
         return False
-    return not _is_depthwise(module)
+    return not is_depthwise(module)
 
 
 def name_of(graph: tp.DependencyGraph, dep: Any) -> str:

@@ -26,7 +26,7 @@ from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.models.activations import execution_order
 from nns_plugin.models.batch_norms import recalibrate_batch_norms
 from nns_plugin.models.inputs import device_of, first_inputs, run_model, to_device
-from nns_plugin.models.layers import Convolution, axis_length, has_bias, weight_matrix
+from nns_plugin.models.layers import axis_length, has_bias, is_batch_norm, is_linear_or_convolution, unfolded_weight
 from nns_plugin.models.preserve import copied, in_evaluation, preserved
 from nns_plugin.statistics.statistics import Statistics
 
@@ -234,11 +234,11 @@ def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader:
     reasons = {}
     for name in names:
         module = model.get_submodule(name)
-        if not isinstance(module, (nn.Linear, Convolution)):
+        if not is_linear_or_convolution(module):
             reasons[name] = f"it is a {type(module).__name__}"
         elif calls.get(name, 0) != 1:
             reasons[name] = f"it runs {calls.get(name, 0)} times in a forward"
-        elif (depth := weight_matrix(module).shape[2]) > how.max_unfolded:
+        elif (depth := unfolded_weight(module).shape[2]) > how.max_unfolded:
             reasons[name] = f"its input unfolds to {depth} rows, more than max_unfolded={how.max_unfolded}"
     return reasons
 
@@ -246,7 +246,7 @@ def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader:
 def _recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any] | None) -> None:
     if loader is not None:
         recalibrate_batch_norms(model, loader)
-    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    elif any(is_batch_norm(module) for module in model.modules()):
         _warn(
             "batch norms keep the dense model's statistics: pass a loader to recalibrate them, or "
             "recalibrate_batch_norms=False to accept that"

@@ -15,15 +15,16 @@ from nns_plugin.compensation.plans import add_shift, exceeds
 from nns_plugin.models.activations import passage
 from nns_plugin.models.inputs import device_of, parse_batch, to_device
 from nns_plugin.models.layers import (
-    Convolution,
     Layout,
+    broadcast_to_activation,
+    channel_axis,
     channel_groups,
-    channel_matrix,
+    consumer_matrices,
     has_bias,
+    input_matrix,
+    kernel_share,
     padded_positions,
-    reading_matrices,
-    tap_share,
-    write_matrices,
+    set_consumer_matrices,
 )
 
 
@@ -61,8 +62,8 @@ class GroupMixing:
             Whether the weights were changed.
         """
         module, original = self.model.get_submodule(name), self.dense.get_submodule(name)
-        weights = reading_matrices(original, whole)
-        before = reading_matrices(module, narrow)
+        weights = consumer_matrices(original, whole)
+        before = consumer_matrices(module, narrow)
         if weights is None or before is None or channel_groups(module) != channel_groups(original):
             return False
         sums = self._sums(name, whole, narrow)
@@ -72,11 +73,11 @@ class GroupMixing:
         kept = torch.arange(outputs) if kept is None else kept
         taken = torch.cat([matrix @ part[:, :-1] for matrix, part in zip(weights, mix, strict=True)])[kept]
         shift = torch.cat([(matrix @ part[:, -1]).sum(1) for matrix, part in zip(weights, mix, strict=True)])
-        shift *= tap_share(module)
+        shift *= kernel_share(module)
         step = (shift - self.shifts.get(name, torch.zeros_like(shift)))[kept]
-        write_matrices(module, narrow, list(taken.chunk(len(before))))
+        set_consumer_matrices(module, list(taken.chunk(len(before))))
         if before[0].shape[1] > 1 and exceeds(self._errors(name, kept, before, narrow, step)):
-            write_matrices(module, narrow, before)
+            set_consumer_matrices(module, before)
             return False
         add_shift(module, norm, step)
         self.shifts[name] = shift
@@ -91,15 +92,15 @@ class GroupMixing:
         for number, item in enumerate(self.loader):
             inputs = to_device(parse_batch(item, number).inputs, device)
             dense, found = (passage(model, name, inputs).inputs for model in (self.dense, self.model))
-            sums.add(channel_matrix(module, narrow, found), channel_matrix(module, whole, dense))
+            sums.add(input_matrix(module, narrow, found), input_matrix(module, whole, dense))
             sums.inner[:, -1, -1] += found.shape[0] * padded_positions(module, found.shape[2:])
         return sums
 
     def _errors(self, name: str, kept: Tensor, before: list[Tensor], layout: Layout, step: Tensor) -> Tensor:
         """Squared errors ``[2]`` of the consumer's outputs, with its new weights and with those before."""
         module, device = self.model.get_submodule(name), device_of(self.model)
-        after = reading_matrices(module, layout) or []
-        axis = 1 if isinstance(module, Convolution) else -1
+        after = consumer_matrices(module, layout) or []
+        axis = channel_axis(module)
         errors = torch.zeros(2, dtype=torch.float64)
         for number, item in enumerate(self.loader):
             inputs = to_device(parse_batch(item, number).inputs, device)
@@ -107,9 +108,7 @@ class GroupMixing:
             reached = passage(self.model, name, inputs).inputs
             rises = (torch.zeros_like(step), step)
             for place, (matrices, rise) in enumerate(zip((before, after), rises, strict=True)):
-                write_matrices(module, layout, matrices)  # the new weights last: they are left there
-                shape = [1] * target.dim()
-                shape[axis] = -1
-                output = module(reached) + rise.to(target).reshape(shape)
+                set_consumer_matrices(module, matrices)  # the new weights last: they are left there
+                output = module(reached) + broadcast_to_activation(module, rise.to(target), target.dim())
                 errors[1 - place] += float((output - target).double().square().sum())
         return errors

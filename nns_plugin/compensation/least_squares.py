@@ -117,7 +117,7 @@ def take_over(weight: Tensor, mix: Tensor, kept: Tensor, removed: Tensor) -> tup
     """Weights of a consumer after its removed channels have been replaced by a mixture of the kept ones.
 
     Args:
-        weight: ``[O, K, C]`` reading matrix (see :func:`nns_plugin.models.layers.reading_matrices`).
+        weight: ``[O, K, C]`` reading matrix (see :func:`nns_plugin.models.layers.consumer_matrices`).
         mix: ``[R, kept + 1]`` from :func:`mixing`.
         kept: ``[kept]`` int64.
         removed: ``[R]`` int64.

@@ -18,11 +18,11 @@ from nns_plugin.models.layers import (
     Layout,
     add_to_bias,
     channel_groups,
+    consumer_matrices,
     has_bias,
-    reading_matrices,
-    tap_share,
+    kernel_share,
+    set_consumer_matrices,
     weight_of,
-    write_matrices,
 )
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.angles import Center
@@ -37,7 +37,7 @@ class Plan:
     """New weights of a consumer.
 
     Attributes:
-        matrices: As :func:`nns_plugin.models.layers.reading_matrices` gives them, 0 at channels that go.
+        matrices: As :func:`nns_plugin.models.layers.consumer_matrices` gives them, 0 at channels that go.
         shift: ``[O]`` float64, to be added to the outputs.
         nothing: The matrices of plain removal.
         is_worse: Whether the outputs err more on the calibration data than after plain removal; ``None`` where a
@@ -72,7 +72,7 @@ def plan_removal(
     Returns:
         The plan; ``None`` if the record has no Gram matrix or the consumer's weights are not understood.
     """
-    matrices = reading_matrices(module, record.layout)
+    matrices = consumer_matrices(module, record.layout)
     if matrices is None or record.gram is None:
         return None
     size = record.layout.slot.numel() // channel_groups(module)
@@ -91,7 +91,7 @@ def plan_removal(
         if not constant:
             mix[:, -1] = 0.0
         weight, shift = take_over(matrix, mix, kept, removed)
-        shift *= tap_share(module)
+        shift *= kernel_share(module)
         left = matrix.clone()
         left[:, :, removed] = 0.0
         changed.append(weight)
@@ -105,7 +105,7 @@ def plan_removal(
 
 def apply_plan(module: nn.Module, layout: Layout, plan: Plan, norm: nn.Module | None) -> None:
     """Write a plan into its consumer and, where that has no bias, into the batch norm that follows."""
-    write_matrices(module, layout, plan.matrices)
+    set_consumer_matrices(module, plan.matrices)
     add_shift(module, norm, plan.shift)
 
 
@@ -132,7 +132,7 @@ def worse_than_nothing(
     changes = {}
     for name, plan in plans.items():
         module, layout = model.get_submodule(name), statistics.records["in", name].layout
-        before = reading_matrices(module, layout) or []
+        before = consumer_matrices(module, layout) or []
         pairs = [(plan.matrices, plan.shift), (plan.nothing, torch.zeros_like(plan.shift))]
         changes[name] = [
             _layer_like(module, layout, [new - old for new, old in zip(after, before, strict=True)], shift)
@@ -176,6 +176,6 @@ def _errors(gram: Tensor, before: Tensor, after: Tensor, shift: Tensor, nothing:
 def _layer_like(module: nn.Module, layout: Layout, matrices: list[Tensor], shift: Tensor) -> nn.Module:
     """A layer like another one, whose weights and bias are the given ones."""
     layer = copy.deepcopy(module)
-    write_matrices(layer, layout, matrices)
+    set_consumer_matrices(layer, matrices)
     layer.bias = nn.Parameter(shift.to(weight_of(layer)))
     return layer

@@ -13,7 +13,15 @@ from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.activations import only_summed, passage
 from nns_plugin.models.inputs import device_of, parse_batch, to_device
-from nns_plugin.models.layers import has_bias, output_matrix, set_weight_matrix, unfolded, weight_matrix
+from nns_plugin.models.layers import (
+    broadcast_to_activation,
+    channel_axis,
+    has_bias,
+    output_matrix,
+    set_unfolded_weight,
+    unfolded_input,
+    unfolded_weight,
+)
 
 # A batch norm's channel is taken for switched off under this share of the median factor.
 WEAK = 1e-3
@@ -51,7 +59,7 @@ class Refitting:
             CalibrationError: If the loader is empty.
         """
         module = self.model.get_submodule(name)
-        weights = weight_matrix(module).double().cpu()
+        weights = unfolded_weight(module)
         prior = torch.cat([weights, torch.zeros(*weights.shape[:2], 1, dtype=torch.float64)], 2)
         if has_bias(module):
             prior[:, :, -1] = cast(Tensor, module.bias).detach().double().cpu().reshape(weights.shape[:2])
@@ -64,7 +72,7 @@ class Refitting:
         sums = self._sums(name, norm or name, kept, scale)
         solution = sums.solve(prior, has_bias(module) or norm is not None, self.ridge)
         chosen = solution if sums.error(solution) <= sums.error(prior) else prior
-        set_weight_matrix(module, chosen[:, :, :-1])
+        set_unfolded_weight(module, chosen[:, :, :-1])
         constant = chosen[:, :, -1].flatten()
         if has_bias(module):
             bias = cast(Tensor, module.bias)
@@ -76,8 +84,8 @@ class Refitting:
     def _sums(self, name: str, last: str, kept: Tensor, scale: Tensor) -> LeastSquares:
         """Of a consumer's real inputs with its targets, over the loader."""
         module, device = self.model.get_submodule(name), device_of(self.model)
-        groups, outputs, depth = weight_matrix(module).shape
-        axis = -1 if isinstance(module, nn.Linear) else 1
+        groups, outputs, depth = unfolded_weight(module).shape
+        axis = channel_axis(module)
         sums = LeastSquares.empty(groups, depth, outputs)
         added: str | None = None
         # A channel that the norm switches off, or nearly, cannot make up for anything.
@@ -92,9 +100,8 @@ class Refitting:
             target = dense.output.index_select(axis, kept.to(device))
             if dense.beside is not None and found.beside is not None:
                 gap = dense.beside.index_select(axis, kept.to(device)) - found.beside
-                per_channel = share if axis == -1 else share.reshape(-1, *[1] * (gap.dim() - 2))
-                target = target + gap * per_channel.to(gap)
-            sums.add(unfolded(module, found.inputs), output_matrix(module, target))
+                target = target + gap * broadcast_to_activation(module, share.to(gap), gap.dim())
+            sums.add(unfolded_input(module, found.inputs), output_matrix(module, target))
         if float(sums.inner[0, -1, -1]) == 0:
             raise CalibrationError("the loader yielded no inputs; refit needs at least one batch")
         return sums

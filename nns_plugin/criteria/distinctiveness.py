@@ -13,7 +13,7 @@ from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.criteria.elimination import Consumer, greedy_errors, output_energy
 from nns_plugin.criteria.incoming_weights import incoming_weights
 from nns_plugin.errors import CriterionError, StaleStatisticsError
-from nns_plugin.models.layers import channel_groups, reading_matrices
+from nns_plugin.models.layers import channel_groups, consumer_matrices
 from nns_plugin.selection import AngleRule, AngleSelection, keep_by_angle
 from nns_plugin.statistics.angles import Center, angles, centred, check_center, silent
 from nns_plugin.statistics.statistics import Record, Statistics
@@ -186,7 +186,7 @@ def consumers_of(
     Raises:
         StaleStatisticsError: If the weights have another shape than the record.
     """
-    matrices = reading_matrices(module, record.layout)
+    matrices = consumer_matrices(module, record.layout)
     if matrices is None or record.gram is None:
         return None
     groups = channel_groups(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import rows_of
+from nns_plugin.models.layers import by_output
 from nns_plugin.units import UnitGroup
 
 
@@ -39,4 +39,4 @@ def _rows(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    return rows_of(module, weight.detach()).double().cpu().flatten(1)
+    return by_output(module, weight.detach()).double().cpu().flatten(1)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.layers import is_batch_norm
 from nns_plugin.models.preserve import in_evaluation
 
 
@@ -30,7 +31,7 @@ def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: b
     Raises:
         CalibrationError: If the loader is empty; the statistics stay as they are then.
     """
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(is_batch_norm(module) for module in model.modules()):
         return
     batches = iter(tqdm(loader, desc="recalibrating batch norms", disable=not progress, leave=False))
     first = next(batches, None)
@@ -50,7 +51,7 @@ class _OnlyBatchNorms(nn.Module):
     def train(self, mode: bool = True) -> _OnlyBatchNorms:
         self.training = mode
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if is_batch_norm(module):
                 module.training = mode
         return self
 

@@ -19,7 +19,7 @@ from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import Batch, device_of, parse_batch, run_model, to_device
-from nns_plugin.models.layers import Layout, axis_length, channel_groups, padded_positions
+from nns_plugin.models.layers import Convolution, Layout, axis_length, channel_groups, padded_positions
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.reduction import Sums, add_batch, reduce_activation
 from nns_plugin.statistics.statistics import Key, Record, Statistics, distributed_sum, layout_of
@@ -283,7 +283,7 @@ def _collectors(
         layout = next((known for known in layouts if known.same(layout)), layout)
         layouts.append(layout)
         dimensions: int | None = 3 if hasattr(module, "batch_first") else None
-        if convolution := isinstance(module, nn.modules.conv._ConvNd):
+        if convolution := isinstance(module, Convolution):
             dimensions = len(module.kernel_size) + 2
         time_first = getattr(module, "batch_first", True) is False
         gram_groups = _gram_groups(module, side, layout, max_gram_units, name)

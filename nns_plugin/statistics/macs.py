@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import device_of, run_model, to_device
-from nns_plugin.models.layers import Convolution, Transposed, axis_length, weight_of
+from nns_plugin.models.layers import (
+    TransposedConvolution,
+    axis_length,
+    channel_axis,
+    is_linear_or_convolution,
+    weight_of,
+)
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import UnitGroup, role_ports
 
@@ -35,14 +41,15 @@ def layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
     def count(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         # Each input of a transposed convolution, each output of any other layer meets the rest of the weight.
-        values = x if isinstance(module, Transposed) else output
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        counts[name] = counts.get(name, 0) + values.numel() * weight_of(module).numel() // values.shape[axis]
+        values = x if isinstance(module, TransposedConvolution) else output
+        counts[name] = (
+            counts.get(name, 0) + values.numel() * weight_of(module).numel() // values.shape[channel_axis(module)]
+        )
 
     hooks: list[Hook] = [
         (module, "output", partial(count, name, module))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Convolution))
+        if is_linear_or_convolution(module)
     ]
     with hooked(*hooks), preserved(model), torch.no_grad():
         model.eval()

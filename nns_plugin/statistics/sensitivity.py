@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import device_of, map_tensors, parse_batch, run_model, to_device
-from nns_plugin.models.layers import Convolution
+from nns_plugin.models.layers import by_channel, is_linear_or_convolution
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import UnitGroup
 
@@ -41,7 +41,7 @@ def output_sensitivity(
     """
     names = dict.fromkeys(port.name for group in groups for port in group.consumers)
     consumers = {name: model.get_submodule(name) for name in names}
-    consumers = {name: module for name, module in consumers.items() if isinstance(module, (nn.Linear, Convolution))}
+    consumers = {name: module for name, module in consumers.items() if is_linear_or_convolution(module)}
     if not consumers:
         return {}
     sums: dict[str, Tensor] = {}
@@ -60,7 +60,7 @@ def output_sensitivity(
                 gradients = torch.autograd.grad(total, list(reached.values()), retain_graph=True, allow_unused=True)
                 for (name, output), gradient in zip(reached.items(), gradients, strict=True):
                     gradient = torch.zeros_like(output) if gradient is None else gradient
-                    squares = _by_channel(consumers[name], gradient.square())
+                    squares = by_channel(consumers[name], gradient.square().double()).sum(1).cpu()
                     sums[name] = sums.get(name, 0.0) + squares
                     elements[name] = elements.get(name, 0) + output.numel() // squares.numel()
     if not elements:
@@ -87,9 +87,3 @@ def _forward(
     if not scores:
         raise CalibrationError("no output of the model has a gradient; sensitivity cannot be measured")
     return reached, scores
-
-
-def _by_channel(module: nn.Module, values: Tensor) -> Tensor:
-    """Sums of a layer's outputs by channel, ``[O]`` float64 on the CPU."""
-    axis = values.dim() - 1 if isinstance(module, nn.Linear) else 1
-    return values.detach().double().sum([other for other in range(values.dim()) if other != axis]).cpu()

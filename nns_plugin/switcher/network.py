@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nns_plugin.backends import Backend
 from nns_plugin.errors import PruningError, SwitchError
-from nns_plugin.models.layers import Convolution, rows_of, weight_key, weight_of
+from nns_plugin.models.layers import Convolution, by_output, weight_key, weight_of
 from nns_plugin.models.preserve import copied
 from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.switcher.switches import Switch, UnswitchedWarning, find_switches, owns_weight
@@ -121,7 +121,7 @@ class SwitcherNetwork(nn.Module):
         self.reduce = nn.ModuleList()
         self.convolutional: RowNetwork | None = None
         if filters:
-            rows = [rows_of(layer, weight_of(layer)).flatten(1).shape for layer in self._filters.values()]
+            rows = [by_output(layer, weight_of(layer)).flatten(1).shape for layer in self._filters.values()]
             self.reduce.extend(nn.Linear(length, width) for _, length in rows)
             self.convolutional = RowNetwork(1, sum(count for count, _ in rows), width, channels, depth, normed)
         start = 0.0 if budget is None else LOW
@@ -193,7 +193,7 @@ class SwitcherNetwork(nn.Module):
                 rows[name, False] = output[: len(matrix)]
         if self.convolutional is not None:
             kernels = [
-                rows_of(layer, self._weight(weights, name, layer)).flatten(1) for name, layer in self._filters.items()
+                by_output(layer, self._weight(weights, name, layer)).flatten(1) for name, layer in self._filters.items()
             ]
             reduced = [layer(kernel) for layer, kernel in zip(self.reduce, kernels, strict=True)]
             parts = self.convolutional(torch.cat(reduced)[None])[0].split([len(kernel) for kernel in kernels])

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from nns_plugin.errors import SwitchError
 from nns_plugin.files import read_safetensors, write_safetensors
-from nns_plugin.models.layers import axis_length, weight_key, weight_of
+from nns_plugin.models.layers import axis_length, broadcast_to_weight, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-from nns_plugin.switcher.switches import Switch, scaled_columns
+<<<<<<< HEAD
+from nns_plugin.switcher.switches import Switch
+=======
+from nns_plugin.switcher.selected import selected
+from nns_plugin.switcher.switches import Switch
+from nns_plugin.synapses.compaction import compact
+>>>>>>> 06f1f7c (x)
 from nns_plugin.units import Port
 
 FORMAT = "nns-plugin scaling factors 1"
@@ -85,7 +91,8 @@ class ScalingFactors(Mapping[str, Tensor]):
         for name, factors in self._by_layer(model).items():
             module = model.get_submodule(name)
             key = weight_key(name)
-            found[key] = scaled_columns(module, weight_of(module) if weights is None else weights[key], factors)
+            weight = weight_of(module) if weights is None else weights[key]
+            found[key] = weight * broadcast_to_weight(module, factors, "in", weight.shape)
         return found
 
     def _by_layer(self, model: nn.Module) -> dict[str, Tensor]:

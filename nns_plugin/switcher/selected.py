@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import narrow_columns
+from nns_plugin.models.layers import narrow_inputs
 from nns_plugin.models.preserve import copied
 
 
@@ -51,7 +51,7 @@ def selected(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, dict[st
             continue
         used[0] |= not bool(used.any())
         found[name] = used.nonzero().flatten().cpu()
-        narrow_columns(layer, found[name])
+        narrow_inputs(layer, found[name])
         narrow = Selected(layer, found[name]).train(layer.training)
         if not name:
             return narrow, found

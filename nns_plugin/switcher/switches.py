@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of, tensors_of
-from nns_plugin.models.layers import Convolution, Transposed, axis_length, weight_key, weight_of
+from nns_plugin.models.layers import axis_length, is_linear_or_convolution, weight_key, weight_of
 from nns_plugin.models.preserve import copied
 from nns_plugin.synapses.input_selection import input_consumers
 from nns_plugin.synapses.masks import synapse_layers
@@ -109,7 +109,7 @@ def owns_weight(model: nn.Module, name: str) -> bool:
 
 def _of_group(model: nn.Module, group: UnitGroup) -> Switch:
     ports = [(model.get_submodule(port.name), port) for port in group.consumers]
-    known = all(isinstance(layer, (nn.Linear, Convolution)) for layer, _ in ports)
+    known = all(is_linear_or_convolution(layer) for layer, _ in ports)
     positions = tuple(axis_length(layer, "in", port.name) for layer, port in ports) if known else ()
     return Switch(group.name, group.size, group.consumers, group.producers, positions)
 
@@ -135,22 +135,3 @@ def _flattened(model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
 def _positions(model: nn.Module, name: str) -> Switch:
     places = torch.arange(weight_of(model.get_submodule(name)).shape[1])
     return Switch(inputs_of(name), places.numel(), (Port(name, places, places),), (), (places.numel(),))
-
-
-def scaled_columns(module: nn.Module, weight: Tensor, factors: Tensor) -> Tensor:
-    """A layer's weight with the columns of each in-position multiplied by a factor.
-
-    Args:
-        module: The layer.
-        weight: Its weight, or other values of that shape.
-        factors: ``[in-positions]``.
-    """
-    if isinstance(module, nn.Linear):
-        return weight * factors
-    if isinstance(module, Transposed):
-        return weight * factors.reshape(-1, *[1] * (weight.dim() - 1))
-    assert isinstance(module, Convolution)
-    parts = weight.unflatten(0, (module.groups, -1))  # [G, O / G, I / G, K...]
-    shape = (module.groups, 1, -1, *[1] * (weight.dim() - 2))
-    scaled: Tensor = (parts * factors.reshape(shape)).flatten(0, 1)
-    return scaled

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Convolution, axis_length, weight_of
+from nns_plugin.models.layers import axis_length, channel_groups, weight_of
 from nns_plugin.switcher.switches import Switch
 from nns_plugin.synapses.masks import synapse_layers
 from nns_plugin.units import Port
@@ -39,7 +39,7 @@ class WeightCount:
         producers = [(switch.name, port) for switch in switches for port in switch.producers]
         self._layers = []
         for name, module in synapse_layers(model).items():
-            groups = module.groups if isinstance(module, Convolution) else 1
+            groups = channel_groups(module)
             read, written = (axis_length(module, side, name) for side in ("in", "out"))
             self._layers.append(
                 _LayerWeights(

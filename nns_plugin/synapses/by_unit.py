@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.models.layers import Convolution, Transposed, rows_of, synapse_axis
-from nns_plugin.units import Port, UnitGroup
+from nns_plugin.models.layers import by_input, by_output, input_weight_names, is_linear_or_convolution, weight_axis
+from nns_plugin.units import Port, UnitGroup, role_ports
 
 
 def summed_synapses(model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -35,7 +35,7 @@ def incoming_synapses(
     for port in group.producers:
         module = model.get_submodule(port.name)
         weight = None if isinstance(module, nn.RNNBase) else values.get(f"{port.name}.weight")
-        found.append(None if weight is None else _by_unit(rows_of(module, weight), port, group.size))
+        found.append(None if weight is None else _by_unit(by_output(module, weight), port, group.size))
     return found
 
 
@@ -61,22 +61,11 @@ def _by_unit(positions: Tensor, port: Port, size: int) -> tuple[Tensor, Tensor]:
 def _columns(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tensor | None:
     """Values of the weights that read each in-position, ``[in-positions, D]``."""
     if isinstance(module, nn.RNNBase):
-        directions = ("", "_reverse") if module.bidirectional else ("",)
-        found = [
-            values[key] for key in (f"{name}.weight_ih_l0{direction}" for direction in directions) if key in values
-        ]
-        return torch.cat(found).T if len(found) == len(directions) else None
+        weights = [values.get(f"{name}.{weight}") for weight in input_weight_names(module)]
+        known = [weight for weight in weights if weight is not None]
+        return torch.cat(known).T if len(known) == len(weights) else None
     weight = values.get(f"{name}.weight")
-    if weight is None:
-        return None
-    if isinstance(module, nn.Linear):
-        return weight.T
-    if isinstance(module, Transposed):
-        return weight
-    if isinstance(module, Convolution):  # [O, C / G, K...]
-        parts = weight.reshape(module.groups, -1, *weight.shape[1:])
-        return parts.transpose(1, 2).flatten(0, 1)
-    return None
+    return by_input(module, weight) if weight is not None and is_linear_or_convolution(module) else None
 
 
 def scores_by_unit(
@@ -98,12 +87,11 @@ def scores_by_unit(
     found = {name: torch.full_like(there[f"{name}.weight"], torch.inf) for name in scores}
     for group in groups:
         total = sum((sums for sums, _ in summed_synapses(model, group, there)), torch.zeros(group.size).double())
-        for ports, is_out in ((group.producers, True), (group.consumers, False)):
-            for port in ports:
-                axis = synapse_axis(model.get_submodule(port.name), is_out)
-                if port.name in found and axis is not None:
-                    limit = found[port.name].movedim(axis, -1)
-                    limit[..., port.index] = torch.minimum(limit[..., port.index], total[port.unit].to(limit))
+        for side, port in role_ports(group):
+            axis = weight_axis(model.get_submodule(port.name), side)
+            if port.name in found and axis is not None:
+                limit = found[port.name].movedim(axis, -1)
+                limit[..., port.index] = torch.minimum(limit[..., port.index], total[port.unit].to(limit))
     return {
         name: torch.where(limit.isinf(), there[f"{name}.weight"], limit + 1e-6 * there[f"{name}.weight"])
         for name, limit in found.items()

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.inputs import device_of, map_tensors, run_model, tensors_of
-from nns_plugin.models.layers import Convolution, weight_of
+from nns_plugin.models.layers import is_linear_or_convolution, weight_of
 from nns_plugin.models.preserve import copied, preserved_rng
 from nns_plugin.synapses.dead_units import without_dead_units
 from nns_plugin.synapses.input_selection import InputSelection, narrowed_to_used
@@ -137,5 +137,5 @@ def permanent(model: nn.Module) -> nn.Module:
 
 def count_synapses(model: nn.Module) -> int:
     """Number of weights of linear and convolutional layers that are not 0; biases are no synapses."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Convolution))]
+    layers = [module for module in model.modules() if is_linear_or_convolution(module)]
     return sum(int(weight_of(module).count_nonzero()) for module in layers)

@@ -17,10 +17,11 @@ from nns_plugin.models.comparison import same_outputs
 from nns_plugin.models.inputs import device_of, to_device
 from nns_plugin.models.layers import (
     add_to_bias,
+    by_channel,
     has_bias,
     is_plain_convolution,
     padded_positions,
-    synapse_axis,
+    weight_axis,
     weight_of,
 )
 from nns_plugin.models.preserve import copied, preserved
@@ -108,13 +109,13 @@ def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.
     found: list[Callable[[nn.Module], None]] = []
     if read is not None:
         for port in group.producers:
-            module, axis = _layer(model, port, is_out=True)
+            module, axis = _layer(model, port, side="out")
             places = port.index[~read[port.unit]]
             if module is not None and bool(_slices(module, axis, places).count_nonzero()):
                 found.append(partial(_zero, name=port.name, axis=axis, places=places))
     if written is not None and not bool(written.all()):
         for port in group.consumers:
-            module, axis = _layer(model, port, is_out=False)
+            module, axis = _layer(model, port, side="in")
             if module is None:
                 continue
             constants = _constants(model, port, inputs)
@@ -147,10 +148,10 @@ def _wired(model: nn.Module, group: UnitGroup) -> tuple[Tensor | None, Tensor | 
     return written, read
 
 
-def _layer(model: nn.Module, port: Port, is_out: bool) -> tuple[nn.Module | None, int]:
+def _layer(model: nn.Module, port: Port, side: str) -> tuple[nn.Module | None, int]:
     """The module of a port and the axis of its weight that the port counts; ``None`` if its weight has no such axis."""
     module = model.get_submodule(port.name)
-    axis = synapse_axis(module, is_out)
+    axis = weight_axis(module, side)
     return (None, 0) if axis is None else (module, axis)
 
 
@@ -178,7 +179,7 @@ def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
     module = model.get_submodule(port.name)
     with preserved(model), torch.no_grad():
         values = tap(model.eval(), port.name, to_device(inputs, device_of(model)))
-    values = values.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1).double()
+    values = by_channel(module, values).double()
     low, high = values.amin(1), values.amax(1)
     return torch.where(high - low <= 1e-12 * (1 + high.abs()), (low + high) / 2, torch.nan)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nns_plugin.models.comparison import same_outputs
 from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import run_model
-from nns_plugin.models.layers import is_plain_convolution, narrow_columns, weight_of
+from nns_plugin.models.layers import channel_axis, is_plain_convolution, narrow_inputs, weight_of
 from nns_plugin.models.preserve import copied, preserved
 
 
@@ -76,7 +76,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
         used[0] = True
     selection = InputSelection(used.nonzero().flatten().cpu(), used.numel(), axis, flat)
     for module, _, _ in consumers:
-        narrow_columns(module, selection.indices)
+        narrow_inputs(module, selection.indices)
     try:
         same = same_outputs(model, small, inputs, selection(inputs))
     except (RuntimeError, ValueError, IndexError):  # a forward that wants its inputs' shape as it was
@@ -103,10 +103,9 @@ def input_consumers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple
     found: dict[nn.Module, tuple[bool, int]] = {}
 
     def look(module: nn.Module, x: Any) -> None:
-        axis = -1 if isinstance(module, nn.Linear) else 1
         for flat, values in ((False, wanted), (True, wanted.flatten(1))):
             if isinstance(x, Tensor) and x.shape == values.shape and torch.equal(x, values):
-                found.setdefault(module, (flat and wanted.dim() > 2, axis))
+                found.setdefault(module, (flat and wanted.dim() > 2, channel_axis(module)))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) or is_plain_convolution(module)]
     hooks: list[Hook] = [(module, "input", partial(look, module)) for module in layers]

@@ -11,9 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from nns_plugin.errors import PruningError
-from nns_plugin.models.layers import Convolution, weight_of
-
-SYNAPSES = (nn.Linear, Convolution)
+from nns_plugin.models.layers import is_linear_or_convolution, weight_of
 
 
 def synapse_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,7 +22,7 @@ def synapse_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, SYNAPSES) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if is_linear_or_convolution(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
 
 

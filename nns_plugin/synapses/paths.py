@@ -12,7 +12,7 @@ from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.activations import tap
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
-from nns_plugin.models.layers import Transposed, weight_of
+from nns_plugin.models.layers import by_output, channel_groups, weight_of
 from nns_plugin.models.preserve import copied, preserved
 from nns_plugin.synapses.compaction import permanent
 from nns_plugin.synapses.masks import synapse_layers
@@ -73,12 +73,11 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | N
 
 def _matrix(name: str, module: nn.Module) -> Tensor:
     """Which in-positions each out-position reads, ``[O, I]`` bool."""
-    groups = getattr(module, "groups", 1)
+    groups = channel_groups(module)
     if groups != 1:
         raise PruningError(f"{name!r} reads its channels in {groups} groups; paths go through whole layers")
-    weight = weight_of(module).detach().cpu()
-    weight = weight.transpose(0, 1) if isinstance(module, Transposed) else weight
-    return (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+    there = by_output(module, weight_of(module).detach().cpu()) != 0
+    return there.flatten(2).any(2) if there.dim() > 2 else there
 
 
 def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,30 +13,6 @@ from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.compensation.refit import Refitting
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.activations import passage
-from nns_plugin.models.layers import output_matrix, set_weight_matrix, unfolded, weight_matrix
-
-LAYERS = [
-    (nn.Linear(5, 3), (7, 4, 5)),
-    (nn.Conv1d(4, 6, 3, padding=1, stride=2, groups=2), (3, 4, 11)),
-    (nn.Conv2d(4, 6, 3, padding=2, dilation=2), (3, 4, 9, 8)),
-    (nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"), (3, 4, 9, 8)),
-    (nn.Conv3d(4, 6, (3, 2, 1), padding=1, stride=(1, 2, 1)), (3, 4, 5, 6, 4)),
-    (nn.ConvTranspose1d(4, 6, 3, stride=3, dilation=2), (3, 4, 5)),
-    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (3, 4, 5, 6)),
-]
-
-
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
-def test_a_layer_is_a_matrix_product(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    with torch.no_grad():
-        weights = weight_matrix(layer)
-        expected = output_matrix(layer, layer(x))
-        bias = layer.bias.reshape(weights.shape[0], -1, 1)
-        torch.testing.assert_close(weights @ unfolded(layer, x) + bias, expected, atol=1e-5, rtol=1e-5)
-        before = layer.weight.clone()
-        set_weight_matrix(layer, weights)
-    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("constant", [True, False])
