@@ -21,6 +21,7 @@ from nns_plugin.adapters.torch_pruning.traced_group import (
     trace_group,
 )
 from nns_plugin.errors import GroupError
+from nns_plugin.models.layers import Convolution
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import Port, UnitGroup
 

@@ -15,13 +15,7 @@ from nns_plugin.errors import SwitchError
 from nns_plugin.files import read_safetensors, write_safetensors
 from nns_plugin.models.layers import axis_length, broadcast_to_weight, weight_key, weight_of
 from nns_plugin.models.preserve import copied
-<<<<<<< HEAD
 from nns_plugin.switcher.switches import Switch
-=======
-from nns_plugin.switcher.selected import selected
-from nns_plugin.switcher.switches import Switch
-from nns_plugin.synapses.compaction import compact
->>>>>>> 06f1f7c (x)
 from nns_plugin.units import Port
 
 FORMAT = "nns-plugin scaling factors 1"
