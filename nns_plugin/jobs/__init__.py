@@ -1,9 +1,3 @@
-"""What people ask for, made of the parts: needs the extra ``cli``."""
+"""What the command line does, callable from Python; each file says which extra it needs when that is missing."""
 
-from importlib.util import find_spec
-
-from nns_plugin.errors import MissingExtraError
-
-for _module, _extra in (("pydantic", "cli"), ("sklearn", "cli"), ("yaml", "cli")):
-    if find_spec(_module) is None:
-        raise MissingExtraError(_module, _extra)
+__all__: list[str] = []

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nns_plugin.errors import RecipeError
+from nns_plugin.errors import MissingExtraError, RecipeError
 
 OPTIONAL = ("train", "validation")
 
@@ -100,7 +98,15 @@ def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Data
         seed: Of the split and of the order of the training batches.
         batch_size: Inputs a batch.
         test_share: Share of the digits held out.
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
     """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("sklearn", "cli") from error
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     places = range(len(labels))

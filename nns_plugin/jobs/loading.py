@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from nns_plugin.errors import NNSError, RecipeError
+from nns_plugin.errors import MissingExtraError, NNSError, RecipeError
 from nns_plugin.jobs.recipe import SELECTIONS, TARGETS, TOGETHER, WEIGHTS, ExtractionSection, Recipe
+
+try:
+    import yaml
+    from pydantic import ValidationError
+except ModuleNotFoundError as error:
+    raise MissingExtraError(error.name or "yaml", "cli") from error
 
 
 def check_extraction(**fields: Any) -> ExtractionSection:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
-
 from nns_plugin.compensation.least_squares import Merge
 from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.criteria import available
+from nns_plugin.errors import MissingExtraError
 from nns_plugin.selection import Complement
 from nns_plugin.subnets.steps import Head
+
+try:
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        StrictInt,
+        StrictStr,
+        field_validator,
+        model_validator,
+    )
+except ModuleNotFoundError as error:
+    raise MissingExtraError("pydantic", "cli") from error
 
 CONFIDENCE = 0.95
 ROUNDINGS = (1, 8, 16)

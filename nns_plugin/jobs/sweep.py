@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tqdm.auto import tqdm
 
-from nns_plugin.errors import RecipeError, SweepError
+from nns_plugin.errors import MissingExtraError, RecipeError, SweepError
 from nns_plugin.jobs.loading import load_recipe
 from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection
 from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
+
+try:
+    import yaml
+except ModuleNotFoundError as error:
+    raise MissingExtraError("yaml", "cli") from error
 
 if TYPE_CHECKING:  # needs the extra nni
     from nns_plugin.adapters.nni_engine.experiment import Ended

@@ -23,7 +23,7 @@ def run(*arguments: str) -> int:
 
 
 @pytest.mark.host("onnxruntime")
-def test_a_search_within_a_budget_is_told_trial_by_trial(
+def test_a_search_within_a_budget_reports_every_trial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
@@ -33,7 +33,7 @@ def test_a_search_within_a_budget_is_told_trial_by_trial(
     assert run("run", "--labels", "3,5", "--max-drop", "0.05", *given, "--quiet", "--output", str(output)) == 0
     printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert "drop at 95 % at most, points" in printed
+    assert "drop at most, points (95 % confidence)" in printed
     assert len(report["trials"]) > 3
     for trial in report["trials"]:
         assert trial["within"] == (trial["drop_bound"] <= 0.05)
@@ -56,7 +56,7 @@ def test_run_prints_every_number_and_writes_every_file(
     assert run("run", "--labels", "1,8", "--ratio", "0.3", "--quiet", "--output", str(output)) == 0
     printed = capsys.readouterr().out
     for text in (
-        "parameters", "MACs", "ONNX file", "latency p50", "latency p90", "mean balanced accuracy",
+        "parameters", "MACs", "ONNX file", "p50 latency", "p90 latency", "mean balanced accuracy",
         "closed-set accuracy",
         "open-set accuracy", "parity", "recall", "false pos.", "balanced acc.", "AUROC", "worst label",
     ):  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_doctor_tells_versions_and_criteria(
+def test_doctor_shows_versions_and_criteria(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -104,7 +104,7 @@ def test_doctor_tells_versions_and_criteria(
 
 
 @pytest.mark.host("onnxruntime")
-def test_doctor_asks_a_real_session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_queries_a_real_session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     run("doctor")
     assert "CPUExecutionProvider" in capsys.readouterr().out

@@ -308,7 +308,7 @@ def test_stopped_at_any_time_it_leaves_no_process(tmp_path: Path, number: int, m
     assert "Traceback" not in told
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on from there" in told
+        assert "rerun to resume" in told
 
 
 def command(process: Any) -> list[str]:

@@ -36,7 +36,8 @@ from validate_models import (
 
 from nns_plugin.adapters.onnxruntime import comparison as onnx_compare
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory
-from nns_plugin.jobs import output, validation
+from nns_plugin.jobs import output
+from nns_plugin.jobs.validation import writing
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -136,9 +137,9 @@ def test_all_reports_tell_the_same(
     assert conditions_told in properties["latency.batch 3"]
 
     lines = read_markdown(tmp_path)
-    assert lines[0] == f"# FAIL: `{candidate}` beside `{baseline}`"
+    assert lines[0] == f"# FAIL: `{candidate}` against `{baseline}`"
     assert f"| **FAIL** | accuracy: max_label_drop, bee | {texts[1]} |" in lines
-    assert f"![both distributions of latency]({FILES[3]})" in lines
+    assert f"![latency distributions]({FILES[3]})" in lines
     assert any(digest(candidate) in line for line in lines)
 
     picture = (tmp_path / FILES[3]).read_bytes()
@@ -241,7 +242,7 @@ def test_rounding_is_suggested_for_odd_channels_only(tmp_path: Path, capsys: pyt
     assert sum(line.startswith("| second |") for line in read_markdown(tmp_path)) == 2
     assert validate(even, even, "--suggest-rounding", *reports(tmp_path)) == 0
     assert read_json(tmp_path)["rounding"] == []
-    assert any(line.startswith("All channels are multiples of 16") for line in read_markdown(tmp_path))
+    assert any(line.startswith("- All channels are multiples of 16") for line in read_markdown(tmp_path))
 
 
 # Bad input ------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_on_bad_input_the_reports_say_so_in_place_of_older_ones(
     (error,) = suite.findall("testcase/error")
     assert (suite.get("tests"), error.get("type"), error.get("message")) == ("1", kind, line)
     summary = read_markdown(tmp_path)
-    assert summary[0] == f"# ERROR: `{bad}` beside `{good}`"
+    assert summary[0] == f"# ERROR: `{bad}` against `{good}`"
     assert summary[-1] == line
 
 
@@ -350,7 +351,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_ones(
     for name in FILES[:3]:
         (tmp_path / name).write_text("old", encoding="utf-8")
     names = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(validation, "latency_figure", lambda *_: Broken())
+    monkeypatch.setattr(writing, "latency_figure", lambda *_: Broken())
     assert validate(path, path, *reports(tmp_path)) == (2 if isinstance(error, OSError) else 1)
     assert str(error.args[-1]) in complaint(capsys)
     assert sorted(tmp_path.iterdir()) == names

@@ -39,7 +39,7 @@ from validate_models import (  # noqa: E402
 from nns_plugin.adapters.onnxruntime import comparison as onnx_compare  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory, session_memory  # noqa: E402
 from nns_plugin.cli import main  # noqa: E402
-from nns_plugin.jobs import validation  # noqa: E402
+from nns_plugin.jobs.validation import judging  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -149,7 +149,7 @@ def test_the_names_in_a_file_are_its_own_whatever_the_recipe_calls_them(
     capsys.readouterr()
     strange = linear(tmp_path / "strange.onnx", labels=["ant", "bee", "yak"])
     assert validate(strange, strange, *given) == 2
-    assert "has the labels ['ant', 'bee', 'yak'], the recipe's data ['cat'] besides" in complaint(capsys)
+    assert "has the labels ['ant', 'bee', 'yak'], but the recipe's data also ['cat']" in complaint(capsys)
     assert validate(turned, turned, "--candidate-labels", "ant,bee,cat") == 2
     assert "says that its labels are ['cat', 'ant', 'bee'], but" in complaint(capsys)
 
@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_leaves_no_older_verdict(
     path = linear(tmp_path / "a.onnx")
     (tmp_path / "out.json").write_text('{"passed": true}', encoding="utf-8")
     (tmp_path / "out.png").write_bytes(b"old")
-    monkeypatch.setattr(validation, "compare", stopped)
+    monkeypatch.setattr(judging, "compare", stopped)
     given = ["validate", path, path, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png"]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main([str(part) for part in given])
