@@ -81,7 +81,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("--atol -1", "atol is -1.0"),
         ("--max-accuracy-drop 0.1", "max_accuracy_drop and max_label_drop need inputs with labels"),
         ("--max-label-drop 0.1", "max_accuracy_drop and max_label_drop need inputs with labels"),
-        ("--subnet nowhere.safetensors", "a subnet needs the recipe that it was made with"),
+        ("--subnet nowhere.safetensors", "subnet needs the recipe that it was made with"),
         ("--recipe nowhere.yaml", "nowhere.yaml: cannot be read"),
     ],
 )
@@ -289,7 +289,7 @@ def test_a_subnet_may_have_been_exported_with_other_names(job: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "arguments", "text"),
     [
-        ({}, ("--data", "data.npz"), "data and a recipe exclude each other"),
+        ({}, ("--data", "data.npz"), "data and recipe exclude each other"),
         ({}, ("--subnet", "nowhere.safetensors"), "there is no file 'nowhere.safetensors'"),
         ({"labels": ["fox"]}, (), "label 'fox' does not exist"),
         ({"measure": {"batch": 0}}, (), "field 'measure.batch': found 0"),
