@@ -71,9 +71,8 @@ class Refitting:
             scale = _factor(own)
         sums = self._sums(name, norm or name, kept, scale)
         solution = sums.solve(prior, has_bias(module) or norm is not None, self.ridge)
-        chosen = solution if sums.error(solution) <= sums.error(prior) else prior
-        set_unfolded_weight(module, chosen[:, :, :-1])
-        constant = chosen[:, :, -1].flatten()
+        set_unfolded_weight(module, solution[:, :, :-1])
+        constant = solution[:, :, -1].flatten()
         if has_bias(module):
             bias = cast(Tensor, module.bias)
             bias.copy_(constant)
