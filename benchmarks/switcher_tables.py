@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from nns_plugin.errors import SwitchError, TrainingError
 from nns_plugin.switcher.network import AllOffWarning, SwitcherNetwork
+from nns_plugin.switcher.options import SwitchedTrainingOptions
 from nns_plugin.switcher.removal import switch_off
 from nns_plugin.switcher.training import Epoch, train_switched
 
@@ -41,15 +42,15 @@ SEPARATE_RATE = 1e-3  # with 3e-3 one of three trainings collapses
 SEPARATE_EPOCHS = 2  # with a step of the switcher for each batch, about as many as in alternate training
 MOVED = 0.7
 GOAL, GOAL_REMOVED = 98.4, 0.75
-LITERAL: dict[str, Any] = {"task_steps": 1, "gather": False, "second_term": float("inf")}
+LITERAL: dict[str, Any] = {"task_steps": 1, "gather_gradients": False, "max_second_term": float("inf")}
 # What else was tried, on the MLP: changes to the default, and whether weights start as PyTorch's do.
 TRIED: dict[str, tuple[dict[str, Any], bool]] = {
     "default": ({}, False),
-    "no second term": ({"second_term": 0.0}, False),
-    "second term without limit": ({"second_term": float("inf")}, False),
-    "the switcher's own steps, on one batch": ({"gather": False}, False),
+    "no second term": ({"max_second_term": 0.0}, False),
+    "second term without limit": ({"max_second_term": float("inf")}, False),
+    "the switcher's own steps, on one batch": ({"gather_gradients": False}, False),
     "no budget, thresholds learned": ({"budget": None}, False),
-    "own steps and no budget": ({"gather": False, "budget": None}, False),
+    "own steps and no budget": ({"gather_gradients": False, "budget": None}, False),
     "weights start as PyTorch's": ({}, True),
     "literal form, 20 steps a turn": ({"form": "literal", "task_steps": TASK_STEPS}, False),
 }
@@ -200,11 +201,13 @@ def switched(
         switcher,
         optimizer=optimizer,
         switcher_optimizer=own,
-        schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(found, epochs) for found in trained],
-        patience=None,
-        epochs=epochs,
-        alternate=alternate,
-        **{**(LITERAL if literal else {"task_steps": TASK_STEPS}), **changes},
+        options=SwitchedTrainingOptions(
+            epochs=epochs,
+            alternate=alternate,
+            patience=None,
+            schedulers=[torch.optim.lr_scheduler.CosineAnnealingLR(found, epochs) for found in trained],
+            **{**(LITERAL if literal else {"task_steps": TASK_STEPS}), **changes},
+        ),
     )
     small = switch_off(model, result.factors, batches.inputs[:2])
     first = next(iter(values for name, values in result.factors.items() if name.startswith("inputs of")))

@@ -1,6 +1,7 @@
 """The switcher: a network that reads another network's weights and learns a scaling factor for each unit."""
 
 from nns_plugin.switcher.network import AllOffWarning, SwitcherNetwork
+from nns_plugin.switcher.options import SwitchedTrainingOptions
 from nns_plugin.switcher.removal import SwitchedOff, switch_off
 from nns_plugin.switcher.scaling_factors import Counts, ScalingFactors, fold
 from nns_plugin.switcher.switches import Switch, UnswitchedWarning, find_switches
@@ -14,6 +15,7 @@ __all__ = [
     "Switch",
     "Switched",
     "SwitchedOff",
+    "SwitchedTrainingOptions",
     "SwitcherNetwork",
     "UnswitchedWarning",
     "find_switches",

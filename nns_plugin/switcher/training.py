@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CheckpointError, PruningError
 from nns_plugin.models.preserve import preserved_modes
 from nns_plugin.switcher.checkpoint import TrainingState
 from nns_plugin.switcher.network import SwitcherNetwork
+from nns_plugin.switcher.options import SwitchedTrainingOptions
 from nns_plugin.switcher.scaling_factors import Counts, ScalingFactors
 from nns_plugin.switcher.turns import Loss, Turns
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch led to.
+    """The results of one epoch.
 
     Attributes:
-        number: From 1 on.
+        number: Counted from 1.
         loss: Mean over the training data, during training.
-        validation: Mean over the validation data; ``None`` without such.
+        validation: Mean loss over the validation data; ``None`` without validation data.
         counts: How many factors of each switch prune, weaken and strengthen.
         removed: Share of the weights of linear and convolutional layers that the factors at 0 remove.
     """
@@ -40,19 +41,19 @@ class Epoch:
     removed: float
 
     @property
-    def judged(self) -> float:
+    def monitored(self) -> float:
         """The loss that decides when to stop."""
         return self.loss if self.validation is None else self.validation
 
 
 @dataclass(frozen=True, eq=False)
 class Switched:
-    """What training led to.
+    """The result of switched training.
 
     Attributes:
-        switcher: Trained.
-        factors: Its factors for the model as it is now.
-        epochs: What each epoch led to.
+        switcher: The trained switcher.
+        factors: Its scaling factors for the model in its final state.
+        epochs: The results of each epoch.
     """
 
     switcher: SwitcherNetwork
@@ -66,187 +67,171 @@ def train_switched(
     loss: Loss,
     switcher: SwitcherNetwork,
     *,
-    optimizer: torch.optim.Optimizer,
-    switcher_optimizer: torch.optim.Optimizer | None = None,
-    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler] = (),
-    epochs: int,
-    alternate: bool = True,
-    task_steps: int = 20,
-    gather: bool = True,
-    switcher_steps: int = 1,
-    ramp: int | None = None,
-    second_term: float = 1.0,
+    optimizer: Optimizer,
+    switcher_optimizer: Optimizer | None = None,
     validation: Iterable[Any] | None = None,
-    patience: int | None = 5,
-    amp: torch.dtype | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    callbacks: Sequence[Callable[[Epoch], object]] = (),
-    progress: bool = False,
+    options: SwitchedTrainingOptions,
 ) -> Switched:
-    """Train a network under the factors of its switcher, and the switcher, in turns and with the same loss.
+    """Train a network under the scaling factors of its switcher, and the switcher, in turns and with the same loss.
 
-    In a turn the factors stand still. The network takes ``task_steps`` steps, with the switcher's parameters frozen,
-    and the gradients of the factors are summed. Then the switcher takes a step, with the network's weights frozen, out
-    of their mean: it learns from all batches of the turn, and needs no forward of the network. The gradient that
-    reaches the weights through the switcher (the second term of eq. 6) is linear in the gradient of the factors as
-    well, so that it goes back in the same pass, for the whole turn, and is part of the network's last step. The end of
-    an epoch ends the turn; there, a loader that does not know its length leaves the second term out.
+    The factors are fixed during a turn. The network takes ``task_steps`` steps, with the switcher's parameters frozen,
+    and the gradients of the factors are summed. Then the switcher takes one step along their mean, with the network's
+    weights frozen: it learns from all batches of the turn and needs no forward pass of the network. The gradient that
+    reaches the weights through the switcher (the second term of eq. 6) is also linear in the gradient of the factors,
+    so it is computed in the same backward pass for the whole turn and added to the network's last step. The end of an
+    epoch ends the turn; if the loader does not know its length, the second term of that last turn is dropped.
 
-    With ``gather=False`` a turn begins with ``switcher_steps`` steps of the switcher on the first batch, as in the
-    source; with one step each, an infinite ``second_term`` and no gathering, this is Algorithm 1 with eq. 5 and 6.
+    With ``gather_gradients=False``, a turn begins with ``switcher_steps`` steps of the switcher on the first batch, as
+    in the paper; with one step each and ``max_second_term=math.inf``, this is Algorithm 1 with eq. 5 and 6.
 
-    The factors act on the columns with which units are read, through ``torch.func.functional_call``: nothing is hooked
-    into the model.
+    The factors scale the weight columns that read each unit, through ``torch.func.functional_call``: no hook is
+    registered on the model.
 
     Args:
-        model: Trained in place: its weights and buffers change, and nothing else. In the separate mode nothing does.
-        loader: Yields ``(inputs, targets)`` anew in each epoch.
-        loss: A number out of the model's outputs and the targets.
+        model: Trained in place: only its weights and buffers change. Separate training does not change it at all.
+        loader: Yields ``(inputs, targets)``, in every epoch anew.
+        loss: Computes a scalar from the model's outputs and the targets.
         switcher: Built for this model; trained in place.
-        optimizer: Of the model's parameters.
-        switcher_optimizer: Of the switcher's parameters; Adam with a rate of 1e-3 by default.
-        schedulers: Stepped after each epoch.
-        epochs: Most epochs.
-        alternate: Whether to train both. Otherwise the model stays as it is, evaluates, and the switcher alone learns,
-            a step for each batch.
-        task_steps: Of the network in a turn.
-        gather: Whether the switcher learns from the gradients that the network's steps give anyway.
-        switcher_steps: Of the switcher in a turn, if it does not.
-        ramp: Epochs in which the switcher's budget rises from 0, turn by turn (epoch by epoch, if the loader does not
-            know its length); half of all by default, so that it has to be given where training goes on with more
-            epochs. Only what comes after them counts for ``patience`` and as best.
-        second_term: Most length of the gradient that reaches the weights through the switcher, relative to their own
-            gradient in that step: unlimited it makes training diverge, since factors jump with small weights.
-            ``math.inf`` is eq. 6 as it stands, 0 leaves the term out.
-        validation: Yields ``(inputs, targets)``; its mean loss, in evaluation mode, decides when to stop instead of the
-            training loss, and both networks end as they were when it was lowest.
-        patience: Stop after so many epochs in which the loss has not fallen; ``None`` for never.
-        amp: ``torch.float16`` or ``torch.bfloat16`` for mixed precision of the model; the switcher stays as it is.
-        checkpoint: File that is written after every epoch; if it is there, training goes on from it, on the CPU to the
-            same result bit for bit. Loaders must draw from the random numbers of torch, NumPy or ``random``, or from a
-            ``generator`` of their own or of their samplers.
-        callbacks: Called after each epoch, and after the checkpoint; training stops if one gives something true.
-        progress: Whether to show a progress bar.
+        optimizer: Holds the model's parameters.
+        switcher_optimizer: Holds the switcher's parameters; Adam with learning rate 1e-3 by default.
+        validation: Yields ``(inputs, targets)``; its mean loss in evaluation mode, instead of the training loss,
+            decides when to stop, and both networks end with the weights for which it was lowest.
+        options: How to train.
 
     Raises:
-        PruningError: If an option is out of range.
-        TrainingError: If the loss is no number or not finite, or the loader yields nothing or something else.
-        CheckpointError: If the checkpoint is damaged or belongs to another training; it is left as it is.
+        PruningError: If a loader or an optimizer is unsuitable.
+        TrainingError: If the loss is not a finite scalar, or the loader yields nothing or something else.
+        CheckpointError: If the checkpoint is damaged or belongs to another training; it is not changed.
 
     Source:
         Han et al., "Mining the Knowledge of Weights for Optimizing Neural Network Structures", Algorithm 1 and eq. 6.
     """
-    for name, count in (("epochs", epochs), ("task_steps", task_steps), ("patience", patience)):
-        if count is not None and count < 1:
-            raise PruningError(f"{name} is {count}; expected at least 1")
-    if switcher_steps < 0 or not second_term >= 0:
-        raise PruningError(
-            f"switcher_steps is {switcher_steps} and second_term {second_term}; expected at least 0 of both"
-        )
-    if amp not in (None, torch.float16, torch.bfloat16):
-        raise PruningError(f"amp is {amp}; expected torch.float16, torch.bfloat16 or None")
-    if not isinstance(loader, Iterable):
-        raise PruningError(f"the loader is a {type(loader).__name__}; expected something that yields batches")
-    if switcher_optimizer is optimizer:
-        raise PruningError("optimizer and switcher_optimizer are one and the same; give each network its own")
-    if isinstance(optimizer, torch.optim.LBFGS) or isinstance(switcher_optimizer, torch.optim.LBFGS):
-        raise PruningError("LBFGS evaluates a closure several times a step; expected an optimizer that does not")
-    if amp is torch.float16 and any(value.dtype is torch.float16 for value in model.parameters()):
-        raise PruningError("the model's weights are float16; mixed precision wants them in float32")
-    if any(isinstance(given, Iterator) for given in (loader, validation)):
-        raise PruningError("a loader is an iterator, which yields once; pass something that yields anew in each epoch")
-    ramp = (0 if switcher.budget is None else epochs // 2) if ramp is None else ramp
-    if not 0 <= ramp < epochs:
-        raise PruningError(f"ramp is {ramp} of {epochs} epochs; expected fewer, so that the budget is reached")
+    _check(model, loader, validation, options)
     learned = [parameter for parameter in switcher.parameters() if parameter.requires_grad]
     if switcher_optimizer is None and learned:
         switcher_optimizer = torch.optim.Adam(learned, 1e-3)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if alternate:
-        _check_optimizer("optimizer", optimizer, "the model", trained)
-    if learned and switcher_optimizer is not None:
-        _check_optimizer("switcher_optimizer", switcher_optimizer, "the switcher", learned)
-    elif not alternate:
-        raise PruningError("all parameters of the switcher are frozen, and the model is not trained: nothing would be")
-    gather, switcher_steps = gather and bool(learned), switcher_steps if learned and not gather else 0
-    turns = Turns(
-        model,
-        switcher,
-        loss,
-        optimizer,
-        switcher_optimizer,
-        task_steps=task_steps,
-        gather=gather,
-        switcher_steps=switcher_steps,
-        ramp=ramp,
-        second_term=second_term,
-        amp=amp,
-    )
+    _check_optimizers(model, learned, optimizer, switcher_optimizer, options.alternate)
+    ramp = options.ramp_epochs
+    if ramp is None:
+        ramp = 0 if switcher.budget is None else options.epochs // 2
+    gather = options.gather_gradients and bool(learned)
+    steps = options.switcher_steps if learned and not gather else 0
+    options = replace(options, ramp_epochs=ramp, gather_gradients=gather, switcher_steps=steps)
+    turns = Turns(model, switcher, loss, optimizer, switcher_optimizer, options)
     optimizers = [optimizer, *([] if switcher_optimizer is None else [switcher_optimizer])]
-    options = {
-        "ramp": ramp,
-        "task_steps": task_steps,
-        "gather": gather,
-        "switcher_steps": switcher_steps,
-        "second_term": str(float(second_term)),
-        "alternate": alternate,
-        "amp": str(amp),
-        "budget": switcher.budget,
-        "validation": validation is not None,
-    }
-    others = [*optimizers, *schedulers, turns.scaler]
-    state = TrainingState({"model": model, "switcher": switcher}, others, [loader, validation], options)
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise CheckpointError(f"there is no folder {str(path.parent)!r} for the checkpoint; choose one that exists")
-    done: list[Epoch] = []
-    best: dict[str, Tensor] | None = None
-    with _as_found(model, switcher, optimizers, alternate), torch.enable_grad():
-        if path is not None and path.exists():
-            told, best = state.load(path)
-            done = _epochs(told)
-        bar = tqdm(total=epochs, initial=len(done), desc="switched training", disable=not progress, leave=False)
-        with bar:
-            while len(done) < epochs and not _over(done[ramp:], patience):
-                value = turns.epoch(len(done), loader, alternate, bar)
-                factors = turns.factors()
-                judged = None if validation is None else turns.judge(validation, factors)
-                removed = switcher.removed(factors)
-                done.append(Epoch(len(done) + 1, value, judged, factors.counts(), removed))
-                for scheduler in schedulers:
-                    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                        scheduler.step(done[-1].judged)
-                    else:
-                        scheduler.step()
-                if judged is not None and len(done) > ramp and judged <= min(e.judged for e in done[ramp:]):
-                    best = state.weights()
-                if path is not None:
-                    state.save(path, [asdict(epoch) for epoch in done], best)
-                bar.update()
-                bar.set_postfix(loss=f"{value:.4f}", removed=f"{removed:.1%}")
-                answers = [callback(done[-1]) for callback in callbacks]
-                if any(answers):
-                    break
-        if best is not None:
-            state.restore(best)
+    state = TrainingState(
+        {"model": model, "switcher": switcher},
+        [*optimizers, *options.schedulers, turns.scaler],
+        [loader, validation],
+        {**_fixed(options), "budget": switcher.budget, "validation": validation is not None},
+    )
+    with _restored(model, switcher, optimizers, options.alternate), torch.enable_grad():
+        done = _run(turns, state, loader, validation, options, ramp)
     return Switched(switcher, turns.factors(), tuple(done))
 
 
-def _check_optimizer(
-    name: str, optimizer: torch.optim.Optimizer, whose: str, parameters: Sequence[nn.Parameter]
+def _run(
+    turns: Turns,
+    state: TrainingState,
+    loader: Iterable[Any],
+    validation: Iterable[Any] | None,
+    options: SwitchedTrainingOptions,
+    ramp: int,
+) -> list[Epoch]:
+    """Train from the checkpoint, or from the start, to the end; the best weights are restored."""
+    path = None if options.checkpoint is None else Path(options.checkpoint)
+    done: list[Epoch] = []
+    best: dict[str, Tensor] | None = None
+    if path is not None and path.exists():
+        history, best = state.load(path)
+        done = _epochs(history)
+    total = options.epochs
+    with tqdm(
+        total=total, initial=len(done), desc="switched training", disable=not options.progress, leave=False
+    ) as bar:
+        while len(done) < total and not _stalled(done[ramp:], options.patience):
+            value = turns.epoch(len(done), loader, bar)
+            factors = turns.factors()
+            validated = None if validation is None else turns.validate(validation, factors)
+            done.append(Epoch(len(done) + 1, value, validated, factors.counts(), turns.switcher.removed(factors)))
+            for scheduler in options.schedulers:
+                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    scheduler.step(done[-1].monitored)
+                else:
+                    scheduler.step()
+            after = [epoch.monitored for epoch in done[ramp:]]
+            if validated is not None and after and validated <= min(after):
+                best = state.weights()
+            if path is not None:
+                state.save(path, [asdict(epoch) for epoch in done], best)
+            bar.update()
+            bar.set_postfix(loss=f"{value:.4f}", removed=f"{done[-1].removed:.1%}")
+            answers = [callback(done[-1]) for callback in options.callbacks]
+            if any(answers):
+                break
+    if best is not None:
+        state.restore(best)
+    return done
+
+
+def _check(
+    model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] | None, options: SwitchedTrainingOptions
 ) -> None:
+    if not isinstance(loader, Iterable):
+        raise PruningError(f"the loader is a {type(loader).__name__}; expected an iterable of batches")
+    if any(isinstance(given, Iterator) for given in (loader, validation)):
+        raise PruningError(
+            "a loader is an iterator, which can be read only once; pass an iterable that can be read in every epoch"
+        )
+    if options.amp is torch.float16 and any(value.dtype is torch.float16 for value in model.parameters()):
+        raise PruningError("the model's weights are float16; mixed precision needs them in float32")
+    if options.checkpoint is not None and not Path(options.checkpoint).parent.is_dir():
+        folder = str(Path(options.checkpoint).parent)
+        raise CheckpointError(f"there is no folder {folder!r} for the checkpoint; choose an existing one")
+
+
+def _check_optimizers(
+    model: nn.Module,
+    learned: Sequence[nn.Parameter],
+    optimizer: Optimizer,
+    switcher_optimizer: Optimizer | None,
+    alternate: bool,
+) -> None:
+    if switcher_optimizer is optimizer:
+        raise PruningError("optimizer and switcher_optimizer are the same object; give each network its own")
+    if any(isinstance(given, torch.optim.LBFGS) for given in (optimizer, switcher_optimizer)):
+        raise PruningError("LBFGS evaluates a closure several times per step; use another optimizer")
+    if alternate:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _check_holds("optimizer", optimizer, "the model", trained)
+    if learned and switcher_optimizer is not None:
+        _check_holds("switcher_optimizer", switcher_optimizer, "the switcher", learned)
+    elif not alternate:
+        raise PruningError(
+            "all parameters of the switcher are frozen and alternate is False, so nothing would be trained"
+        )
+
+
+def _check_holds(name: str, optimizer: Optimizer, whose: str, parameters: Sequence[nn.Parameter]) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in parameters):
-        raise PruningError(f"{name} holds none of the {len(parameters)} parameters of {whose} that are to be trained")
+        raise PruningError(f"{name} holds none of the {len(parameters)} trainable parameters of {whose}")
+
+
+def _fixed(options: SwitchedTrainingOptions) -> dict[str, Any]:
+    """Return the options that must be the same when training resumes, as JSON types."""
+    names = ("ramp_epochs", "task_steps", "gather_gradients", "switcher_steps", "alternate")
+    found = {name: getattr(options, name) for name in names}
+    return {**found, "max_second_term": str(float(options.max_second_term)), "amp": str(options.amp)}
 
 
 @contextmanager
-def _as_found(
-    model: nn.Module, switcher: nn.Module, optimizers: Sequence[torch.optim.Optimizer], alternate: bool
+def _restored(
+    model: nn.Module, switcher: nn.Module, optimizers: Sequence[Optimizer], alternate: bool
 ) -> Iterator[None]:
-    """Modes and gradients come back on leaving, and after an exception how far the budget was.
+    """Restore modes and gradients on leaving, and the progress of the budget after an exception.
 
-    Within, the model trains, or evaluates if it is to stay.
+    Within, the model is in training mode, or in evaluation mode if it is not trained.
     """
     held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [(parameter, parameter.grad) for parameter in (*model.parameters(), *switcher.parameters(), *held)]
@@ -267,16 +252,16 @@ def _as_found(
             parameter.grad = gradient
 
 
-def _over(done: Sequence[Epoch], patience: int | None) -> bool:
-    """Whether the loss has not fallen for as many epochs."""
+def _stalled(done: Sequence[Epoch], patience: int | None) -> bool:
+    """Whether the monitored loss has not fallen for ``patience`` epochs."""
     if patience is None or len(done) <= patience:
         return False
-    judged = [epoch.judged for epoch in done]
-    return min(judged[-patience:]) >= min(judged[:-patience])
+    losses = [epoch.monitored for epoch in done]
+    return min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def _epochs(told: Sequence[Mapping[str, Any]]) -> list[Epoch]:
+def _epochs(history: Sequence[Mapping[str, Any]]) -> list[Epoch]:
     return [
         Epoch(**{**epoch, "counts": {name: Counts(**counts) for name, counts in epoch["counts"].items()}})
-        for epoch in told
+        for epoch in history
     ]
