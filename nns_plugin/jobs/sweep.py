@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import MissingExtraError, RecipeError, SweepError
+from nns_plugin.jobs.figures import pareto_figure
 from nns_plugin.jobs.loading import load_recipe
 from nns_plugin.jobs.recipe import WEIGHTS, Recipe, SweepSection
+from nns_plugin.jobs.run import FigureWarning
 from nns_plugin.jobs.trial import PLAN, RECIPE, check_metric
 
 try:
@@ -264,15 +267,16 @@ def _described(recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None) -> d
 
 
 def _draw(sweep: Sweep, output: Path) -> None:
-    from nns_plugin.errors import MissingExtraError
-
-    try:
-        from nns_plugin.jobs.figures import pareto_figure
-    except MissingExtraError:
-        return
+    """Draw the Pareto front; without matplotlib, warn that the figure is left out."""
     points = [(*trial.point, str(trial.number)) for trial in sweep.trials if trial.point is not None]
-    if points:
-        front = {str(trial.number) for trial in sweep.pareto}
-        staging = output / f".{FIGURE}"
-        pareto_figure(points, front).savefig(staging, dpi=150, format="png")
-        os.replace(staging, output / FIGURE)
+    if not points:
+        return
+    try:
+        figure = pareto_figure(points, {str(trial.number) for trial in sweep.pareto})
+    except MissingExtraError as error:
+        (output / FIGURE).unlink(missing_ok=True)  # of fewer trials
+        warnings.warn(f"{FIGURE} is left out: {error}", FigureWarning, stacklevel=3)
+        return
+    staging = output / f".{FIGURE}"
+    figure.savefig(staging, dpi=150, format="png")
+    os.replace(staging, output / FIGURE)

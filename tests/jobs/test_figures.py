@@ -1,4 +1,4 @@
-"""Figures: what they show is what they were given, and they say what is on their axes."""
+"""Figures: they show the values that they are given, and label their axes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def lines(axis: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_activity_before_and_after_the_threshold() -> None:
-    """Units stand by the label that they serve most, the strongest first, silent ones last."""
+    """Units are sorted by the label that they respond to most, the strongest first, silent ones last."""
     activity = torch.tensor([[0.2, 0.0, 1.0, 0.5], [1.0, 0.0, 0.3, 0.7]])
     figure = activity_figure(activity, ["ant", "bee"], 0.4, "conv")
     before, after = figure.axes[0], figure.axes[1]
@@ -54,9 +54,9 @@ def test_activity_before_and_after_the_threshold() -> None:
     assert np.allclose(before.images[0].get_array(), activity[:, order])
     assert np.allclose(after.images[0].get_array(), [[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.7, 0.0]])
     assert [tick.get_text() for tick in before.get_yticklabels()] == ["ant", "bee"]
-    assert texts(after) == ("unit, by the label that it serves most", "label")
+    assert texts(after) == ("unit, sorted by the label that it responds to most", "label")
     assert "4 units of conv" in before.get_title()
-    assert "zeta = 0.40: 2 to 2 units a label" in after.get_title()
+    assert "zeta = 0.40: 2 to 2 units per label" in after.get_title()
     with pytest.raises(CriterionError, match=r"expected \[3, units\]"):
         activity_figure(activity, ["a", "b", "c"], 0.4)
 
@@ -104,13 +104,13 @@ def test_names_are_no_mathematics(tmp_path: Path) -> None:
     overlap_figure({name: {"x": torch.tensor([1])} for name in names}).savefig(tmp_path / "d.png")
 
 
-def test_nothing_to_draw_is_told() -> None:
+def test_drawing_nothing_is_refused() -> None:
     for draw in (lambda: overlap_figure({}), lambda: integration_figure([], {}), lambda: size_figure({}, 0.9, 4)):
-        with pytest.raises(CriterionError, match="there is nothing to draw"):
+        with pytest.raises(CriterionError, match="nothing to draw"):
             draw()
 
 
-def test_lines_are_told_apart_without_colours() -> None:
+def test_lines_differ_without_colours() -> None:
     names = [f"label {place}" for place in range(10)]
     steps = [dict.fromkeys(names[: count + 1], 0.9) for count in range(10)]
     found = integration_figure(steps, dict.fromkeys(names, 0.9)).axes[0].lines[:10]
@@ -158,7 +158,7 @@ def test_the_pixels_that_are_used_by_each_label() -> None:
     assert shown == [[[0, 2], [0, 1]], [[0, 2], [0, 0]], [[0, 1], [0, 1]]]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["all labels: 2 pixels", "label ant: 1 pixels", "label bee: 2 pixels"]
-    with pytest.raises(CriterionError, match="2 outputs and 4 inputs; expected 2 and the 3 x 2 pixels"):
+    with pytest.raises(CriterionError, match="2 outputs and 4 inputs; expected 2 and 3 x 2 pixels"):
         inputs_figure({"0": first}, ["ant", "bee"], (3, 2))
 
 
@@ -176,7 +176,7 @@ def test_paths_of_one_label_are_black_and_the_others_grey() -> None:
         assert sum(line.get_color() == "0.85" for line in drawn) == grey
     ends = [line.get_ydata().tolist() for line in panels[0].lines if line.get_color() == "black"][:2]
     assert ends == [[1.0, 1.0], [1.0, 1.0]]
-    with pytest.raises(CriterionError, match="expected each to read the one before"):
+    with pytest.raises(CriterionError, match="expected each to read the previous one"):
         paths_figure({"0": first, "2": torch.ones(2, 2, 5, dtype=torch.bool)}, ["ant", "bee"])
 
 
@@ -190,8 +190,8 @@ def test_the_scaling_pattern_is_black_green_and_yellow_and_readable_in_grey() ->
     assert grey[1] - grey[0] > 0.3
     assert grey[2] - grey[1] > 0.3
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["pruned (0): 2", "weakened (below 1): 2", "strengthened (from 1 on): 2"]
-    with pytest.raises(CriterionError, match=r"there are \[6\] factors; expected one for each of 2 x 2"):
+    assert labels == ["pruned (0): 2", "weakened (below 1): 2", "strengthened (1 or more): 2"]
+    with pytest.raises(CriterionError, match=r"the factors have shape \[6\]; expected one for each of 2 x 2 pixels"):
         scaling_figure(torch.ones(6), (2, 2))
 
 

@@ -17,11 +17,12 @@ pytestmark = [pytest.mark.host("nni"), pytest.mark.host("torch_pruning"), pytest
 pytest.importorskip("nni")
 pytest.importorskip("torch_pruning")
 pytest.importorskip("onnxruntime")
-pytest.importorskip("pydantic")
+pytest.importorskip("typer", reason="the extra cli is not installed")
 psutil = pytest.importorskip("psutil")
 
 from nns_plugin.adapters.nni_engine import experiment as nni_experiment  # noqa: E402
 from nns_plugin.adapters.nni_engine.experiment import Ended  # noqa: E402
+from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.errors import RecipeError, SweepError  # noqa: E402
 from nns_plugin.jobs.sweep import Sweep, SweepTrial, run_sweep  # noqa: E402
 from nns_plugin.jobs.trial import number_of, run_trial  # noqa: E402
@@ -81,6 +82,26 @@ def test_a_grid_is_planned_run_and_drawn(recipe: Path, tmp_path: Path, monkeypat
     assert len(engine.calls) == 1, "there is nothing left to do"
     with pytest.raises(SweepError, match="holds another sweep"):
         run_sweep(recipe, tmp_path / "out", {"labels": ["3"]})
+
+
+def test_without_matplotlib_a_sweep_finishes_and_says_how_to_install_it(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Engine(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", str(recipe), "--output", str(output), "--quiet"])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.err) == (0, "")
+    (note,) = [line for line in captured.out.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: pareto.png is left out: 'matplotlib' is not installed")
+    assert 'run pip install "nns-plugin[figures]"' in note
+    assert "4 of 4 trials" in captured.out
+    assert captured.out.splitlines()[-1] == f"written to {output}: sweep.json, trials"
+    assert not (output / "pareto.png").exists()
 
 
 def test_a_sweep_that_was_stopped_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
