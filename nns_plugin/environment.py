@@ -1,10 +1,14 @@
-"""What a measurement ran on: versions of the hosts, missing extras, and the machine."""
+"""The environment: versions of the hosts, missing extras, the machine, and a way to keep a host quiet."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import platform
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -109,6 +113,23 @@ def machine() -> Machine:
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         memory_bytes=1024 * int(memory) if memory.isdigit() else None,
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what a host prints, logs and warns of; the levels of its loggers are restored."""
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    levels = [each.level for each in loggers]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
 
 def _read(path: str) -> str:

@@ -12,7 +12,7 @@ except ImportError as error:
 from nns_plugin.adapters.nni.backend import NNIBackend, NNIFallbackWarning, kept_by_masks
 from nns_plugin.adapters.nni.criterion_pruner import CriterionPruner
 from nns_plugin.adapters.nni.dependency_groups import UngroupedLayersWarning, with_dependency_groups
-from nns_plugin.adapters.nni.masked_removal import MaskedUnits
+from nns_plugin.adapters.nni.mask_resolution import MaskedUnits
 from nns_plugin.adapters.nni.masked_speedup import Speedup, speedup
 from nns_plugin.adapters.nni.pruners import (
     DistinctivenessPruner,

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.adapters.nni.criterion_pruner import CriterionPruner
-from nns_plugin.adapters.nni.dependency_groups import with_dependency_groups
-from nns_plugin.adapters.nni.masked_removal import masked_copy, outputs_of, resolve_masks
-from nns_plugin.adapters.nni.masked_speedup import graft, removed_by_nni
-from nns_plugin.adapters.nni.masks import silencing_masks
+from nns_plugin.adapters.nni.dependency_groups import grouped_configs
+from nns_plugin.adapters.nni.mask_resolution import resolve_masks
+from nns_plugin.adapters.nni.masks import masked_copy, silencing_masks
+from nns_plugin.adapters.nni.nni_removal import graft, outputs_of, removed_by_nni
+from nns_plugin.adapters.nni.wrappers import check_config_list
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
+from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits, traced_units
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.criteria.contract import Criterion
@@ -41,16 +44,18 @@ class NNIBackend(TorchPruningBackend):
         off = {g.name: ~torch.isin(torch.arange(g.size), kept[g.name]) for g in groups if g.name in kept}
         if not any(bool(units.any()) for units in off.values()):
             return
-        inputs = self._graph.example_inputs
+        inputs = self.graph.example_inputs
         masks = silencing_masks(self.model, {group.name: group.producers for group in groups}, off)
-        planned = resolve_masks(self.model, inputs, masks)
+        planned = resolve_masks(self.model, traced_units(self.graph), masks)
         masked = masked_copy(self.model, planned.masks)
-        small, reason = removed_by_nni(masked, inputs, planned, outputs_of(masked, inputs), TOLERANCE)
-        if small is None:
-            warnings.warn(f"torch-pruning removed the units, NNI did not: {reason}", NNIFallbackWarning, stacklevel=2)
+        removal = removed_by_nni(masked, inputs, planned, outputs_of(masked, inputs), TOLERANCE)
+        if removal.model is None:
+            warnings.warn(
+                f"torch-pruning removed the units, NNI did not: {removal.reason}", NNIFallbackWarning, stacklevel=2
+            )
             super().keep(groups, kept)
             return
-        graft(self.model, small)
+        graft(self.model, removal.model)
 
     def keep_and_compensate(
         self,
@@ -95,25 +100,30 @@ def kept_by_masks(
     Raises:
         PruningError: If the list is wrong, selects nothing or would empty a layer.
     """
+    check_config_list(model, config_list)
     twin = copied(model)
-    configs = with_dependency_groups(config_list, twin, example_inputs)
-    pruner = _ScoredPruner(twin, configs, example_inputs=example_inputs, scores=scores)
+    units = traced_units(build_graph(twin, example_inputs))
+    configs = grouped_configs(config_list, twin, units)
+    pruner = _ScoredPruner(twin, configs, example_inputs=example_inputs, scores=scores, units=units)
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    planned = resolve_masks(twin, example_inputs, masks)
+    planned = resolve_masks(twin, units, masks)
     scored = [group for group in groups if group.name in scores]
     return {group.name: planned.kept.get(group.name, torch.arange(group.size)) for group in scored}
 
 
 class _ScoredPruner(CriterionPruner):
-    """A pruner whose scores are known."""
+    """A pruner of a model that is traced and scored already."""
 
-    def __init__(self, *arguments: Any, scores: Mapping[str, Tensor], **options: Any) -> None:
-        self._known = scores
+    def __init__(self, *arguments: Any, scores: Mapping[str, Tensor], units: TracedUnits, **options: Any) -> None:
+        self._known, self._traced = _Known(scores), units
         super().__init__(*arguments, **options)
 
-    def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
-        return _Known(self._known)
+    def _trace(self, model: nn.Module, example_inputs: Any) -> TracedUnits:
+        return self._traced
+
+    def _criterion_now(self) -> Criterion:
+        return self._known
 
 
 class _Known:

@@ -21,7 +21,7 @@ from nns_plugin.adapters.nni.global_groups import Metrics, Spaces, changed, deci
 from nns_plugin.adapters.nni.masks import apply_masks, masked_units, silencing_masks
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped, held_masks, plain_copy, wrappers_of
 from nns_plugin.adapters.torch_pruning.graph import build_graph
-from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups
+from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits, traced_units
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.criteria.ties import separate_ties
 from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
@@ -84,8 +84,7 @@ class CriterionPruner(_NormPruner):
         check_config_list(model, config_list)
         if statistics is not None and (differs := statistics.differ_from(model)):
             raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; {ADVICE}")
-        graph = build_graph(model, example_inputs)
-        self._groups, self._carriers = graph_groups(graph), carriers(graph)
+        self._units = self._trace(model, example_inputs)
         self._example_inputs = example_inputs
         self._calibration, self._statistics, self._labels = calibration, statistics, labels
         self._options = {"gram": True} if self._gram else {}
@@ -131,7 +130,10 @@ class CriterionPruner(_NormPruner):
 
     def scores(self) -> dict[str, Tensor]:
         """The criterion's scores of each group that it can score, ``[U]`` float64, for the model as it is now."""
-        return score_groups(self._criterion_now(), self._groups)
+        return score_groups(self._criterion_now(), self._units.groups)
+
+    def _trace(self, model: nn.Module, example_inputs: Any) -> TracedUnits:
+        return traced_units(build_graph(model, example_inputs))
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         """The criterion for a model, and for what is known of its units."""
@@ -147,10 +149,10 @@ class CriterionPruner(_NormPruner):
             return self._criterion(model, self._statistics)
         assert self._calibration is not None
         masks = held_masks(self.bound_model)
-        silent = silencing_masks(model, self._carriers, masked_units(model, self._groups, masks))
+        silent = silencing_masks(model, self._units.carriers, masked_units(model, self._units.groups, masks))
         apply_masks(model, masks)
         apply_masks(model, silent)
-        return self._criterion(model, calibrate(model, self._calibration, self._groups, **self._options))
+        return self._criterion(model, calibrate(model, self._calibration, self._units.groups, **self._options))
 
     def _collect_data(self) -> dict[str, Tensor]:
         """Scores of the groups that the config list is about."""
@@ -158,14 +160,14 @@ class CriterionPruner(_NormPruner):
         selected = self._target_spaces.keys()
         concerned = [
             group
-            for group in self._groups
-            if any(port.name in selected for port in (*self._carriers.get(group.name, ()), *group.consumers))
+            for group in self._units.groups
+            if any(port.name in selected for port in (*self._units.carriers.get(group.name, ()), *group.consumers))
         ]
         return score_groups(found, concerned)
 
     def _calculate_metrics(self, data: dict[str, Tensor]) -> Metrics:
         """Scores as NNI's metrics: one for each block of a target that its granularity keeps together."""
-        masked = masked_units(self.bound_model, self._groups, held_masks(self.bound_model))
+        masked = masked_units(self.bound_model, self._units.groups, held_masks(self.bound_model))
         wanted = [space.sparse_threshold for spaces in self._target_spaces.values() for space in spaces.values()]
         lowest = [float(values.min()) for values in data.values()]
         floor = min([*lowest, *(threshold for threshold in wanted if threshold is not None), 0.0]) - 1
@@ -237,8 +239,8 @@ class CriterionPruner(_NormPruner):
     def _positions(self, name: str, module: nn.Module, side: str, scores: Mapping[str, Tensor]) -> Tensor | None:
         """Scores of a layer's positions; infinite where no unit is scored, ``None`` if none is."""
         found: list[tuple[Tensor, Tensor]] = []
-        for group in self._groups:
-            ports = self._carriers.get(group.name, ()) if side == "out" else group.consumers
+        for group in self._units.groups:
+            ports = self._units.carriers.get(group.name, ()) if side == "out" else group.consumers
             found += [
                 (port.index, scores[group.name][port.unit])
                 for port in ports

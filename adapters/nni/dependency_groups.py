@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped
 from nns_plugin.adapters.torch_pruning.graph import build_graph
-from nns_plugin.adapters.torch_pruning.groups import carriers, graph_groups
+from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits, traced_units
 from nns_plugin.errors import PruningError
 from nns_plugin.models.layers import TransposedConvolution, by_output, out_axis
 from nns_plugin.units import Port
@@ -58,16 +58,19 @@ def with_dependency_groups(
     """
     check_unwrapped(model)
     check_config_list(model, config_list)
-    graph = build_graph(model, example_inputs)
-    groups, ports = graph_groups(graph), carriers(graph)
+    return grouped_configs(config_list, model, traced_units(build_graph(model, example_inputs)))
+
+
+def grouped_configs(config_list: Sequence[Mapping[str, Any]], model: nn.Module, units: TracedUnits) -> list[Config]:
+    """The same, for a model whose units are known."""
     order = [name for name, _ in model.named_modules()]
     configs = _one_each(config_list, model)
     settings = {name: _settings(model.get_submodule(name), config) for name, config in configs.items()}
     active = {name for name, targets in settings.items() if _is_active(targets.get("weight", {}))}
     for name in active:
         _with_own_axis(model.get_submodule(name), configs[name], settings[name]["weight"])
-    for group in groups:
-        found = sorted(ports.get(group.name, ()), key=lambda port: order.index(port.name))
+    for group in units.groups:
+        found = sorted(units.carriers.get(group.name, ()), key=lambda port: order.index(port.name))
         producers = {port.name for port in group.producers}
         alike = _alike(model, found)
         written = [layers for layers in alike if any(layer.name in producers & active for layer in layers)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.models.layers import broadcast_to_weight, by_output
+from nns_plugin.models.preserve import copied
 from nns_plugin.units import Port, UnitGroup
 
 Masks = Mapping[str, Mapping[str, Tensor | None]]
@@ -54,6 +55,13 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
             parameter = getattr(module, target, None)
             if mask is not None and isinstance(parameter, Tensor):
                 parameter.masked_fill_(~full_mask(module, target, mask).to(parameter.device), 0)
+
+
+def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
+    """A copy with 0 where weights are masked."""
+    twin = copied(model)
+    apply_masks(twin, masks)
+    return twin
 
 
 def silencing_masks(

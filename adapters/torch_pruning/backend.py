@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.graph import build_graph
+from nns_plugin.adapters.torch_pruning.graph import TracedGraph, build_graph
 from nns_plugin.adapters.torch_pruning.groups import (
     UnusableGroupWarning,
     graph_groups,
@@ -35,6 +35,11 @@ class TorchPruningBackend:
     def model(self) -> nn.Module:
         """See the protocol."""
         return self._model
+
+    @property
+    def graph(self) -> TracedGraph:
+        """The host's graph of the model."""
+        return self._graph
 
     @property
     def history(self) -> Sequence[tuple[str, bool, list[int]]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from nns_plugin.adapters.torch_pruning.traced_group import (
 from nns_plugin.errors import GroupError
 from nns_plugin.models.layers import Convolution
 from nns_plugin.models.preserve import preserved
-from nns_plugin.units import Port, UnitGroup
+from nns_plugin.units import UnitGroup
 
 ROOTS = (Convolution, nn.Linear, nn.LSTM)
 
@@ -62,7 +61,16 @@ def unit_groups(
 
 def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
     """The unit groups of a graph; see :func:`unit_groups`."""
-    groups = sound_groups(graph, ignored)
+    return checked_groups(graph, sound_groups(graph, ignored))
+
+
+def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
+    """The same, without a check of where units are read."""
+    return tuple(traced.group for _, traced in followed_groups(graph, ignored))
+
+
+def checked_groups(graph: tp.DependencyGraph, groups: tuple[UnitGroup, ...]) -> tuple[UnitGroup, ...]:
+    """Those groups whose units are read where the host says; the others are named in a warning."""
     if isinstance(graph, TracedGraph):
         for name, reason in _misread(graph, groups).items():
             _leave_out(f"group of {name!r}: {reason}")
@@ -70,67 +78,27 @@ def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -
     return groups
 
 
-def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
-    """The same, taking the host's word for where units are read."""
-    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
-        groups = _sound_groups(graph, ignored)
-    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
-    return tuple(sorted(groups, key=lambda group: order[group.name]))
+def followed_groups(
+    graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()
+) -> list[tuple[tp.dependency.Group, TracedGroup]]:
+    """The host's groups whose units can be removed, in the order of their first producers in the model.
 
-
-def _sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> list[UnitGroup]:
-    groups = []
-    for host_group in _host_groups(graph, ignored):
-        if writes_output(host_group):
-            if any(is_consumer(graph, item.dep) for item in host_group):
-                name = name_of(graph, host_group[0].dep)
-                _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
-            continue
-        try:
-            groups.append(trace_group(host_group).group)
-        except GroupError as error:
-            _leave_out(str(error))
-    return groups
-
-
-def carriers(graph: tp.DependencyGraph) -> dict[str, tuple[Port, ...]]:
-    """Where the units of each group stand on out axes: at what writes them, and at what passes them on.
-
-    Returns:
-        By name of the group the ports of producers, norms, depthwise convolutions and other modules that have units on
-        their out axes, in the order of the host.
+    Groups that the host cannot follow are named in a warning; those that write the model's output are left out.
     """
-    found: dict[str, tuple[Port, ...]] = {}
-    for host_group, traced in _followed(graph):
-        ports: dict[str, Port] = {}
-        for item in host_group:
-            name = graph._module2name.get(item.dep.target.module)
-            passes = graph.is_out_channel_pruning_fn(item.dep.handler)
-            if name is not None and passes and not isinstance(item.dep.target.module, nn.Parameter):
-                roots = torch.tensor(item.root_idxs, dtype=torch.int64)
-                ports[name] = Port(name, torch.tensor(item.idxs, dtype=torch.int64), traced.unit_of_root[roots])
-        found[traced.group.name] = tuple(ports.values())
-    return found
-
-
-def groups_with_parameters(graph: tp.DependencyGraph) -> frozenset[str]:
-    """Names of the groups whose units meet a parameter that belongs to no layer: an embedding of positions, a gate."""
-    return frozenset(
-        traced.group.name
-        for host_group, traced in _followed(graph)
-        if any(isinstance(item.dep.target.module, nn.Parameter) for item in host_group)
-    )
-
-
-def _followed(graph: tp.DependencyGraph) -> Iterator[tuple[tp.dependency.Group, TracedGroup]]:
-    """The host's groups that can be followed; :func:`graph_groups` tells of the others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnusableGroupWarning)
-        host_groups = _host_groups(graph)
-    for host_group in host_groups:
-        if not writes_output(host_group):
-            with suppress(GroupError):
-                yield host_group, trace_group(host_group)
+    found = []
+    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
+        for host_group in _host_groups(graph, ignored):
+            if writes_output(host_group):
+                if any(is_consumer(graph, item.dep) for item in host_group):
+                    name = name_of(graph, host_group[0].dep)
+                    _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
+                continue
+            try:
+                found.append((host_group, trace_group(host_group)))
+            except GroupError as error:
+                _leave_out(str(error))
+    order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
+    return sorted(found, key=lambda pair: order[pair[1].group.name])
 
 
 def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:

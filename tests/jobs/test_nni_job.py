@@ -20,7 +20,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("pydantic")
 
 from nns_plugin.adapters.nni import NNIBackend, NNIFallbackWarning  # noqa: E402
-from nns_plugin.adapters.nni.masked_speedup import ModelSpeedup  # noqa: E402
+from nns_plugin.adapters.nni.nni_removal import ModelSpeedup  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning  # noqa: E402
 from nns_plugin.errors import PruningError, RecipeError, SelectionError  # noqa: E402

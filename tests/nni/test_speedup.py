@@ -254,7 +254,7 @@ def test_wrong_masks_and_options_are_told(zoo: Any) -> None:
         ({"fc1": {"weight": torch.ones(9, 6)}}, {}, r"is \[9, 6\], and the parameter \[8, 6\]"),
         ({"fc1": {"weight": torch.full((8, 6), 0.5)}}, {}, "other values than 0 and 1"),
         ({"fc1": {"weight": torch.zeros(8, 6)}}, {}, "leave none of the 8 units of group 'fc1'"),
-        ({"fc1": {"_output_0": torch.ones(1, 8)}}, {}, "about '_output_0'"),
+        ({"fc1": {"_output_0": torch.ones(1, 8)}}, {}, "for '_output_0'"),
         ([whole], {}, "masks are a list"),
         ({"fc1": whole["weight"]}, {}, "masks are a dict; expected"),
         (masks, {"backend": "onnx"}, "backend is 'onnx'"),
