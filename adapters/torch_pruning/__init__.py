@@ -13,6 +13,7 @@ from nns_plugin.adapters.torch_pruning.importances import (
     uninstall,
 )
 from nns_plugin.adapters.torch_pruning.macs import count_macs
+from nns_plugin.adapters.torch_pruning.norms import norm_pruners
 from nns_plugin.adapters.torch_pruning.pruner_step import compensated_step
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "compensated_step",
     "count_macs",
     "install",
+    "norm_pruners",
     "prune_by_angle",
     "uninstall",
     "unit_groups",

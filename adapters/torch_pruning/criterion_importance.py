@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, writes_output
+from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, misprunable_norms
 from nns_plugin.adapters.torch_pruning.traced_group import trace_group
 from nns_plugin.criteria.contract import Criterion, score
 from nns_plugin.criteria.ties import separate_ties
@@ -55,6 +56,13 @@ class CriterionImportance(tp.importance.Importance):
                 stacklevel=2,
             )
             return None
+        for name, fault in misprunable_norms(group).items():
+            warnings.warn(
+                f"norm {name!r}: torch-pruning's own step {fault}; pass customized_pruners=norm_pruners() to the "
+                "pruner, or use compensated_step",
+                MisprunedNormWarning,
+                stacklevel=2,
+            )
         scores = score(self._current(group), traced.group)
         if self._followed is not None:
             self._followed.saw(group, traced)

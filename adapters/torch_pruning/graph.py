@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nns_plugin.adapters.torch_pruning.norms import norm_pruners
 from nns_plugin.errors import GroupError
 from nns_plugin.models.inputs import device_of, map_tensors, run_model
 from nns_plugin.models.preserve import preserved
@@ -38,7 +39,12 @@ def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
             graph.example_inputs = map_tensors(example_inputs, lambda value: value.to(device_of(model)).clone())
             # Without forward_fn, the host takes a batch apart and calls the model on its inputs as if they were many.
             graph.build_dependency(
-                model, graph.example_inputs, forward_fn=run_model, output_transform=_own_operations, verbose=False
+                model,
+                graph.example_inputs,
+                forward_fn=run_model,
+                output_transform=_own_operations,
+                customized_pruners=norm_pruners(),
+                verbose=False,
             )
         except Exception as error:
             raise GroupError(

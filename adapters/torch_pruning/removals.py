@@ -13,6 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning
+from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, prune_group
 from nns_plugin.adapters.torch_pruning.traced_group import trace_group
 from nns_plugin.adapters.torch_pruning.unit_removal import remove_units
 from nns_plugin.compensation.removals import Removal
@@ -50,10 +51,7 @@ class PrunableGraph:
         """See the protocol."""
         graph = self._graph
         if isinstance(removal, HostRemoval):  # rebuilt at its turn: positions on a concatenation move with each removal
-            trainable = {name: parameter.requires_grad for name, parameter in graph.model.named_parameters()}
-            graph.get_pruning_group(*removal.host).prune()
-            for name, parameter in graph.model.named_parameters():  # the host makes new ones, all trainable
-                parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+            prune_group(graph.get_pruning_group(*removal.host))
         elif removal.group is not None:
             remove_units(graph, removal.group, removal.units)
 
@@ -77,7 +75,10 @@ def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:
     """What a step of the pruner removes, in the order of the groups' first producers; nothing is removed yet."""
     graph = pruner.DG
     removals = []
-    for host_group in list(pruner.step(interactive=True)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MisprunedNormWarning)  # prune_group removes their channels right
+        host_groups = list(pruner.step(interactive=True))
+    for host_group in host_groups:
         dep, positions = host_group[0]
         root, handler = dep.target.module, dep.handler
         is_out = graph.is_out_channel_pruning_fn(handler)

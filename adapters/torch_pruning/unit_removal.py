@@ -6,6 +6,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from nns_plugin.adapters.torch_pruning.norms import prune_group
 from nns_plugin.adapters.torch_pruning.traced_group import (
     owns,
     ports_of,
@@ -48,16 +49,12 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
             raise PruningError(
                 f"removing {units.numel()} units of group {group.name!r} would leave {port.name!r} empty"
             )
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        host_groups[0].prune()
-        gone = parts[0]
-        for part in parts[1:]:
-            left = complement(group.size, gone)
-            _removal(graph, group.narrow(left), torch.searchsorted(left, part)).prune()
-            gone = torch.cat([gone, part])
-    for name, parameter in model.named_parameters():  # the host makes new parameters, all trainable
-        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+    prune_group(host_groups[0])
+    gone = parts[0]
+    for part in parts[1:]:
+        left = complement(group.size, gone)
+        prune_group(_removal(graph, group.narrow(left), torch.searchsorted(left, part)))
+        gone = torch.cat([gone, part])
 
 
 def _parts(group: UnitGroup, units: Tensor) -> list[Tensor]:
