@@ -186,6 +186,25 @@ def test_where_nni_fails_torch_pruning_does_it(zoo: Any) -> None:
     assert found.reason
 
 
+@pytest.mark.parametrize("compensation", [None, "refit"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(40), nn.RMSNorm(40), nn.RMSNorm(40, elementwise_affine=False)], ids=str)
+def test_norms_over_units_become_as_wide_as_their_units(norm: nn.Module, compensation: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 40), copy.deepcopy(norm), nn.ReLU())
+    model.add_module("head", nn.Linear(40, 3))
+    for parameter in model[1].parameters():
+        nn.init.uniform_(parameter, 0.5, 2)
+    inputs = torch.randn(8, 4)
+    masks, _ = masked(model.eval(), inputs, ratio=0.75)
+    options = {} if compensation is None else {"compensation": compensation, "calibration": [inputs]}
+    small = speedup(model, inputs, masks, **options).model
+    kept = masks["0"]["weight"].any(1)
+    assert small[1].normalized_shape == (10,)
+    for name, parameter in small[1].named_parameters():
+        assert torch.equal(parameter, model[1].get_parameter(name)[kept])
+    assert run(small, inputs).shape == (8, 3)
+
+
 def test_group_norms_are_exempt_and_named(zoo: Any) -> None:
     model, inputs = made(zoo, "group_norm")
     masks, expected = masked(model, inputs)
