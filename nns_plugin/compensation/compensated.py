@@ -25,7 +25,8 @@ from nns_plugin.compensation.removals import (
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.models.activations import execution_order
 from nns_plugin.models.batch_norms import recalibrate_batch_norms
-from nns_plugin.models.inputs import device_of, first_inputs, run_model, to_device
+from nns_plugin.models.batches import first_inputs
+from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import axis_length, has_bias, is_batch_norm, is_linear_or_convolution, unfolded_weight
 from nns_plugin.models.preserve import copied, in_evaluation, preserved
 from nns_plugin.statistics.statistics import Statistics
@@ -93,7 +94,7 @@ def _check_runs(model: nn.Module, loader: Iterable[Any]) -> None:
     """Run the first batch, so that a fault in it shows before anything changes."""
     with preserved(model), torch.no_grad():
         model.eval()
-        run_model(model, to_device(first_inputs(loader), device_of(model)))
+        run_model(model, first_inputs(loader, model))
 
 
 def _compensate(
@@ -160,7 +161,7 @@ def _remove_in_sequence(
 ) -> Statistics:
     """Remove one group after the other in execution order, each time mixing its consumers' inputs as they are now."""
     model = prunable.model
-    example = to_device(first_inputs(loader), device_of(model))
+    example = first_inputs(loader, model)
     producers = {removal.group.name for removal in removals if removal.group is not None}
     order = {name: place for place, name in enumerate(execution_order(model, producers, example))}
     mixing, narrowed = GroupMixing(dense, model, loader), statistics
@@ -214,7 +215,7 @@ def _refit(
     if how.recalibrate_batch_norms and (left_out or unread):
         # A refitted layer repeats the dense model's outputs, and its norm gets their statistics; others do not.
         recalibrate_batch_norms(model, loader)
-    example = to_device(first_inputs(loader), device_of(model))
+    example = first_inputs(loader, model)
     refitting = Refitting(dense, model, loader, how.ridge)
     order = list(execution_order(model, names - left_out.keys(), example))
     with in_evaluation(model):
@@ -230,7 +231,7 @@ def _same_outputs(model: nn.Module, dense: nn.Module, name: str, kept: Tensor | 
 
 def _left_out(model: nn.Module, names: Iterable[str], how: Compensation, loader: Iterable[Any]) -> dict[str, str]:
     """Consumers that cannot be refitted, and why."""
-    calls = execution_order(model, names, to_device(first_inputs(loader), device_of(model)))
+    calls = execution_order(model, names, first_inputs(loader, model))
     reasons = {}
     for name in names:
         module = model.get_submodule(name)

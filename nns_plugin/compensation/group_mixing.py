@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.compensation.plans import add_shift, exceeds
-from nns_plugin.models.activations import passage
-from nns_plugin.models.inputs import device_of, parse_batch, to_device
+from nns_plugin.models.activations import capture_call
+from nns_plugin.models.batches import batches
 from nns_plugin.models.layers import (
     Layout,
     broadcast_to_activation,
@@ -88,24 +88,22 @@ class GroupMixing:
         module = self.model.get_submodule(name)
         groups = channel_groups(module)
         sums = LeastSquares.empty(groups, narrow.slot.numel() // groups, whole.slot.numel() // groups)
-        device = device_of(self.model)
-        for number, item in enumerate(self.loader):
-            inputs = to_device(parse_batch(item, number).inputs, device)
-            dense, found = (passage(model, name, inputs).inputs for model in (self.dense, self.model))
+        for batch in batches(self.loader, self.model):
+            dense, found = (capture_call(model, name, batch.inputs).inputs for model in (self.dense, self.model))
             sums.add(input_matrix(module, narrow, found), input_matrix(module, whole, dense))
             sums.inner[:, -1, -1] += found.shape[0] * padded_positions(module, found.shape[2:])
         return sums
 
     def _errors(self, name: str, kept: Tensor, before: list[Tensor], layout: Layout, step: Tensor) -> Tensor:
         """Squared errors ``[2]`` of the consumer's outputs, with its new weights and with those before."""
-        module, device = self.model.get_submodule(name), device_of(self.model)
+        module = self.model.get_submodule(name)
         after = consumer_matrices(module, layout) or []
         axis = channel_axis(module)
         errors = torch.zeros(2, dtype=torch.float64)
-        for number, item in enumerate(self.loader):
-            inputs = to_device(parse_batch(item, number).inputs, device)
-            target = passage(self.dense, name, inputs).output.index_select(axis, kept.to(device))
-            reached = passage(self.model, name, inputs).inputs
+        for batch in batches(self.loader, self.model):
+            output = capture_call(self.dense, name, batch.inputs).output
+            target = output.index_select(axis, kept.to(output.device))
+            reached = capture_call(self.model, name, batch.inputs).inputs
             rises = (torch.zeros_like(step), step)
             for place, (matrices, rise) in enumerate(zip((before, after), rises, strict=True)):
                 set_consumer_matrices(module, matrices)  # the new weights last: they are left there

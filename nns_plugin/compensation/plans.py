@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nns_plugin.compensation.least_squares import RIDGE, means, merging, mixing, nearest, take_over
 from nns_plugin.compensation.survivors import Survivors
-from nns_plugin.models.activations import tap
-from nns_plugin.models.inputs import device_of, parse_batch, to_device
+from nns_plugin.models.activations import capture_input
+from nns_plugin.models.batches import batches
 from nns_plugin.models.layers import (
     Layout,
     add_to_bias,
@@ -139,13 +139,13 @@ def worse_than_nothing(
             for after, shift in pairs
         ]
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in changes}
-    device = device_of(model)
+    if not changes:
+        return set()
     with preserved(model), torch.no_grad():
         model.eval()
-        for number, item in enumerate(loader if changes else ()):
-            inputs = to_device(parse_batch(item, number).inputs, device)
+        for batch in batches(loader, model):
             for name, layers in changes.items():
-                reached = tap(model, name, inputs)
+                reached = capture_input(model, name, batch.inputs)
                 errors[name] += torch.stack([layer(reached).double().square().sum().cpu() for layer in layers])
     return {name for name, pair in errors.items() if exceeds(pair)}
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin.compensation.gram import LeastSquares
-from nns_plugin.errors import CalibrationError
-from nns_plugin.models.activations import only_summed, passage
-from nns_plugin.models.inputs import device_of, parse_batch, to_device
+from nns_plugin.models.activations import capture_call, only_summed
+from nns_plugin.models.batches import batches
 from nns_plugin.models.layers import (
     broadcast_to_activation,
     channel_axis,
@@ -82,7 +81,7 @@ class Refitting:
 
     def _sums(self, name: str, last: str, kept: Tensor, scale: Tensor) -> LeastSquares:
         """Of a consumer's real inputs with its targets, over the loader."""
-        module, device = self.model.get_submodule(name), device_of(self.model)
+        module = self.model.get_submodule(name)
         groups, outputs, depth = unfolded_weight(module).shape
         axis = channel_axis(module)
         sums = LeastSquares.empty(groups, depth, outputs)
@@ -90,19 +89,17 @@ class Refitting:
         # A channel that the norm switches off, or nearly, cannot make up for anything.
         weak = scale.abs() <= WEAK * scale.abs().median()
         share = torch.where(weak, 0.0, 1 / scale)
-        for number, item in enumerate(self.loader):
-            inputs = to_device(parse_batch(item, number).inputs, device)
-            if number == 0 and only_summed(self.dense, last, inputs):
+        for place, batch in enumerate(batches(self.loader, self.model)):
+            if place == 0 and only_summed(self.dense, last, batch.inputs):
                 added = last
-            dense = passage(self.dense, name, inputs, added)
-            found = passage(self.model, name, inputs, added)
-            target = dense.output.index_select(axis, kept.to(device))
-            if dense.beside is not None and found.beside is not None:
-                gap = dense.beside.index_select(axis, kept.to(device)) - found.beside
+            dense = capture_call(self.dense, name, batch.inputs, added)
+            found = capture_call(self.model, name, batch.inputs, added)
+            rows = kept.to(dense.output.device)
+            target = dense.output.index_select(axis, rows)
+            if dense.addend is not None and found.addend is not None:
+                gap = dense.addend.index_select(axis, rows) - found.addend
                 target = target + gap * broadcast_to_activation(module, share.to(gap), gap.dim())
             sums.add(unfolded_input(module, found.inputs), output_matrix(module, target))
-        if float(sums.inner[0, -1, -1]) == 0:
-            raise CalibrationError("the loader yielded no inputs; refit needs at least one batch")
         return sums
 
 

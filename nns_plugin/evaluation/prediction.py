@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
-from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.batches import batches
+from nns_plugin.models.inputs import run_model
 from nns_plugin.models.preserve import preserved
 
 
@@ -34,20 +34,16 @@ def predict(
             not return finite ``[N, outputs]``.
     """
     logits, labels = [], []
-    device = device_of(model)
     with preserved(model), torch.no_grad():
         model.eval()
-        for number, item in enumerate(tqdm(loader, desc="evaluating", disable=not progress, leave=False)):
-            batch = parse_batch(item, number)
+        for batch in batches(loader, model, name="test loader", title="evaluating", progress=progress):
             if batch.labels is None:
                 raise CalibrationError("the test loader yields inputs alone; expected (inputs, labels)")
-            output = run_model(model, to_device(batch.inputs, device))
+            output = run_model(model, batch.inputs)
             if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != batch.size:
                 raise CalibrationError(f"the model must return a tensor of shape [{batch.size}, outputs]")
             logits.append(output.float().cpu())
             labels.append(batch.labels.cpu())
-    if not logits:
-        raise CalibrationError("the test loader is empty; it must yield at least one batch")
     joined = torch.cat(logits)
     if not bool(torch.isfinite(joined).all()):
         raise CalibrationError("the model returns outputs that are not finite on the test data")

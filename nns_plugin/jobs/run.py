@@ -28,7 +28,7 @@ from nns_plugin.adapters.onnxruntime import (
 from nns_plugin.adapters.torch_pruning.macs import count_macs
 from nns_plugin.criteria import needs_of
 from nns_plugin.environment import machine, versions
-from nns_plugin.errors import CalibrationError, NNSError, PruningError, RecipeError
+from nns_plugin.errors import NNSError, PruningError, RecipeError
 from nns_plugin.evaluation.evaluation import Outputs, comparable_outputs, drops, evaluate
 from nns_plugin.evaluation.intervals import Interval, interval
 from nns_plugin.evaluation.prediction import predict
@@ -44,7 +44,8 @@ from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.jobs.reports import ModelReport, Report
 from nns_plugin.jobs.training import train_classifier
 from nns_plugin.jobs.turns import iterative_extraction, masked_synapses
-from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.batches import batches
+from nns_plugin.models.inputs import device_of, run_model, to_device
 from nns_plugin.models.preserve import preserved, seeded
 from nns_plugin.subnets.provenance import Trial
 from nns_plugin.subnets.steps import Extraction, calibrate_head
@@ -356,9 +357,6 @@ def _check_runs(model: nn.Module, example_inputs: Any, outputs: int) -> None:
 def _test_inputs(data: Datasets, count: int) -> Any:
     """The first inputs of the test data, repeated if they are too few."""
     with stage("data.test"):
-        item = next(iter(data.test), None)
-        if item is None:
-            raise CalibrationError("the test loader is empty; it must yield at least one batch")
-        batch = parse_batch(item, 0)
+        batch = next(batches(data.test, name="test loader"))
 
     return repeated(batch.inputs, count)

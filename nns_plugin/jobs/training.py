@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError, RecipeError
-from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.batches import batches
+from nns_plugin.models.inputs import run_model
 
 
 def train_classifier(
@@ -42,22 +43,20 @@ def train_classifier(
         LabelError: If a label is out of range.
         RecipeError: If the loss is no longer finite.
     """
-    batches = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
-    if batches == 0:
-        raise CalibrationError("the training loader is empty; it must yield at least one batch")
+    steps = epochs * (len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader))
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches + 1)
-    device = device_of(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     model.train()
-    with tqdm(total=epochs * batches, desc=title, disable=not progress, leave=False) as bar:
+    with tqdm(total=steps, desc=title, disable=not progress, leave=False) as bar:
         for _ in range(epochs):
-            for number, item in enumerate(loader):
-                batch = parse_batch(item, number)
+            for batch in batches(loader, model, name="training loader"):
                 if batch.labels is None:
                     raise CalibrationError("the training loader yields inputs alone; expected (inputs, labels)")
-                targets = batch.labels if target_of_label is None else _targets(batch.labels, target_of_label, number)
-                targets = targets.to(device)
-                logits = run_model(model, to_device(batch.inputs, device))
+                targets = (
+                    batch.labels if target_of_label is None else _targets(batch.labels, target_of_label, batch.number)
+                )
+                logits = run_model(model, batch.inputs)
+                targets = targets.to(logits.device)
                 loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1)
                 if not bool((targets >= 0).any()):
                     loss = logits.sum() * 0  # nothing of the label set in this batch

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from tqdm.auto import tqdm
 
-from nns_plugin.errors import CalibrationError
-from nns_plugin.models.inputs import device_of, parse_batch, run_model, to_device
+from nns_plugin.models.batches import batches
+from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import is_batch_norm
 from nns_plugin.models.preserve import in_evaluation
 
@@ -33,12 +32,11 @@ def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: b
     """
     if not any(is_batch_norm(module) for module in model.modules()):
         return
-    batches = iter(tqdm(loader, desc="recalibrating batch norms", disable=not progress, leave=False))
-    first = next(batches, None)
-    if first is None:
-        raise CalibrationError("the loader yielded no inputs; batch norms need at least one batch")
+    rest = batches(loader, model, title="recalibrating batch norms", progress=progress)
+    first = next(rest)  # before update_bn resets the statistics
     with in_evaluation(model), torch.no_grad():
-        update_bn(_inputs(model, itertools.chain([first], batches)), _OnlyBatchNorms(model))
+        # update_bn takes the first part of a list.
+        update_bn(([batch.inputs] for batch in itertools.chain([first], rest)), _OnlyBatchNorms(model))
 
 
 class _OnlyBatchNorms(nn.Module):
@@ -57,10 +55,3 @@ class _OnlyBatchNorms(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return run_model(self.model, inputs)
-
-
-def _inputs(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:
-    device = device_of(model)
-    for number, item in enumerate(loader):
-        # update_bn takes the first part of a list.
-        yield [to_device(parse_batch(item, number).inputs, device)]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError, LabelError
+from nns_plugin.models.batches import Batch, batches
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.hooks import Hook, hooked
-from nns_plugin.models.inputs import Batch, device_of, parse_batch, run_model, to_device
+from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import Convolution, Layout, axis_length, channel_groups, padded_positions
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.reduction import Sums, add_batch, reduce_activation
@@ -106,14 +106,11 @@ def _calibrate(
 
 
 def _observe(model: nn.Module, loader: Iterable[Any], run: _Run, progress: bool) -> None:
-    device = device_of(model)
     hooks = [_hook(side, collector, run) for (side, _), collector in run.collectors.items()]
     with preserved(model), torch.inference_mode(False), torch.no_grad(), hooked(*hooks):
         model.eval()
-        for number, item in enumerate(tqdm(loader, desc="calibrating", disable=not progress, leave=False)):
-            batch = parse_batch(item, number)
-            if batch.size:
-                run.forward(model, batch, number, device)
+        for batch in batches(loader, model, title="calibrating", progress=progress):
+            run.forward(model, batch)
 
 
 def _distributed() -> bool:
@@ -190,13 +187,13 @@ class _Run:
     reduced: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Sums]] = field(default_factory=dict)
     pending: list[tuple[_Collector, Sums, int]] = field(default_factory=list)
 
-    def forward(self, model: nn.Module, batch: Batch, number: int, device: torch.device) -> None:
+    def forward(self, model: nn.Module, batch: Batch) -> None:
         if self.labelled is None:
             self.labelled = batch.labels is not None
         if self.labelled != (batch.labels is not None):
-            raise CalibrationError(f"batch {number} of the loader changes between labelled and unlabelled inputs")
-        self.size, self.number = batch.size, number
-        output = run_model(model, to_device(batch.inputs, device))
+            raise CalibrationError(f"batch {batch.number} of the loader changes between labelled and unlabelled inputs")
+        self.size, self.number = batch.size, batch.number
+        output = run_model(model, batch.inputs)
         labels = batch.labels
         if labels is None:
             self.label_count, labels = 1, torch.zeros(batch.size, dtype=torch.int64)
@@ -331,8 +328,6 @@ def _finish(
     threshold: float,
     weights: Mapping[str, str],
 ) -> Statistics:
-    if not run.size:
-        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
     missing = [collector.name for collector in run.collectors.values() if collector.record is None]
     if missing:
         raise CalibrationError(f"module {missing[0]!r} never ran during calibration; its units cannot be observed")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
+from nns_plugin.models.batches import batches
 from nns_plugin.models.hooks import Hook, hooked
-from nns_plugin.models.inputs import device_of, map_tensors, parse_batch, run_model, to_device
+from nns_plugin.models.inputs import run_model, tensors_of
 from nns_plugin.models.layers import by_channel, is_linear_or_convolution
 from nns_plugin.models.preserve import preserved
 from nns_plugin.units import UnitGroup
@@ -47,11 +47,10 @@ def output_sensitivity(
     sums: dict[str, Tensor] = {}
     elements: dict[str, int] = {}
     generator = torch.Generator().manual_seed(0)
-    device = device_of(model)
     with preserved(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
-        for number, item in enumerate(tqdm(loader, desc="measuring sensitivity", disable=not progress, leave=False)):
-            reached, scores = _forward(model, consumers, to_device(parse_batch(item, number).inputs, device))
+        for batch in batches(loader, model, title="measuring sensitivity", progress=progress):
+            reached, scores = _forward(model, consumers, batch.inputs)
             for _ in range(probes):
                 signs = [torch.randint(0, 2, score.shape, generator=generator) * 2 - 1 for score in scores]
                 total = torch.stack(
@@ -63,8 +62,6 @@ def output_sensitivity(
                     squares = by_channel(consumers[name], gradient.square().double()).sum(1).cpu()
                     sums[name] = sums.get(name, 0.0) + squares
                     elements[name] = elements.get(name, 0) + output.numel() // squares.numel()
-    if not elements:
-        raise CalibrationError("the loader yielded no inputs; it must yield at least one batch")
     return {name: value / elements[name] for name, value in sums.items()}
 
 
@@ -81,9 +78,7 @@ def _forward(
     hooks: list[Hook] = [(module, "output", partial(keep, name)) for name, module in consumers.items()]
     with hooked(*hooks):
         outputs = run_model(model, inputs)
-    scores: list[Tensor] = []
-    map_tensors(outputs, lambda value: scores.append(value) or value)  # type: ignore[func-returns-value]
-    scores = [score for score in scores if score.requires_grad]
+    scores = [score for score in tensors_of(outputs) if score.requires_grad]
     if not scores:
         raise CalibrationError("no output of the model has a gradient; sensitivity cannot be measured")
     return reached, scores

@@ -14,7 +14,7 @@ from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
 from nns_plugin.labels import OTHER
-from nns_plugin.models.activations import collect_inputs, tap
+from nns_plugin.models.activations import capture_input, collect_inputs
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device
 from nns_plugin.models.preserve import copied, preserved
@@ -220,7 +220,7 @@ def _check_head(model: nn.Module, name: str, example_inputs: Any) -> None:
         model.eval()
         inputs = to_device(example_inputs, device_of(model))
         found = run_model(model, inputs)
-        logits = head(tap(model, name, inputs))
+        logits = head(capture_input(model, name, inputs))
     if isinstance(found, Tensor) and found.shape == logits.shape and found.dim() == 2:
         for ending in (logits, logits.softmax(1), logits.log_softmax(1), logits.sigmoid()):
             if torch.allclose(found, ending, rtol=1e-3, atol=1e-5):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nns_plugin.backends import Backend
 from nns_plugin.errors import NNSError
-from nns_plugin.models.activations import tap
+from nns_plugin.models.activations import capture_input
 from nns_plugin.models.comparison import same_outputs
 from nns_plugin.models.inputs import device_of, to_device
 from nns_plugin.models.layers import (
@@ -178,7 +178,7 @@ def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
     """The value of each in-position of a consumer, ``[in-positions]``; NaN where it varies over inputs or positions."""
     module = model.get_submodule(port.name)
     with preserved(model), torch.no_grad():
-        values = tap(model.eval(), port.name, to_device(inputs, device_of(model)))
+        values = capture_input(model.eval(), port.name, to_device(inputs, device_of(model)))
     values = by_channel(module, values).double()
     low, high = values.amin(1), values.amax(1)
     return torch.where(high - low <= 1e-12 * (1 + high.abs()), (low + high) / 2, torch.nan)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
-from nns_plugin.models.activations import tap
+from nns_plugin.models.activations import capture_input
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
 from nns_plugin.models.layers import by_output, channel_groups, weight_of
 from nns_plugin.models.preserve import copied, preserved
@@ -101,7 +101,7 @@ def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> Non
     with preserved(model), torch.enable_grad():
         for weight in weights:
             weight.requires_grad_(True)
-        values = tap(model.eval(), name, inputs)
+        values = capture_input(model.eval(), name, inputs)
         axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
         total = values.movedim(axis, 0)[read.to(values.device)].square().sum()
         found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else ()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nns_plugin.compensation.gram import LeastSquares
 from nns_plugin.compensation.refit import Refitting
 from nns_plugin.errors import CalibrationError
-from nns_plugin.models.activations import passage
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -96,43 +95,6 @@ def test_what_is_repeated_is_the_sum_with_the_skip_connection(norm: bool) -> Non
     design = np.concatenate([inputs, np.ones((1, inputs.shape[1]))]).T
     best = design @ np.linalg.lstsq(design, (total - beside).T, rcond=None)[0]
     np.testing.assert_allclose(found, best.T, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", ["plus", "in place", "function", "method", "reversed"])
-def test_the_other_summand_is_found_however_the_sum_is_written(kind: str) -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y, other = self.layer(x), x * 2
-            match kind:
-                case "plus":
-                    return y + other
-                case "in place":
-                    y += other
-                    return y
-                case "function":
-                    return torch.add(y, other)
-                case "method":
-                    return y.add(other)
-            return other + y
-
-    x = torch.randn(2, 3)
-    with torch.no_grad():
-        beside = passage(Sum(), "layer", x, "layer").beside
-    assert beside is not None
-    torch.testing.assert_close(beside, x * 2)
-
-
-def test_without_a_sum_there_is_nothing_beside() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    with torch.no_grad():
-        found = passage(model, "0", torch.ones(2, 3), "0")
-    assert found.beside is None
-    assert found.output.shape == (2, 3)
-    assert not model[0]._forward_hooks
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-6])

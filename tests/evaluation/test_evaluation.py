@@ -98,7 +98,7 @@ def test_a_label_without_test_inputs_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        ([], "empty"),
+        ([], "yielded no inputs"),
         ([torch.zeros(2, 3)], "inputs alone"),
         ([(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))], "not finite"),
     ],

@@ -538,7 +538,7 @@ def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
         ({"data": {"factory": "user_factories:data_none"}}, "returned a NoneType"),
         ({"data": {"factory": "user_factories:data_generator"}}, "generator for 'calibration'"),
         ({"data": {"factory": "user_factories:data_train_generator"}}, "generator for 'train'"),
-        ({"data": {"factory": "user_factories:data_no_test"}}, "the test loader is empty"),
+        ({"data": {"factory": "user_factories:data_no_test"}}, "the test loader yielded no inputs"),
         ({"data": {"factory": "user_factories:data_counted"}}, "label_names=4; expected a list"),
         ({"data": {"factory": "user_factories:data_train_wrong"}, "train": {"epochs": 1}}, r"has labels -1\.\.-1"),
         ({"data": {"factory": "user_factories:data_test_wrong"}}, r"the test data has labels 0\.\.9"),

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nns_plugin import Port, UnitGroup, calibrate
 from nns_plugin.errors import CalibrationError, GroupError, LabelError, NNSError
-from nns_plugin.models.activations import collect_inputs
 from nns_plugin.models.preserve import preserved
 
 
@@ -396,28 +395,3 @@ def test_a_progress_bar_is_shown_on_request(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == ""
     calibrate(MODEL, [GOOD, GOOD], GROUPS, progress=True)
     assert "calibrating" in capfd.readouterr().err
-
-
-# --- the inputs of one layer ---------------------------------------------------------------------------------------
-
-
-def test_inputs_of_a_layer_are_collected_in_order() -> None:
-    inputs, labels = collect_inputs(MODEL, "2", [(X[:4], LABELS[:4]), (X[4:], LABELS[4:])])
-    assert torch.equal(inputs, torch.relu(MODEL[0](X)).detach())
-    assert labels is not None
-    assert torch.equal(labels, LABELS)
-    assert collect_inputs(MODEL, "2", [X])[1] is None
-
-
-def test_bad_inputs_of_a_layer() -> None:
-    model, _ = troublesome()
-    before = zoo.Snapshot(model)
-    with pytest.raises(CalibrationError, match="the loader yielded no inputs"):
-        collect_inputs(model, "head", [])
-    with pytest.raises(CalibrationError, match=r"module 'conv' works on a tensor of shape \[6, 2, 4, 4\]"):
-        collect_inputs(model, "conv", batches(1))
-    with pytest.raises(CalibrationError, match="module 'head' works on NaN"):
-        collect_inputs(model, "head", [torch.full((6, 2, 4, 4), torch.nan)])
-    before.check(rng=False)
-    with pytest.raises(CalibrationError, match="module 'second' did not run"):
-        collect_inputs(Sometimes(), "second", [X[:2]])

@@ -21,7 +21,7 @@ from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.compensation.compensated import CompensationWarning  # noqa: E402
 from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
-from nns_plugin.models.activations import passage  # noqa: E402
+from nns_plugin.models.activations import capture_call  # noqa: E402
 
 
 class Residual(nn.Module):
@@ -234,7 +234,7 @@ def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
         {consumer, *(name for name, module in model.named_modules() if isinstance(module, nn.Linear))} - {"0"}
     )
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], whole), gram=True)
-    target = passage(model, consumer, inputs).output.detach()
+    target = capture_call(model, consumer, inputs).output.detach()
     errors = []
     for how in (Compensation("none"), Compensation(method, sequential)):
         pruned = copy.deepcopy(model)
@@ -242,7 +242,7 @@ def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
         torch.manual_seed(seed)
         compensated_step(pruner, statistics, how, [inputs])
         assert pruned[0].weight.shape[0] == 4
-        errors.append(float((passage(pruned, consumer, inputs).output - target).detach().double().square().sum()))
+        errors.append(float((capture_call(pruned, consumer, inputs).output - target).detach().double().square().sum()))
     assert errors[1] <= errors[0] * (1 + 1e-5)
     if method in ("least_squares", "refit") and kind in ("linear", "1x1"):
         assert errors[1] < 0.9 * errors[0]

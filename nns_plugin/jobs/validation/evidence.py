@@ -20,7 +20,7 @@ from nns_plugin.jobs.loading import call_factory
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.labels import OTHER
-from nns_plugin.models.inputs import parse_batch
+from nns_plugin.models.batches import batches
 from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet
 
 
@@ -57,15 +57,13 @@ def evidence_of(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) 
     made = call_factory("data.factory", recipe.data.factory, recipe.data.arguments)
     data = Datasets.parse(made, recipe.data.factory)
     with stage("data.test"):
-        batches = [parse_batch(item, number) for number, item in enumerate(data.test)]
-    if not batches:
-        raise RecipeError("data.test: is empty; it must yield at least one batch")
-    if any(batch.labels is None for batch in batches):
+        found = list(batches(data.test, name="test loader"))
+    if any(batch.labels is None for batch in found):
         raise RecipeError("data.test: yields inputs alone; expected (inputs, labels)")
-    parts = [values_of(batch.inputs, files[0]) for batch in batches]
+    parts = [values_of(batch.inputs, files[0]) for batch in found]
     by_name = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    inputs = by_name if isinstance(batches[0].inputs, Mapping) else tuple(by_name.values())
-    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    inputs = by_name if isinstance(found[0].inputs, Mapping) else tuple(by_name.values())
+    labels = torch.cat([batch.labels for batch in found if batch.labels is not None])
     names = None
     chosen = chosen_labels(recipe, data.label_names)
     if files[1].labels is None and chosen is not None and recipe.effective_head != "keep":
