@@ -1,4 +1,4 @@
-"""Everything that a training goes on from, in one safetensors file."""
+"""The checkpoint of a training: everything that it needs to resume, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KEYS = frozenset(
 
 
 class TrainingState:
-    """Networks, optimizers and the like, and random numbers: written after an epoch, and put back to go on from there.
+    """The state of networks, optimizers, schedulers and random numbers, to be saved after an epoch and restored.
 
     Args:
         networks: By name.
-        others: With ``state_dict`` and ``load_state_dict``, in the same order each time.
-        loaders: Generators of their own, or of their samplers, are part of it.
-        options: What must be the same when training goes on, as JSON types.
+        others: Objects with ``state_dict`` and ``load_state_dict``, always in the same order.
+        loaders: Their generators and those of their samplers are part of the state.
+        options: What must be the same when training resumes, as JSON types.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class TrainingState:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the networks' weights and buffers, also of those that are not in their state dictionaries."""
+        """Copy the networks' weights and buffers, including those that are not in their state dictionaries."""
         return {name: value.detach().clone() for name, value in self._tensors().items()}
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Put them back, in place."""
+        """Restore weights and buffers in place."""
         for name, value in self._tensors().items():
             value.copy_(weights[name])
 
@@ -64,12 +64,12 @@ class TrainingState:
         }
 
     def save(self, path: Path, history: Sequence[Any], best: Mapping[str, Tensor] | None) -> None:
-        """Write all of it; the file appears whole or not at all.
+        """Write the whole state to a file, atomically.
 
         Args:
             path: The file.
-            history: What happened, as JSON types.
-            best: Weights to come back to.
+            history: The epochs so far, as JSON types.
+            best: The best weights so far.
 
         Raises:
             CheckpointError: If the file cannot be written.
@@ -91,9 +91,9 @@ class TrainingState:
             "history": list(history),
         }
         tensors: dict[str, Tensor] = {}
-        told = _packed(state, tensors)
+        described = _packed(state, tensors)
         try:
-            write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(told)}, path)
+            write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(described)}, path)
         except StatisticsError as error:
             raise CheckpointError(str(error)) from error
 
@@ -103,7 +103,7 @@ class TrainingState:
             other.load_state_dict(values)
 
     def _kinds(self) -> list[Any]:
-        """What the others are, and which parameters they are of."""
+        """Describe the others and the parameters that they hold."""
         states = [(other, other.state_dict()) for other in self._others]
         return [len(self._generators)] + [
             [
@@ -115,27 +115,27 @@ class TrainingState:
         ]
 
     def load(self, path: Path) -> tuple[list[Any], dict[str, Tensor] | None]:
-        """Put back what :meth:`save` wrote: the history and the weights to come back to.
+        """Restore what :meth:`save` wrote; return the history and the best weights.
 
         Raises:
-            CheckpointError: If the file is damaged, or belongs to another training; nothing is changed then.
+            CheckpointError: If the file is damaged or belongs to another training; nothing is changed then.
         """
         state = read_safetensors(path, FORMAT, CheckpointError, _decoded)
         expected = {name: (value.shape, value.dtype) for name, value in self.weights().items()}
         found = {name: (value.shape, value.dtype) for name, value in state["weights"].items()}
         if found != expected or state["kinds"] != self._kinds():
             raise CheckpointError(
-                f"{str(path)!r} belongs to another training: its networks, optimizers or schedulers are others; go on "
-                "with the same, or choose another file"
+                f"{str(path)!r} belongs to another training: its networks, optimizers or schedulers differ; resume "
+                "with the same ones, or choose another file"
             )
         if state["options"] != self._options:
             differ = [name for name, value in self._options.items() if state["options"].get(name) != value]
-            told = ", ".join(f"{name} is {state['options'].get(name)}, not {self._options[name]}" for name in differ)
-            raise CheckpointError(f"{str(path)!r} belongs to a training with other options: its {told}")
+            changed = ", ".join(f"{name} is {state['options'].get(name)}, not {self._options[name]}" for name in differ)
+            raise CheckpointError(f"{str(path)!r} belongs to a training with other options: its {changed}")
         before = self.weights(), [copy.deepcopy(other.state_dict()) for other in self._others]
         try:
             self._put(state["weights"], state["others"])
-        except Exception as error:  # whatever an optimizer makes of a state that is not its own
+        except Exception as error:  # whatever an optimizer raises for a state of another one
             self._put(*before)
             raise CheckpointError(f"{str(path)!r} belongs to another training: {error}") from error
         torch.set_rng_state(state["torch"])
@@ -165,7 +165,7 @@ def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[st
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON types, with its tensors put aside."""
+    """Convert a nested state to JSON types and move its tensors into ``tensors``."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone()

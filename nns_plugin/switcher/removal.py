@@ -16,14 +16,14 @@ from nns_plugin.synapses.compaction import compact
 
 @dataclass(frozen=True, eq=False)
 class SwitchedOff:
-    """A model without what its factors turn off.
+    """A model without what its scaling factors turn off.
 
     Attributes:
-        model: Takes the inputs that it took before; in evaluation mode. Layers of which single input positions are
-            gone are :class:`~nns_plugin.switcher.selected.Selected`.
-        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
-        inputs: The positions that are left of each layer that lost some, ``[k]`` int64 ascending, as counted after
-            units are gone.
+        model: Takes the same inputs as before; in evaluation mode. Layers that lost single input positions are
+            :class:`~nns_plugin.switcher.selected.Selected`.
+        kept: The kept units of each group that lost some, ``[k]`` int64 ascending.
+        inputs: The kept input positions of each layer that lost some, ``[k]`` int64 ascending, counted after the
+            removal of units.
     """
 
     model: nn.Module
@@ -34,20 +34,20 @@ class SwitchedOff:
 def switch_off(
     model: nn.Module, factors: ScalingFactors, example_inputs: Any, *, backend: Backend | None = None
 ) -> SwitchedOff:
-    """Fold the factors into a copy, and remove what they turn off: units, input features and flattened positions.
+    """Fold the factors into a copy and remove what they turn off: units, input features and flattened positions.
 
     Args:
-        model: Left as it is.
-        factors: Its factors.
+        model: Not changed.
+        factors: Its scaling factors.
         example_inputs: Inputs that it can run on.
         backend: Removes units; torch-pruning by default.
 
     Raises:
-        SwitchError: If the factors are of another model.
+        SwitchError: If the factors belong to another model.
         PruningError: If the model cannot run in double precision on the CPU.
 
     Warns:
-        UnremovedWarning: If units at 0 have to stay.
+        UnremovedWarning: If units at 0 cannot be removed.
     """
     small = compact(fold(model, factors), example_inputs, narrow_inputs=False, backend=backend)
     single = [switch.consumers[0].name for switch in factors.switches if not switch.producers]

@@ -1,4 +1,4 @@
-"""ScalingFactors: the factors that a switcher gives, how they fold into the weights, and what they turn off."""
+"""Scaling factors: what a switcher computes for each unit, in memory and in files, and folding them into weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = "nns-plugin scaling factors 1"
 
 @dataclass(frozen=True)
 class Counts:
-    """How many factors of a switch prune (0), weaken (below 1) and strengthen (from 1 on)."""
+    """How many factors of a switch prune (0), weaken (below 1) and strengthen (1 and above)."""
 
     pruned: int
     weakened: int
@@ -31,14 +31,14 @@ class Counts:
 
 
 class ScalingFactors(Mapping[str, Tensor]):
-    """Factors by name of the switch, ``[size]`` each.
+    """The factors by name of the switch, ``[size]`` each.
 
     Args:
         switches: What gets the factors.
-        factors: One for each, finite and not negative.
+        factors: The factors of each switch, finite and not negative.
 
     Raises:
-        SwitchError: If factors are missing, of other lengths, negative or not finite.
+        SwitchError: If factors are missing, negative, not finite, or of other lengths.
     """
 
     def __init__(self, switches: Sequence[Switch], factors: Mapping[str, Tensor]) -> None:
@@ -49,7 +49,9 @@ class ScalingFactors(Mapping[str, Tensor]):
             if values.shape != (switch.size,):
                 raise SwitchError(f"{switch.name!r} has {list(values.shape)} factors; expected [{switch.size}]")
             if not bool((values.detach().isfinite() & (values.detach() >= 0)).all()):
-                raise SwitchError(f"the factors of {switch.name!r} are negative or not finite; expected at least 0")
+                raise SwitchError(
+                    f"the factors of {switch.name!r} are negative or not finite; expected finite numbers of at least 0"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._factors[name]
@@ -61,25 +63,25 @@ class ScalingFactors(Mapping[str, Tensor]):
         return len(self._factors)
 
     def detach(self) -> ScalingFactors:
-        """The same without the graph that they hang on."""
+        """Return the same factors without their autograd graph."""
         return ScalingFactors(self.switches, {name: values.detach() for name, values in self.items()})
 
     def counts(self) -> dict[str, Counts]:
-        """How many are pruned, weakened and strengthened, by name of the switch."""
+        """Count the pruned, weakened and strengthened units, by name of the switch."""
         return {
             name: Counts(int((values == 0).sum()), int(((values > 0) & (values < 1)).sum()), int((values >= 1).sum()))
             for name, values in self.items()
         }
 
     def parameters_of(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Weights of a model with scaled columns, by name, for ``torch.func.functional_call``; the model stays.
+        """Return a model's weights with scaled columns, by name, for ``torch.func.functional_call``.
 
         Args:
-            model: Left as it is.
-            weights: By name of the parameter, to be scaled in place of the model's own.
+            model: Not changed.
+            weights: By name of the parameter, to be scaled instead of the model's own.
 
         Raises:
-            SwitchError: If the model has other layers than those that the factors are for.
+            SwitchError: If the factors belong to another model.
         """
         found: dict[str, Tensor] = {}
         for name, factors in self._by_layer(model).items():
@@ -90,7 +92,7 @@ class ScalingFactors(Mapping[str, Tensor]):
         return found
 
     def _by_layer(self, model: nn.Module) -> dict[str, Tensor]:
-        """Factors of every in-position of each layer: products where several switches act on one."""
+        """Return the factor of every in-position of each layer; where several switches act on one, their product."""
         found: dict[str, Tensor] = {}
         for switch in self.switches:
             for place, port in enumerate(switch.consumers):
@@ -107,17 +109,17 @@ class ScalingFactors(Mapping[str, Tensor]):
             weight = weight_of(model.get_submodule(port.name))
             length = axis_length(model.get_submodule(port.name), "in", port.name)
         except AttributeError as error:
-            raise SwitchError(f"the model has no layer {port.name!r}; these factors are of another model") from error
-        least = int(port.index.max()) + 1
-        if length < least or expected not in (None, length):
+            raise SwitchError(f"the model has no layer {port.name!r}; the factors belong to another model") from error
+        needed = int(port.index.max()) + 1
+        if length < needed or expected not in (None, length):
             raise SwitchError(
-                f"{port.name!r} reads {length} positions, and the factors are for {expected or least}; they are of "
-                "another model, or of this one before units were removed"
+                f"{port.name!r} reads {length} positions, and the factors are for {expected or needed}; they belong "
+                "to another model, or to this one before units were removed"
             )
         return torch.ones(length, dtype=weight.dtype, device=weight.device)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to a safetensors file, which appears whole or not at all."""
+        """Write to a safetensors file, atomically."""
         tensors = {f"factors {place}": self[switch.name].detach().cpu() for place, switch in enumerate(self.switches)}
         described = []
         for place, switch in enumerate(self.switches):
@@ -133,10 +135,10 @@ class ScalingFactors(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScalingFactors:
-        """Read a file of :meth:`save`.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            SwitchError: If it is missing or damaged.
+            SwitchError: If the file is missing or damaged.
         """
         return read_safetensors(Path(path), FORMAT, SwitchError, _decoded)
 
@@ -144,29 +146,30 @@ class ScalingFactors(Mapping[str, Tensor]):
 def _decoded(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> ScalingFactors:
     switches = []
     factors = {}
-    for place, told in enumerate(json.loads(metadata["nns"])):
+    for place, described in enumerate(json.loads(metadata["nns"])):
         ports = {
             side: tuple(
                 Port(name, tensors[f"{side} {place} {number} index"], tensors[f"{side} {place} {number} unit"])
-                for number, name in enumerate(told[side])
+                for number, name in enumerate(described[side])
             )
             for side in ("consumers", "producers")
         }
-        positions = tuple(map(int, told["positions"]))
-        switches.append(Switch(str(told["name"]), int(told["size"]), ports["consumers"], ports["producers"], positions))
+        positions = tuple(map(int, described["positions"]))
+        name, size = str(described["name"]), int(described["size"])
+        switches.append(Switch(name, size, ports["consumers"], ports["producers"], positions))
         factors[switches[-1].name] = tensors[f"factors {place}"]
     return ScalingFactors(switches, factors)
 
 
 def fold(model: nn.Module, factors: ScalingFactors) -> nn.Module:
-    """A copy of a model with the factors multiplied into its weights: what it computes under them, without them.
+    """Multiply the factors into the weights of a copy, which then computes what the model computes under them.
 
     Args:
-        model: Left as it is.
-        factors: Its factors.
+        model: Not changed.
+        factors: Its scaling factors.
 
     Raises:
-        SwitchError: If the factors are of another model.
+        SwitchError: If the factors belong to another model.
     """
     folded = copied(model)
     with torch.no_grad():

@@ -11,11 +11,11 @@ from nns_plugin.models.preserve import copied
 
 
 class Selected(nn.Module):
-    """A linear layer that picks the positions that it reads; in ONNX, a Gather before the layer.
+    """A linear layer that selects the positions that it reads; in ONNX, a Gather before the layer.
 
     Args:
-        layer: Reads as many positions as there are indices.
-        indices: ``[k]`` int64: which ones of its wide input.
+        layer: Reads ``k`` positions.
+        indices: ``[k]`` int64: their positions in the wide input.
     """
 
     indices: Tensor
@@ -26,20 +26,20 @@ class Selected(nn.Module):
         self.register_buffer("indices", indices.to(layer.weight.device))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``[..., out]`` of ``[..., in]``."""
+        """Map ``[..., in]`` to ``[..., out]``."""
         output: Tensor = self.layer(inputs.index_select(-1, self.indices))
         return output
 
 
 def selected(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy in which some linear layers read only those positions for which they have a weight that is not 0.
+    """Narrow linear layers of a copy to the positions for which they have a weight that is not 0.
 
     Args:
-        model: Left as it is.
-        names: Of linear layers; those that use all of their input stay as they are.
+        model: Not changed.
+        names: Names of linear layers; those that use all positions are not changed.
 
     Returns:
-        The copy, and by layer the positions that are left, ``[k]`` int64 ascending; at least one.
+        The copy, and the kept positions by layer, ``[k]`` int64 ascending; at least one per layer.
     """
     small = copied(model)
     found: dict[str, Tensor] = {}

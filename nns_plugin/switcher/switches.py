@@ -1,4 +1,4 @@
-"""Switches: units, input features and flattened positions that get one factor each, and the weights that it scales."""
+"""Switches: the units, input features and flattened positions of a model that get one scaling factor each."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from nns_plugin.units import Port, UnitGroup
 
 
 class UnswitchedWarning(UserWarning):
-    """Units that cannot be scaled where they are read get no factor."""
+    """Units get no factor because they cannot be scaled where they are read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Switch:
-    """Things that get a factor each.
+    """Units or positions that get one factor each.
 
     Attributes:
-        name: That of the unit group; or ``"inputs of "`` and the name of the layer whose input positions they are.
-        size: How many there are.
+        name: Name of the unit group, or ``"inputs of "`` and the name of the layer whose input positions they are.
+        size: Their number.
         consumers: In-positions of linear and convolutional layers at which the factors act.
-        producers: Out-positions that write them; none for inputs of a layer.
-        positions: How many in-positions the layer of each consumer has in all; none if that is not to be checked.
+        producers: Out-positions that write them; empty for input positions of a layer.
+        positions: Total number of in-positions of each consumer's layer; empty to skip that check.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Switch:
 
 
 def inputs_of(name: str) -> str:
-    """Name of the switch for the single input positions of a linear layer."""
+    """Return the name of the switch for the single input positions of a linear layer."""
     return f"inputs of {name}"
 
 
@@ -55,23 +55,23 @@ def find_switches(
     *,
     backend: Backend | None = None,
 ) -> tuple[Switch, ...]:
-    """What in a model can get factors.
+    """Find what in a model can get scaling factors.
 
-    The units of every group that linear and convolutional layers read; the input features of linear layers that read
-    the model's input; and, where a linear layer reads flattened maps, the single positions beside the units.
+    These are the units of every group that linear and convolutional layers read, the input features of linear layers
+    that read the model's input, and, where a linear layer reads flattened maps, single positions in addition to units.
 
     Args:
-        model: Left as it is.
+        model: Not changed.
         example_inputs: Inputs that it can run on.
         layers: Names of layers; only what these read is scaled. All linear and convolutional layers by default.
         backend: Traces the model; torch-pruning by default.
 
     Raises:
-        PruningError: If a named layer is none whose inputs can be scaled, or nothing can be scaled.
+        PruningError: If the inputs of a named layer cannot be scaled, or nothing can be scaled.
 
     Warns:
-        UnswitchedWarning: If units are left out because something else reads them as well: a layer of another kind, or
-            one that is not chosen.
+        UnswitchedWarning: If units are left out because another kind of layer, or a layer that is not chosen, also
+            reads them.
     """
     there = synapse_layers(model)
     scalable = {name for name in there if owns_weight(model, name)}
@@ -88,15 +88,17 @@ def find_switches(
     left_out = [name for name, by in read.items() if not by <= chosen and (by & chosen or not by <= scalable)]
     if left_out:
         warnings.warn(
-            f"the units of {', '.join(left_out)} get no factor: something that is no linear or convolutional layer "
-            "with a weight of its own, or is not chosen, reads them",
+            f"the units of {', '.join(left_out)} get no factor: they are also read by something that is not a linear "
+            "or convolutional layer with a weight of its own, or that is not chosen",
             UnswitchedWarning,
             stacklevel=2,
         )
     single = _features(model, example_inputs) + _flattened(model, groups)
     found += [_positions(model, name) for name in dict.fromkeys(single) if name in chosen]
     if not found:
-        raise PruningError("there is nothing to scale; no unit, input feature or flattened position is read by a layer")
+        raise PruningError(
+            "there is nothing to scale: no chosen layer reads a unit, an input feature or a flattened position"
+        )
     return tuple(found)
 
 
@@ -115,15 +117,17 @@ def _of_group(model: nn.Module, group: UnitGroup) -> Switch:
 
 
 def _features(model: nn.Module, example_inputs: Any) -> list[str]:
-    """Linear layers that read one of the model's inputs, or flatten it."""
-    inputs = inputs_like(kinds_of(example_inputs), device_of(model))  # examples may be zeros, which all look alike
+    """Return the linear layers that read one of the model's inputs, flattened or not."""
+    inputs = inputs_like(
+        kinds_of(example_inputs), device_of(model)
+    )  # the examples may be zeros, which cannot be told apart
     features = [value for value in tensors_of(inputs) if value.dim() > 1 and value.is_floating_point()]
     found = {module for value in features for module, _, _ in input_consumers(model, inputs, value)}
     return [name for name, module in model.named_modules() if module in found and isinstance(module, nn.Linear)]
 
 
 def _flattened(model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
-    """Linear layers that read several positions of a unit."""
+    """Return the linear layers that read several positions of a unit."""
     ports = [port for group in groups for port in group.consumers]
     return [
         port.name

@@ -1,4 +1,4 @@
-"""How many weights are left when switches turn units off."""
+"""Count the weights that remain when switches turn units off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nns_plugin.units import Port
 
 @dataclass(frozen=True, eq=False)
 class _LayerWeights:
-    """A layer's weights: G groups, each of which has a kernel between each of its in- and out-positions."""
+    """A layer's weights: each of its groups has one kernel between each of its in- and out-positions."""
 
     groups: int
     kernel: int
@@ -27,11 +27,11 @@ class _LayerWeights:
 
 
 class WeightCount:
-    """Counts the weights of linear and convolutional layers (biases are none) that are left without some units.
+    """Counts the weights of linear and convolutional layers, without biases, that remain without some units.
 
     Args:
-        model: Left as it is.
-        switches: What can be turned off.
+        model: Not changed.
+        switches: The units and positions that can be turned off.
     """
 
     def __init__(self, model: nn.Module, switches: Sequence[Switch]) -> None:
@@ -54,7 +54,11 @@ class WeightCount:
         self.total = sum(layer.kernel * layer.read * layer.written // layer.groups for layer in self._layers)
 
     def left(self, on: Mapping[str, Tensor]) -> int:
-        """Number of weights between what is on, by name of the switch ``[size]`` bool."""
+        """Count the weights between units that are on.
+
+        Args:
+            on: By name of the switch, ``[size]`` bool.
+        """
         total = 0
         for layer in self._layers:
             sides = []
@@ -67,17 +71,17 @@ class WeightCount:
         return total
 
     def removed(self, on: Mapping[str, Tensor]) -> float:
-        """Share of the weights that are gone."""
+        """Return the share of the weights that are removed."""
         return 1 - self.left(on) / max(self.total, 1)
 
     def offset(self, levels: Mapping[str, Tensor], budget: float) -> float:
-        """The smallest number to subtract from all levels so that what is left above 0 keeps to the budget.
+        """Return the smallest offset that, subtracted from all levels, leaves so few above 0 that the budget is met.
 
-        The strongest of each switch stays whatever is subtracted.
+        The strongest unit of each switch stays on whatever the offset.
 
         Args:
-            levels: By name of the switch ``[size]``.
-            budget: Share of the weights to remove, at least.
+            levels: By name of the switch, ``[size]``.
+            budget: Minimum share of the weights to remove.
         """
         values = {name: level.detach().double().cpu() for name, level in levels.items()}
 

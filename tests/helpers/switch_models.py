@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nns_plugin import Port
 from nns_plugin.models.inputs import run_model
 from nns_plugin.switcher.network import SwitcherNetwork
+from nns_plugin.switcher.row_network import SwitcherArchitecture
 from nns_plugin.switcher.scaling_factors import ScalingFactors
 from nns_plugin.switcher.switches import Switch
 
@@ -73,7 +74,14 @@ def scaled_by_hooks(model: nn.Module, factors: ScalingFactors, inputs: Any) -> A
             handle.remove()
 
 
-def switcher_for(model: nn.Module, inputs: Tensor, **options: Any) -> SwitcherNetwork:
+def switcher_for(
+    model: nn.Module,
+    inputs: Tensor,
+    channels: int = 2,
+    depth: int = 2,
+    budget: float | None = None,
+    **options: Any,
+) -> SwitcherNetwork:
     torch.manual_seed(7)
-    given = {"channels": 2, "depth": 2, "width": 8, "budget": None, **options}
-    return SwitcherNetwork(model, inputs, **given)
+    architecture = SwitcherArchitecture(channels, depth, width=8)
+    return SwitcherNetwork(model, inputs, architecture=architecture, budget=budget, **options)

@@ -28,6 +28,7 @@ from nns_plugin.adapters.torch_pruning.traced_group import trace_group  # noqa: 
 from nns_plugin.criteria import UnscoredGroupWarning  # noqa: E402
 from nns_plugin.errors import CriterionError, PruningError, SnapshotError, StaleStatisticsError  # noqa: E402
 from nns_plugin.switcher.network import SwitcherNetwork  # noqa: E402
+from nns_plugin.switcher.row_network import SwitcherArchitecture  # noqa: E402
 from nns_plugin.switcher.scaling_factors import ScalingFactors  # noqa: E402
 from nns_plugin.switcher.switches import find_switches  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
@@ -594,7 +595,7 @@ def test_single_weights_by_significance(how: dict[str, Any]) -> None:
 def test_a_switcher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = simple()
     torch.manual_seed(0)
-    switcher = SwitcherNetwork(model, IMAGES[:2], channels=2, depth=1, width=8, budget=None)
+    switcher = SwitcherNetwork(model, IMAGES[:2], architecture=SwitcherArchitecture(2, 1, 8), budget=None)
     pruner = ours.SwitcherPruner(model, CONFIG, example_inputs=IMAGES[:2], factors=switcher)
     first = pruner.scores()
     assert np.allclose(first["conv1"], switcher(simple())["conv1"].detach(), atol=1e-6)

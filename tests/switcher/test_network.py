@@ -24,7 +24,8 @@ from nns_plugin.errors import (  # noqa: E402
     PruningError,
     SwitchError,
 )
-from nns_plugin.switcher.network import AllOffWarning, RowNetwork, SwitcherNetwork  # noqa: E402
+from nns_plugin.switcher.network import AllOffWarning, SwitcherNetwork  # noqa: E402
+from nns_plugin.switcher.row_network import RowNetwork, SwitcherArchitecture  # noqa: E402
 from nns_plugin.switcher.scaling_factors import ScalingFactors, fold  # noqa: E402
 from nns_plugin.switcher.switches import UnswitchedWarning, find_switches  # noqa: E402
 
@@ -61,7 +62,7 @@ def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_rea
     for seed in range(5):  # a ReLU may be closed for one drawing
         torch.manual_seed(seed)
         model = make()
-        switcher = SwitcherNetwork(model, inputs, form=form, channels=4, depth=2, width=8, budget=None)
+        switcher = SwitcherNetwork(model, inputs, form=form, architecture=SwitcherArchitecture(4, 2, 8), budget=None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AllOffWarning)
             factors = switcher(model)
@@ -95,7 +96,7 @@ def test_rows_depend_on_the_weights_that_they_stand_for() -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (13, 3), (37, 50), (64, 32)])
 def test_widths_that_are_no_power_of_two(height: int, width: int) -> None:
     for normed in (True, False):
-        network = RowNetwork(2, height, width, 3, 4, normed)
+        network = RowNetwork(2, height, width, SwitcherArchitecture(3, 4), normed)
         assert network(torch.randn(2, height, width)).shape == (2, height)
 
 
@@ -104,22 +105,21 @@ def test_all_off_keeps_the_strongest(form: Any) -> None:
     model = perceptron()
     switcher = switcher_for(model, ROWS, form=form)
     assert switcher.connected is not None
+    source = switcher.connected.head.bias if form == "literal" else switcher.thresholds
+    on, off = (8.0, -8.0) if form == "literal" else (-50.0, 50.0)
     with torch.no_grad():
-        if form == "literal":
-            switcher.connected.head.bias.fill_(-1e3)
-        else:
-            switcher.thresholds.fill_(50.0)
+        source.fill_(on)
+        strongest = {name: int(values.argmax()) for name, values in switcher(model).items()}
+        source.fill_(off)
     with pytest.warns(AllOffWarning) as told:
         factors = switcher(model)
     names = [str(warning.message).split("'")[1] for warning in told]
     assert sorted(names) == ["0", "2", "inputs of 0"]
-    assert "are 0; its strongest one is kept" in str(told[0].message)
-    raw = switcher._raw(dict(model.named_parameters()))
+    assert "are 0; the strongest one is kept" in str(told[0].message)
     for name, values in factors.items():
-        assert values.nonzero().flatten().tolist() == [int(raw[name].argmax())]
+        assert values.nonzero().flatten().tolist() == [strongest[name]]
         assert float(values.sum().detach()) == 1.0
     factors["0"].sum().backward()
-    source = switcher.connected.head.bias if form == "literal" else switcher.thresholds
     assert source.grad is not None
     assert bool(source.grad.any())  # it can come back
 
@@ -194,7 +194,7 @@ def test_a_budget_starts_with_nearly_all_on() -> None:
     switcher.progress.fill_(0.0)
     with torch.no_grad():
         assert switcher.removed(switcher(model)) < 0.05
-    with pytest.raises(PruningError, match=r"budget is 0.750 .* can remove 0.397 at most"):
+    with pytest.raises(PruningError, match=r"budget is 0.750 .* only 0.397 can be removed"):
         switcher_for(model, IMAGES, layers=["head"], budget=0.75)
 
 
@@ -251,7 +251,7 @@ def test_wrong_networks_are_told() -> None:
         ({"form": "other"}, "form is 'other'"),
         ({"budget": 1.0}, "budget is 1.0"),
         ({"depth": 0}, "channels, depth and width are 2, 0"),
-        ({"budget": 0.5, "form": "literal"}, "form 'literal'"),
+        ({"budget": 0.5, "form": "literal"}, "form is 'literal'"),
         ({"channels": 0}, "channels, depth and width are 0"),
         ({"layers": ["9"]}, "the inputs of 9 cannot be scaled"),
         ({"layers": ["1"]}, "the inputs of 1 cannot be scaled"),
@@ -269,7 +269,7 @@ def test_wrong_networks_are_told() -> None:
         fold(nn.Sequential(nn.Linear(6, 7)), factors)
     for width in (5, 8):
         other = nn.Sequential(nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-        with pytest.raises(SwitchError, match=f"'0' reads {width} positions, and the factors are for 6; they are of"):
+        with pytest.raises(SwitchError, match=f"'0' reads {width} positions, and the factors are for 6; they belong"):
             fold(other, factors)
     for wrong, message in (
         ({"0": torch.ones(7), "2": torch.ones(5)}, r"'inputs of 0' has \[0\] factors; expected \[6\]"),
@@ -289,7 +289,7 @@ def test_the_switcher_survives_a_file_and_a_copy(tmp_path: Path) -> None:
     assert all(torch.equal(values, switcher(model)[name]) for name, values in factors.items())
     save_model(switcher, str(tmp_path / "switcher.safetensors"))
     torch.manual_seed(123)
-    other = SwitcherNetwork(model, IMAGES, channels=2, depth=2, width=8, budget=None)
+    other = SwitcherNetwork(model, IMAGES, architecture=SwitcherArchitecture(2, 2, 8), budget=None)
     load_model(other, str(tmp_path / "switcher.safetensors"))
     assert all(torch.equal(values, other(model)[name]) for name, values in factors.items())
     assert issubclass(SwitchError, NNSError)

@@ -26,6 +26,7 @@ from nns_plugin.errors import (  # noqa: E402
 )
 from nns_plugin.models.preserve import copied  # noqa: E402
 from nns_plugin.switcher.network import SwitcherNetwork  # noqa: E402
+from nns_plugin.switcher.row_network import SwitcherArchitecture  # noqa: E402
 from nns_plugin.switcher.scaling_factors import ScalingFactors  # noqa: E402
 from nns_plugin.switcher.training import Epoch  # noqa: E402
 
@@ -219,7 +220,7 @@ def test_models_with_several_inputs_by_name() -> None:
     torch.manual_seed(0)
     model = Two()
     inputs = {"a": torch.randn(8, 3), "b": torch.randn(8, 3)}
-    switcher = SwitcherNetwork(model, inputs, channels=2, depth=1, budget=None)
+    switcher = SwitcherNetwork(model, inputs, architecture=SwitcherArchitecture(2, 1), budget=None)
     assert "inputs of left" in switcher(model)
     loader = [(inputs, torch.randint(0, 2, (8,)))]
     assert len(trained(model, loader, switcher, epochs=2).epochs) == 2
