@@ -11,22 +11,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from nns_plugin.errors import MissingExtraError, RecipeError
+from nns_plugin.models.inputs import map_tensors
 
 OPTIONAL = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a data factory returns, as such or as a mapping with these keys.
+    """What a data factory returns: this class, or a mapping with these keys.
 
     Attributes:
-        calibration: Batches ``(inputs, labels)`` that units are scored on; must yield anew each time.
-        test: Held-out batches ``(inputs, labels)`` that every reported number is computed on.
+        calibration: Batches ``(inputs, labels)`` that units are scored on; all loaders are iterated repeatedly.
+        test: Held-out batches ``(inputs, labels)`` for every reported number.
         example_inputs: A batch of inputs for tracing and export: a tensor, or a tuple or mapping of tensors.
         label_names: Names of the labels, in the order of the model's outputs.
-        train: Batches ``(inputs, labels)`` for training and fine-tuning, if the recipe asks for any.
-        validation: Batches ``(inputs, labels)`` that decisions are made on: how often to prune, how much a budget
-            allows; the calibration data by default.
+        train: Batches ``(inputs, labels)`` for training and fine-tuning, if the recipe asks for them.
+        validation: Batches ``(inputs, labels)`` for decisions: how often to prune, how much a budget allows; the
+            calibration data by default.
     """
 
     calibration: Iterable[Any]
@@ -38,7 +39,7 @@ class Datasets:
 
     @property
     def decisive(self) -> Iterable[Any]:
-        """The data that decisions are made on."""
+        """The data for decisions."""
         return self.calibration if self.validation is None else self.validation
 
     @classmethod
@@ -69,35 +70,33 @@ class Datasets:
             if isinstance(loader, (str, Tensor, Mapping)) or not hasattr(loader, "__iter__") or iter(loader) is loader:
                 raise RecipeError(
                     f"data.factory: {factory} returned a {type(loader).__name__} for {field!r}; expected batches "
-                    "that can be gone through again and again, such as a DataLoader or a list"
+                    "that can be iterated repeatedly, such as a DataLoader or a list"
                 )
         names = tuple(str(name) for name in made.label_names)
         if not names or len(set(names)) != len(names):
-            raise RecipeError(f"data.factory: {factory} returned the label names {names}; they must be distinct")
+            raise RecipeError(
+                f"data.factory: {factory} returned the label names {names}; expected distinct names, at least one"
+            )
         return replace(made, label_names=names)
 
 
 def repeated(inputs: Any, count: int) -> Any:
-    """The first inputs of a batch, repeated if they are too few: of a tensor, or a tuple or mapping of tensors."""
+    """The first inputs of a batch, repeated if there are too few: a tensor, or a tuple or mapping of tensors."""
 
     def take(tensor: Tensor) -> Tensor:
         repeats = -(-count // tensor.shape[0])
         return torch.cat([tensor] * repeats)[:count]
 
-    if isinstance(inputs, Mapping):
-        return {name: take(value) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(take(value) for value in inputs)
-    return take(inputs)
+    return map_tensors(inputs, take)
 
 
 def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Datasets:
-    """The 1 797 handwritten digits of scikit-learn, 8x8 pixels, split by label into training and held-out data.
+    """scikit-learn's 1 797 handwritten digits, 8x8 pixels, in a stratified split of training and held-out data.
 
     Args:
-        seed: Of the split and of the order of the training batches.
-        batch_size: Inputs a batch.
-        test_share: Share of the digits held out.
+        seed: Seed of the split and of the order of the training batches.
+        batch_size: Inputs per batch.
+        test_share: Share of the digits to hold out.
 
     Raises:
         MissingExtraError: If scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""The default job's classifier, and weights for the model of a recipe."""
+"""The classifier of the default job, and loading weights into the model of a recipe."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nns_plugin.errors import RecipeError
 
 
 def digits_classifier(width: int = 32, labels: int = 10) -> nn.Module:
-    """A small convolutional classifier for 8x8 grey images.
+    """A small convolutional classifier of 8x8 greyscale images.
 
     Args:
-        width: Channels of the first of three convolutions; the others have two and four times as many.
+        width: Channels of the first of three convolutions; the second and third have two and four times as many.
         labels: Number of labels.
     """
     return nn.Sequential(
@@ -36,17 +36,17 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load weights that fit a model exactly.
+    """Load weights into a model that they fit exactly.
 
     Raises:
-        RecipeError: If the file is missing, no safetensors file, or another model's.
+        RecipeError: If the file is missing, is not a safetensors file or belongs to another model.
     """
     try:
         weights = load_file(path)
     except FileNotFoundError as error:
         raise RecipeError(f"model.checkpoint: there is no file {str(path)!r}") from error
     except (OSError, SafetensorError) as error:
-        raise RecipeError(f"model.checkpoint: {str(path)!r} is no safetensors file: {error}") from error
+        raise RecipeError(f"model.checkpoint: {str(path)!r} is not a safetensors file: {error}") from error
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     found = {name: list(value.shape) for name, value in weights.items()}
     for name in [*expected, *(name for name in found if name not in expected)]:

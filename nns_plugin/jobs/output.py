@@ -1,4 +1,4 @@
-"""A job's output folder: its files appear together at the end, or not at all."""
+"""Writes files atomically: all of them appear together at the end, or none."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nns_plugin.errors import OutputError
 def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move to ``output`` if the block succeeds.
 
-    It lies inside ``output``, so that moving is a rename; an ``output`` that was made for it goes again on failure.
+    It is inside ``output``, so that moving is a rename. On failure, folders created for it are removed again.
 
     Args:
-        output: The folder; made if missing.
-        names: The files that will be written there.
-        optional: Patterns of files that may be written as well; those of an earlier time are removed.
+        output: The folder; created if missing.
+        names: Files that the block writes.
+        optional: Patterns of files that the block may write; older ones are removed.
 
     Raises:
         OutputError: At once if ``output`` cannot be written.
@@ -36,7 +36,7 @@ def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = 
     try:
         for name in names:
             if (output / name).is_dir():
-                raise OutputError(f"output: {str(output / name)!r} is a folder; expected to write a file there")
+                raise OutputError(f"output: {str(output / name)!r} is a folder; expected a file or nothing there")
         yield staging
         _move(staging, output, optional)
     finally:
@@ -47,7 +47,7 @@ def staged_folder(output: Path, names: Sequence[str], optional: Sequence[str] = 
 def _move(staging: Path, output: Path, optional: Sequence[str]) -> None:
     for file in staging.iterdir():
         if (output / file.name).is_dir():
-            raise OutputError(f"output: {str(output / file.name)!r} is a folder; expected to write a file there")
+            raise OutputError(f"output: {str(output / file.name)!r} is a folder; expected a file or nothing there")
     try:
         for pattern in optional:
             for old in output.glob(pattern):
@@ -60,7 +60,7 @@ def _move(staging: Path, output: Path, optional: Sequence[str]) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the given folders, innermost first, as far as they are empty."""
+    """Remove folders, innermost first, until one is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -69,35 +69,35 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def check_writable(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
-    """Make sure, before any work, that files can be written where they are wanted.
+    """Check, before any work, that files can be written.
 
     Raises:
-        OutputError: If two are the same, one is an input or a folder, or its folder is missing or cannot be written.
+        OutputError: If two are the same file, one is an input or a folder, or its folder is missing or not writable.
     """
     read = {path.resolve() for path in inputs}
     for path in paths:
         if path.resolve() in read:
-            raise OutputError(f"output: {str(path)!r} is what is to be read; expected another file to write")
+            raise OutputError(f"output: {str(path)!r} is an input file; choose another output path")
     if len({path.resolve() for path in paths}) != len(paths):
-        raise OutputError(f"output: two of {', '.join(map(str, paths))} are the same file; give each its own")
+        raise OutputError(f"output: two of {', '.join(map(str, paths))} are the same file; choose distinct paths")
     for path in paths:
         if path.is_dir():
-            raise OutputError(f"output: {str(path)!r} is a folder; expected the name of a file")
+            raise OutputError(f"output: {str(path)!r} is a folder; expected a file name")
         if path.exists() and not path.is_file():
-            raise OutputError(f"output: {str(path)!r} is no ordinary file; expected the name of one to write")
+            raise OutputError(f"output: {str(path)!r} is not a regular file; choose another output path")
         try:
             tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f".{path.name}-").cleanup()
         except OSError as error:
             raise OutputError(
-                f"output: {str(path.parent)!r} is no folder that can be written: {error.strerror}; choose another"
+                f"output: {str(path.parent)!r} is not a writable folder: {error.strerror}; choose another"
             ) from error
 
 
 def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files so that all are new and whole, or all are what they were.
+    """Write files atomically: on failure, all are as they were.
 
     Args:
-        contents: By path what writes its content to a path that is given to it.
+        contents: For each path, a function that writes its content to the path passed to it.
 
     Raises:
         OutputError: If one cannot be written.
@@ -106,7 +106,7 @@ def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         with ExitStack() as stack:
             for path, write in contents.items():
-                target = path.resolve()  # what a link leads to
+                target = path.resolve()  # the target of a link
                 folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name}-")
                 folders[target] = Path(stack.enter_context(folder))
                 write(folders[target] / "new")
@@ -115,11 +115,11 @@ def written_together(contents: Mapping[Path, Callable[[Path], object]]) -> None:
             _replaced(folders)
     except OSError as error:
         listed = ", ".join(map(str, contents))
-        raise OutputError(f"output: {listed} cannot be written: {error.strerror}; choose another place") from error
+        raise OutputError(f"output: {listed} cannot be written: {error.strerror}; choose another folder") from error
 
 
 def _replaced(folders: Mapping[Path, Path]) -> None:
-    """Move new files into place; if one cannot be, those that were moved are put back."""
+    """Move new files into place; if one fails, put back those that were moved."""
     moved = []
     try:
         for path, folder in folders.items():

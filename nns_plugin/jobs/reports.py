@@ -1,4 +1,4 @@
-"""The report of a job: every number that it measured, ready for JSON."""
+"""The report of a job: every measurement, ready for JSON."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nns_plugin.subnets.provenance import Trial
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Attributes:
         parameters: Number of parameters.
-        macs: Multiply-accumulate operations for one input.
+        macs: MACs per input.
         file_bytes: Size of its ONNX file.
-        sha256: Of that file, by its name.
+        sha256: SHA-256 of that file, and of its external weights, by file name.
         outputs: Names of its outputs.
-        evaluation: On held-out data.
-        parity: Of its ONNX file with the torch model.
+        evaluation: Accuracy on held-out data.
+        parity: Parity of its ONNX file with the torch model.
     """
 
     parameters: int
@@ -39,37 +39,37 @@ class ModelReport:
     def of(
         cls,
         evaluation: Evaluation,
-        operations: tuple[int, int],
+        counts: tuple[int, int],
         path: Path,
         outputs: Sequence[str],
         parity: ParityReport,
     ) -> ModelReport:
-        """Put together what was measured; ``operations`` are MACs and parameters."""
-        macs, parameters = operations
+        """The report of a model whose MACs and parameters are ``counts``."""
+        macs, parameters = counts
         file = read_file(path)
         return cls(parameters, macs, file.file_bytes, file.sha256, tuple(outputs), evaluation, parity)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a job did and measured.
+    """What a job did, and its measurements.
 
     Attributes:
-        recipe: The recipe, as checked.
-        labels: Names of the labels of the set.
+        recipe: The checked recipe.
+        labels: Names of the kept labels.
         units: Number of units of each group of the dense model.
-        kept_units: The units that are left, for each pruned group.
-        trials: What a search within a budget or for a latency tried, in order.
-        target_met: Whether the last measurement meets the target for latency; None if there is none.
-        balanced_accuracy_drop: What the subnet loses of the mean balanced accuracy; ``None`` if there is none.
-        balanced_accuracy_drop_interval: Its 95 % bootstrap interval, if asked for.
+        kept_units: The kept units of each pruned group.
+        trials: The trials of a search within a budget or for a latency, in order.
+        target_met: Whether the final measurement meets the latency target; ``None`` without a target.
+        balanced_accuracy_drop: Drop of the mean balanced accuracy against the dense model; ``None`` without one.
+        balanced_accuracy_drop_interval: Its 95 % bootstrap interval, if requested.
         baseline: The dense model.
         subnet: The pruned model.
-        removal: Parity of the subnet with the dense model in which the removed units are masked.
-        pruning: How far the subnet's outputs for the kept labels are from the dense model's on the test data.
-        latency: Of both ONNX files, measured in turn.
+        removal: Parity of the subnet with the dense model whose removed units are masked.
+        pruning: Distance of the subnet's outputs for the kept labels from the dense model's, on the test data.
+        latency: Latency of both ONNX files, measured in turns.
         environment: The machine, and the build of ONNX Runtime.
-        versions: Of Python and the packages involved.
+        versions: Versions of Python and the packages involved.
     """
 
     recipe: dict[str, Any]
@@ -89,6 +89,6 @@ class Report:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; numbers that JSON has not are None."""
+        """The report as JSON types; NaN and infinities are None."""
         found: dict[str, Any] = jsonable(asdict(self))
         return found

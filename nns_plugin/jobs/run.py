@@ -197,7 +197,7 @@ def _prove(
         )
         reports[name] = ModelReport.of(
             evaluation=evaluation,
-            operations=count_macs(model, data.example_inputs),
+            counts=count_macs(model, data.example_inputs),
             path=path,
             outputs=names[name],
             parity=check_parity(

@@ -1,4 +1,4 @@
-"""Sweeps: a job many times over, on NNI's engine, and which of the results nothing beats."""
+"""Sweeps: runs a recipe with many settings on NNI's engine, and finds the Pareto-optimal trials."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ STATE, FIGURE = "sweep.json", "pareto.png"
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """A trial of a sweep.
+    """A finished trial of a sweep.
 
     Attributes:
-        number: Names its folder ``trials/NNN``.
+        number: Its number, which names its folder ``trials/NNN``.
         parameters: Values by field of the recipe.
-        numbers: What it measured, by name; ``None`` if it failed.
+        numbers: Its measurements, by name; ``None`` if it failed.
         error: Why it failed.
     """
 
@@ -60,12 +60,12 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep led to.
+    """The result of a sweep.
 
     Attributes:
-        trials: All that ended, by number.
-        planned: How many there were to be.
-        metric: Name of the number that the tuner went by.
+        trials: All finished trials, by number.
+        planned: Planned number of trials.
+        metric: Name of the number that the tuner optimises.
     """
 
     trials: tuple[SweepTrial, ...]
@@ -74,7 +74,7 @@ class Sweep:
 
     @property
     def pareto(self) -> tuple[SweepTrial, ...]:
-        """Trials that no other beats: as accurate and as fast, and better in one; the fastest first."""
+        """The Pareto-optimal trials: no other is as accurate and as fast, and better in one; the fastest first."""
         points = [(trial, trial.point) for trial in self.trials]
         there = [(trial, point) for trial, point in points if point is not None]
         front = [
@@ -93,19 +93,19 @@ def run_sweep(
     nni_config: Path | None = None,
     progress: bool = False,
 ) -> Sweep:
-    """Run the sweep of a recipe, or what is left of it.
+    """Run the sweep of a recipe, or resume it.
 
     Args:
-        file: The recipe, with a section ``sweep``.
-        output: Folder for ``sweep.json``, ``pareto.png`` and ``trials``. If it holds part of this very sweep, only the
-            rest is run.
-        overrides: Of the recipe's fields.
+        file: Recipe with a section ``sweep``.
+        output: Folder for ``sweep.json``, ``pareto.png`` and ``trials``. If it holds an interrupted run of the same
+            sweep, only the missing trials are run.
+        overrides: Values by dotted name of a field of the recipe.
         nni_config: NNI's experiment config, for remote machines or Kubernetes; the local machine by default.
         progress: Whether to show a progress bar.
 
     Raises:
-        NNSError: If the recipe is wrong, the folder holds another sweep, no trial succeeds, or NNI fails.
-        KeyboardInterrupt: On Ctrl-C; what has ended by then is in the folder, and nothing runs any more.
+        NNSError: If the recipe is invalid, the folder holds another sweep, no trial succeeds or NNI fails.
+        KeyboardInterrupt: On Ctrl-C; finished trials are in the folder, and no process is left running.
     """
     from nns_plugin.adapters.nni_engine.experiment import ended_trials, experiment_config
 
@@ -135,7 +135,7 @@ def run_sweep(
                 folder,
                 space,
                 tuner=section.tuner,
-                seed=section.seed + len(done),  # or a sweep that goes on would begin with the same
+                seed=section.seed + len(done),  # a resumed sweep must not repeat the first trials
                 trials=left,
                 concurrency=section.concurrency,
                 working_folder=state.working_folder,
@@ -153,7 +153,7 @@ def run_sweep(
 
 
 class _State:
-    """What of a sweep is on disk."""
+    """The part of a sweep that is on disk."""
 
     def __init__(self, output: Path, described: Mapping[str, Any]) -> None:
         self._output = output.resolve()
@@ -163,14 +163,14 @@ class _State:
         path = self._output / STATE
         if path.exists():
             try:
-                told = json.loads(path.read_text(encoding="utf-8"))
-                former = told["sweep"] if told["format"] == FORMAT else None
-                self.trials = {trial["number"]: SweepTrial(**trial) for trial in told["trials"] if trial["numbers"]}
+                content = json.loads(path.read_text(encoding="utf-8"))
+                former = content["sweep"] if content["format"] == FORMAT else None
+                self.trials = {trial["number"]: SweepTrial(**trial) for trial in content["trials"] if trial["numbers"]}
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise SweepError(f"{str(path)!r} is damaged: {error}; remove it, or choose another folder") from error
+                raise SweepError(f"{str(path)!r} is damaged: {error}; remove it or choose another folder") from error
             if former != self._described:
-                raise SweepError(f"{str(output)!r} holds another sweep; choose another folder, or remove {STATE}")
-        self._first = max(self.trials, default=-1) + 1  # of those that a tuner is going to choose
+                raise SweepError(f"{str(output)!r} holds another sweep; choose another folder or remove {STATE}")
+        self._first = max(self.trials, default=-1) + 1  # number of the first trial that a tuner chooses
 
     @property
     def working_folder(self) -> Path:
@@ -183,7 +183,7 @@ class _State:
         return sorted([*self.trials.values(), *self._failed.values()], key=lambda trial: trial.number)
 
     def prepare(self, recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None, section: SweepSection) -> Path:
-        """Write what trials need; the folder."""
+        """Write what trials need, and return its folder."""
         folder = self._output / ".plan"
         try:
             (self._output / "trials").mkdir(parents=True, exist_ok=True)
@@ -210,29 +210,29 @@ class _State:
         return folder
 
     def add(self, ended: Ended, planned: Sequence[Mapping[str, Any]] | None) -> None:
-        """Note a trial that has ended, on disk as well."""
-        told = dict(ended.numbers or {})
-        # NNI hands parameters to whichever trial asks first, and may list them with another: the trial knows its own.
-        number, chosen = told.pop("number", None), told.pop("chosen", dict(ended.parameters))
+        """Record a finished trial, also on disk."""
+        numbers = dict(ended.numbers or {})
+        # NNI gives parameters to the trial that asks first, and may list them for another; only the trial knows.
+        number, chosen = numbers.pop("number", None), numbers.pop("chosen", dict(ended.parameters))
         if number is None:
             failed = (int(path.stem) for path in self._errors() if int(path.stem) not in self._failed)
             listed = self._first + ended.number if planned is None else int(ended.parameters["trial"])
             number = min(failed, default=listed)
         chosen = chosen if planned is None else dict(planned[number])
         if ended.numbers is not None:
-            self.trials[number] = SweepTrial(number, chosen, told)
+            self.trials[number] = SweepTrial(number, chosen, numbers)
         else:
             file = self._output / "trials" / f"{number:03d}.error"
             text = file.read_text(encoding="utf-8").strip() if file.exists() else f"{ended.status.lower()}, see .nni"
             self._failed[number] = SweepTrial(number, chosen, None, " ".join(text.split()))
-        told = {"format": FORMAT, "sweep": self._described, "trials": [vars(trial) for trial in self.all_trials()]}
+        content = {"format": FORMAT, "sweep": self._described, "trials": [vars(trial) for trial in self.all_trials()]}
         staging = self._output / f".{STATE}"
-        staging.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(staging, self._output / STATE)
 
 
 def _planned(file: Path, overrides: Mapping[str, Any] | None, section: SweepSection) -> list[dict[str, Any]] | None:
-    """Every combination, or as many of them as are wanted; ``None`` if a tuner chooses. All are checked."""
+    """Every combination, or a sample of them, each checked; ``None`` if a tuner chooses."""
     if section.tuner != "GridSearch":
         for name, values in section.search.items():
             for value in values if isinstance(values, list) else ():
@@ -248,18 +248,18 @@ def _planned(file: Path, overrides: Mapping[str, Any] | None, section: SweepSect
         try:
             load_recipe(file, {**(overrides or {}), **combination})
         except RecipeError as error:
-            raise RecipeError(f"sweep.search: {combination} is no recipe: {error}") from error
+            raise RecipeError(f"sweep.search: {combination} is not a valid recipe: {error}") from error
     return combinations
 
 
 def _absolute(file: Path, name: str, value: Any) -> Any:
-    """Files of weights are relative to the recipe's folder, which is another for trials."""
+    """A value; paths of weights become absolute, since trials read their recipe from another folder."""
     is_file = name in {f"model.{weights}" for weights in WEIGHTS} and isinstance(value, str)
     return str((file.parent / value).resolve()) if is_file else value
 
 
 def _described(recipe: Recipe, planned: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    """What has to be the same for a sweep to go on."""
+    """What must be unchanged for a sweep to resume."""
     content = recipe.model_dump(mode="json")
     limits = ("trials", "concurrency", "max_minutes") if planned is None else ("concurrency", "max_minutes")
     content["sweep"] = {name: value for name, value in content["sweep"].items() if name not in limits}

@@ -1,4 +1,4 @@
-"""Training of a classifier, for the default job and for optional fine-tuning."""
+"""Trains a classifier, for the default job and for fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def train_classifier(
     title: str = "training",
     progress: bool = False,
 ) -> None:
-    """Train with cross-entropy, AdamW and a one-cycle schedule; the model is left in evaluation mode.
+    """Train with cross-entropy, AdamW and a one-cycle schedule, and leave the model in evaluation mode.
 
     Args:
-        model: Gives logits ``[N, outputs]``.
-        loader: Yields ``(inputs, labels)``; must yield anew each epoch.
+        model: Returns logits ``[N, outputs]``.
+        loader: Yields ``(inputs, labels)``; iterated once per epoch.
         epochs: Number of epochs.
         learning_rate: Highest learning rate of the cycle.
-        weight_decay: Of AdamW.
-        target_of_label: ``[L]`` int64, the output that each label belongs to, or -1 to leave its inputs out; the
-            label itself by default.
+        weight_decay: Weight decay of AdamW.
+        target_of_label: ``[L]`` int64, the output for each label, or -1 to ignore its inputs; by default the
+            label itself.
         title: Title of the progress bar.
         progress: Whether to show it.
 
@@ -51,7 +51,9 @@ def train_classifier(
         for _ in range(epochs):
             for batch in batches(loader, model, name="training loader"):
                 if batch.labels is None:
-                    raise CalibrationError("the training loader yields inputs alone; expected (inputs, labels)")
+                    raise CalibrationError(
+                        "the training loader yields inputs without labels; expected (inputs, labels)"
+                    )
                 targets = (
                     batch.labels if target_of_label is None else _targets(batch.labels, target_of_label, batch.number)
                 )
@@ -59,7 +61,7 @@ def train_classifier(
                 targets = targets.to(logits.device)
                 loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1)
                 if not bool((targets >= 0).any()):
-                    loss = logits.sum() * 0  # nothing of the label set in this batch
+                    loss = logits.sum() * 0  # no label of the set in this batch
                 if not bool(torch.isfinite(loss)):
                     raise RecipeError(f"{title}: the loss is {loss.item()}; lower the learning rate")
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""A trial of a sweep, started by NNI: ``python -m nns_plugin.jobs.trial``, in the folder with the plan."""
+"""Runs one trial of a sweep; NNI starts ``python -m nns_plugin.jobs.trial`` in the folder with the plan."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NUMBERS = {
     "macs": "subnet.macs",
     "file_bytes": "subnet.file_bytes",
 }
-PARITY = "the ONNX files do not answer as their models do"
+PARITY = "an ONNX file does not reproduce its torch model"
 
 
 def number_of(report: Any, name: str) -> float:
-    """A number of a report by its dotted name, such as ``subnet.evaluation.mean_balanced_accuracy``.
+    """A number of a report, by its dotted name, such as ``subnet.evaluation.mean_balanced_accuracy``.
 
     Raises:
         RecipeError: If there is no such number.
@@ -37,7 +37,7 @@ def number_of(report: Any, name: str) -> float:
     for part in name.split("."):
         if not isinstance(found, dict) or part not in found:
             there = ", ".join(found) if isinstance(found, dict) else type(found).__name__
-            raise RecipeError(f"sweep.metric: the report has no {name!r}: instead of {part!r} there is {there}")
+            raise RecipeError(f"sweep.metric: the report has no {name!r}: expected one of {there} instead of {part!r}")
         found = found[part]
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise RecipeError(f"sweep.metric: {name!r} is {found!r} in the report; expected a number")
@@ -45,33 +45,36 @@ def number_of(report: Any, name: str) -> float:
 
 
 def check_metric(name: str) -> None:
-    """Refuse a number that no report has, as far as can be told before there is one.
+    """Refuse a metric that no report can have, as far as the types of its fields tell.
 
     Raises:
-        RecipeError: If a part of its name is no field of a report.
+        RecipeError: If a part of its name is not a field of a report.
     """
     kind: Any = Report
     for part in name.split("."):
         if not dataclasses.is_dataclass(kind):
-            return  # dictionaries and intervals: what is in them is seen in the report
+            return  # dictionaries and intervals: only the report shows their content
         hints = get_type_hints(kind)
         if part not in hints:
-            raise RecipeError(f"sweep.metric: found {name!r}; instead of {part!r} a report has {', '.join(hints)}")
+            raise RecipeError(f"sweep.metric: found {name!r}; expected one of {', '.join(hints)} instead of {part!r}")
         kind = hints[part]
     if dataclasses.is_dataclass(kind):
-        raise RecipeError(f"sweep.metric: {name!r} is no number; it has {', '.join(get_type_hints(kind))}")
+        raise RecipeError(
+            f"sweep.metric: {name!r} is not a number; it has the fields {', '.join(get_type_hints(kind))}"
+        )
 
 
 def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str, Any]:
-    """Do the job of a trial.
+    """Run the job of a trial.
 
     Args:
-        folder: With the plan and the recipe.
+        folder: Folder with the plan and the recipe.
         parameters: What the tuner chose: the number of a planned trial, or values by field of the recipe.
-        number: Of the trial, for the name of its folder.
+        number: Number of the trial, which names its folder.
 
     Returns:
-        The numbers of its report, the metric as ``"default"``; and the trial's ``"number"``, and what was ``"chosen"``.
+        The numbers of its report, with the metric as ``"default"``; the trial's ``"number"``; and its parameters as
+        ``"chosen"``.
     """
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if "trial" in parameters:
@@ -83,7 +86,7 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
     output = Path(plan["output"])
     if not output.is_dir():  # on another machine
         output = folder
-    elif Path(plan["folder"]).is_dir():  # where the user's own code and files are
+    elif Path(plan["folder"]).is_dir():  # with the user's code and files
         os.chdir(plan["folder"])
         sys.path.insert(0, plan["folder"])
     error_file = output / f"{number:03d}.error"
@@ -93,8 +96,8 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
         if not (report["baseline"]["parity"]["passed"] and report["subnet"]["parity"]["passed"]):
             raise SweepError(PARITY)
         sign = 1.0 if plan["maximize"] else -1.0
-        told = {"default": sign * number_of(report, plan["metric"]), "number": number, "chosen": parameters}
-        return told | {short: _found(report, name) for short, name in NUMBERS.items()}
+        numbers = {"default": sign * number_of(report, plan["metric"]), "number": number, "chosen": parameters}
+        return numbers | {short: _found(report, name) for short, name in NUMBERS.items()}
     except NNSError as error:
         error_file.write_text(f"{error}\n", encoding="utf-8")
         raise
@@ -103,12 +106,12 @@ def run_trial(folder: Path, parameters: dict[str, Any], number: int) -> dict[str
 def _found(report: Any, name: str) -> float | None:
     try:
         return number_of(report, name)
-    except RecipeError:  # such as the accuracy of labels without test data
+    except RecipeError:  # such as the accuracy of a label without test data
         return None
 
 
 def main() -> None:
-    """Get parameters from NNI, and give numbers back; a known error is one line and exit code 2."""
+    """Get parameters from NNI and report numbers to it; a known error is one line and exit code 2."""
     from nns_plugin.adapters.nni_engine.trial import next_trial, report
 
     parameters, number = next_trial()

@@ -202,14 +202,14 @@ def test_what_is_wrong_is_told_before_anything_runs(
         ({"sweep.search": {}}, "field 'sweep.search'"),
         ({"sweep.search": {"ratio": []}}, r"ratio is \[\]; expected a list of values"),
         ({"sweep.search": {"a b": [1]}}, "'a b' is no field"),
-        ({"sweep.search": {"ratio": [0.5, 1.5]}}, "sweep.search: {'ratio': 1.5} is no recipe"),
+        ({"sweep.search": {"ratio": [0.5, 1.5]}}, "sweep.search: {'ratio': 1.5} is not a valid recipe"),
         ({"sweep.search": {"ratio": [0.5], "zeta": [0.5]}}, "exclude each other"),
         ({"sweep.search": {"nothing": [0.5]}}, "there is no such field"),
         ({"sweep.search": {"ratio": {"_type": "uniform", "_value": [0, 1]}}}, "goes with tuner Random or TPE"),
         ({"sweep.search": {"criterion.name": ["none"]}, "sweep.tuner": "Random"}, "expected one of"),
         ({"sweep.trials": 0}, "field 'sweep.trials'"),
-        ({"sweep.metric": "accuracy"}, "sweep.metric: found 'accuracy'; instead of 'accuracy' a report has recipe"),
-        ({"sweep.metric": "subnet.parity"}, "'subnet.parity' is no number; it has kind"),
+        ({"sweep.metric": "accuracy"}, "sweep.metric: found 'accuracy'; expected one of recipe"),
+        ({"sweep.metric": "subnet.parity"}, "'subnet.parity' is not a number; it has the fields kind"),
     ):
         with pytest.raises(RecipeError, match=message):
             run_sweep(recipe, tmp_path / "out", overrides)
@@ -254,7 +254,7 @@ def test_files_of_weights_are_found_from_everywhere(
 def test_numbers_of_reports() -> None:
     report = {"a": {"b": 2, "c": None, "d": True}}
     assert number_of(report, "a.b") == 2.0
-    for name, message in (("a.x", "instead of 'x' there is b, c, d"), ("a.c", "is None"), ("a.d", "is True")):
+    for name, message in (("a.x", "expected one of b, c, d instead of 'x'"), ("a.c", "is None"), ("a.d", "is True")):
         with pytest.raises(RecipeError, match=message):
             number_of(report, name)
 
@@ -274,9 +274,9 @@ def test_a_trial_does_the_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     assert Path.cwd() == tmp_path, "where nns sweep was called"
     assert numbers["balanced_accuracy"] == report["subnet"]["evaluation"]["mean_balanced_accuracy"]
     assert numbers["latency_ms"] == report["latency"]["candidate"]["p50_ms"]
-    with pytest.raises(SweepError, match="do not answer as their models do"):
+    with pytest.raises(SweepError, match="does not reproduce its torch model"):
         run_trial(folder, {"measure.rtol": 0, "measure.atol": 0}, 5)
-    assert "do not answer" in (tmp_path / "out" / "trials" / "005.error").read_text()
+    assert "does not reproduce" in (tmp_path / "out" / "trials" / "005.error").read_text()
 
 
 def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:

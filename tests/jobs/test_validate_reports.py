@@ -287,9 +287,9 @@ def test_a_report_without_a_folder_is_told_before_any_work(
 ) -> None:
     nowhere = Path("nowhere.onnx")  # is not looked at yet
     assert validate(nowhere, nowhere, option, tmp_path / "none" / "report") == 2
-    assert f"output: {str(tmp_path / 'none')!r} is no folder" in complaint(capsys)
+    assert f"output: {str(tmp_path / 'none')!r} is not a writable folder" in complaint(capsys)
     assert validate(nowhere, nowhere, option, tmp_path) == 2
-    assert f"output: {str(tmp_path)!r} is a folder; expected the name of a file" in complaint(capsys)
+    assert f"output: {str(tmp_path)!r} is a folder; expected a file name" in complaint(capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +300,7 @@ def test_two_reports_in_one_file_are_refused_before_any_work(
     (tmp_path / "folder").mkdir()
     again = tmp_path / "folder" / ".." / "report"
     assert validate(nowhere, nowhere, "--json", same, "--junit", again) == 2
-    assert "are the same file; give each its own" in complaint(capsys)
+    assert "are the same file; choose distinct paths" in complaint(capsys)
     assert not same.exists()
 
 

@@ -59,7 +59,7 @@ def evidence_of(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) 
     with stage("data.test"):
         found = list(batches(data.test, name="test loader"))
     if any(batch.labels is None for batch in found):
-        raise RecipeError("data.test: yields inputs alone; expected (inputs, labels)")
+        raise RecipeError("data.test: yields inputs without labels; expected (inputs, labels)")
     parts = [values_of(batch.inputs, files[0]) for batch in found]
     by_name = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     inputs = by_name if isinstance(found[0].inputs, Mapping) else tuple(by_name.values())
