@@ -24,7 +24,7 @@ from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits, traced_units
 from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
 from nns_plugin.criteria.ties import separate_ties
-from nns_plugin.errors import CriterionError, PruningError, StaleStatisticsError
+from nns_plugin.errors import CriterionError, PruningError
 from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import axis_length, broadcast_to_weight, by_output, out_axis
 from nns_plugin.models.preserve import preserved
@@ -82,8 +82,8 @@ class CriterionPruner(_NormPruner):
         self._check_given(calibration, statistics, labels)
         check_unwrapped(model)
         check_config_list(model, config_list)
-        if statistics is not None and (differs := statistics.differ_from(model)):
-            raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; {ADVICE}")
+        if statistics is not None:
+            statistics.check_current(model, advice=ADVICE)
         self._units = self._trace(model, example_inputs)
         self._example_inputs = example_inputs
         self._calibration, self._statistics, self._labels = calibration, statistics, labels
@@ -144,8 +144,7 @@ class CriterionPruner(_NormPruner):
         if not self._observes:
             return self._criterion(model, None)
         if self._statistics is not None:
-            if differs := self._statistics.differ_from(model):
-                raise StaleStatisticsError(f"weights have changed since the statistics: {differs}; {ADVICE}")
+            self._statistics.check_current(model, advice=ADVICE)
             return self._criterion(model, self._statistics)
         assert self._calibration is not None
         masks = held_masks(self.bound_model)

@@ -16,7 +16,7 @@ from nns_plugin.adapters.nni.wrappers import check_unwrapped
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
 from nns_plugin.adapters.torch_pruning.traced_units import traced_units
 from nns_plugin.compensation.options import Compensation, Method
-from nns_plugin.errors import PruningError, StaleStatisticsError
+from nns_plugin.errors import PruningError
 from nns_plugin.models.preserve import copied
 from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
@@ -85,8 +85,8 @@ def speedup(
     check_unwrapped(model)
     how = Compensation(method=compensation) if isinstance(compensation, str) else compensation
     _check_compensation(how, backend, calibration, statistics)
-    if statistics is not None and (differs := statistics.differ_from(model)):
-        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
+    if statistics is not None:
+        statistics.check_current(model)
     traced = TorchPruningBackend(copied(model), example_inputs)
     planned = resolve_masks(model, traced_units(traced.graph), masks)
     masked = masked_copy(model, planned.masks)

@@ -9,7 +9,6 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.graph import build_graph
-from nns_plugin.adapters.torch_pruning.pruner_step import check_current
 from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
 from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.least_squares import Merge
@@ -93,7 +92,7 @@ def prune_by_angle(
         raise PruningError(f"groups is {groups!r}; expected a list of names among {', '.join(names)}")
     if merge not in get_args(Merge):
         raise PruningError(f"merge is {merge!r}; it must be one of {', '.join(get_args(Merge))}")
-    check_current(statistics, model)
+    statistics.check_current(model)
     criterion = Distinctiveness(statistics, model, "pairwise", center, vectors)
     chosen = [group for group in statistics.groups if groups is None or group.name in groups]
     selections = criterion.select(chosen, rule)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup
 from nns_plugin.errors import StaleStatisticsError
-from nns_plugin.models.fingerprint import difference, fingerprint
 from nns_plugin.models.layers import axis_length
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup
@@ -72,12 +71,17 @@ class FollowedStatistics:
         former = None if self._graph is None else self._graph()
         if former is not None and former.model is graph.model and self._changed(former):
             self._update(former)  # another pruner goes on; the former one's history tells what happened
-        expected = self._statistics.fingerprint
-        differs = difference(expected, fingerprint(graph.model)) if expected else self._misfit(graph)
-        if not expected and self._marks and self._written(graph.model):
-            differs = differs or "its weights have changed since a former pruner was at work"
-        if differs:
-            self._again(graph, f"the statistics belong to another state of the model: {differs}")
+        try:
+            self._statistics.check_current(graph.model, advice=ADVICE)
+        except StaleStatisticsError:
+            if self._recollect is None:
+                raise
+            self._statistics = self._recollect(graph)
+        if not self._statistics.fingerprint:  # narrowed: they do not record which weights they belong to
+            if misfit := self._misfit(graph):
+                self._again(graph, f"the statistics do not fit the model: {misfit}")
+            elif self._marks and self._written(graph.model):
+                self._again(graph, "weights have changed since a former pruner was at work")
         self._mark(graph)
 
     def _changed(self, graph: tp.DependencyGraph) -> bool:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import nn
 
 from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, planned_removals
 from nns_plugin.compensation.compensated import compensated_removal
 from nns_plugin.compensation.options import Compensation, Method
-from nns_plugin.errors import StaleStatisticsError
-from nns_plugin.models.fingerprint import difference, fingerprint
+from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.statistics.statistics import Statistics
 
 
@@ -79,20 +78,5 @@ def _followed(pruner: tp.pruner.BasePruner, statistics: Statistics) -> Statistic
     given, known, mark = _FOLLOWED.get(pruner, (None, statistics, statistics.fingerprint))
     if given is not statistics:
         known, mark = statistics, statistics.fingerprint
-    _check_mark(mark, pruner.model)
+    replace(known, fingerprint=mark).check_current(pruner.model)
     return known
-
-
-def check_current(statistics: Statistics, model: nn.Module) -> None:
-    """Refuse statistics of another state of the model.
-
-    Raises:
-        StaleStatisticsError: If they say what they belong to, and it is not this model as it is.
-    """
-    _check_mark(statistics.fingerprint, model)
-
-
-def _check_mark(mark: Mapping[str, str], model: nn.Module) -> None:
-    differs = difference(mark, fingerprint(model)) if mark else ""
-    if differs:
-        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")

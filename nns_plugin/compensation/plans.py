@@ -26,7 +26,8 @@ from nns_plugin.models.layers import (
 )
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.angles import Center
-from nns_plugin.statistics.statistics import Record, Statistics
+from nns_plugin.statistics.records import Record
+from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import complement
 
 ChannelMethod = Literal["least_squares", "merge", "mean"]

@@ -16,7 +16,8 @@ from nns_plugin.errors import CriterionError, StaleStatisticsError
 from nns_plugin.models.layers import channel_groups, consumer_matrices
 from nns_plugin.selection import AngleRule, AngleSelection, keep_by_angle
 from nns_plugin.statistics.angles import Center, angles, centred, check_center, silent
-from nns_plugin.statistics.statistics import Record, Statistics
+from nns_plugin.statistics.records import Record
+from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import Port, UnitGroup
 
 Mode = Literal["pairwise", "span"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nns_plugin.errors import CriterionError, LabelError, StaleStatisticsError
 from nns_plugin.labels import resolve_label
-from nns_plugin.statistics.statistics import Record, Statistics
+from nns_plugin.statistics.records import Record
+from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import Port, UnitGroup
 
 Measure = Literal["mean", "frequency"]

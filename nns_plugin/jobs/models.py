@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from nns_plugin.errors import RecipeError
+from nns_plugin.files import read_safetensors
 
 
 def digits_classifier(width: int = 32, labels: int = 10) -> nn.Module:
@@ -42,11 +41,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         RecipeError: If the file is missing, is not a safetensors file or belongs to another model.
     """
     try:
-        weights = load_file(path)
-    except FileNotFoundError as error:
-        raise RecipeError(f"model.checkpoint: there is no file {str(path)!r}") from error
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"model.checkpoint: {str(path)!r} is not a safetensors file: {error}") from error
+        weights = read_safetensors(path, None, RecipeError, lambda metadata, tensors: tensors)
+    except RecipeError as error:
+        raise RecipeError(f"model.checkpoint: {error}") from error
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     found = {name: list(value.shape) for name, value in weights.items()}
     for name in [*expected, *(name for name in found if name not in expected)]:

@@ -21,8 +21,10 @@ from nns_plugin.models.hooks import Hook, hooked
 from nns_plugin.models.inputs import run_model
 from nns_plugin.models.layers import Convolution, Layout, axis_length, channel_groups, padded_positions
 from nns_plugin.models.preserve import preserved
+from nns_plugin.statistics.layouts import layout_of
+from nns_plugin.statistics.records import Key, Record
 from nns_plugin.statistics.reduction import Sums, add_batch, reduce_activation
-from nns_plugin.statistics.statistics import Key, Record, Statistics, distributed_sum, layout_of
+from nns_plugin.statistics.statistics import Statistics, distributed_sum
 from nns_plugin.units import UnitGroup
 
 

@@ -5,34 +5,47 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nns_plugin.errors import GroupError, StatisticsError
 from nns_plugin.files import read_safetensors, write_safetensors
-from nns_plugin.models.fingerprint import difference, fingerprint
 from nns_plugin.models.layers import Layout
-from nns_plugin.statistics.statistics import SUMS, Key, Record, Statistics
+from nns_plugin.statistics.records import SUMS, Key, Record
 from nns_plugin.units import Port, UnitGroup, check_group
 
 FORMAT = "nns-plugin statistics 1"
 
 
-def save(statistics: Statistics, path: Path) -> None:
-    """Write statistics; the file appears whole or not at all."""
+class Content(NamedTuple):
+    """The content of a file: the fields of :class:`nns_plugin.statistics.statistics.Statistics`, in their order."""
+
+    records: Mapping[Key, Record]
+    groups: tuple[UnitGroup, ...]
+    labels: tuple[str, ...] | None
+    threshold: float
+    fingerprint: Mapping[str, str]
+
+
+def write_statistics(path: Path, content: Content) -> None:
+    """Write statistics atomically.
+
+    Raises:
+        StatisticsError: If the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
-    for number, record in enumerate(statistics.records.values()):
+    for number, record in enumerate(content.records.values()):
         tensors |= {f"record.{number}.{name}": value for name, value in record.sums().items()}
         tensors |= {f"record.{number}.channel": record.layout.channel, f"record.{number}.slot": record.layout.slot}
-    for number, group in enumerate(statistics.groups):
+    for number, group in enumerate(content.groups):
         for role, ports in (("producers", group.producers), ("consumers", group.consumers)):
             for place, port in enumerate(ports):
                 tensors[f"group.{number}.{role}.{place}.index"] = port.index
                 tensors[f"group.{number}.{role}.{place}.unit"] = port.unit
     header = {
-        "records": [list(key) for key in statistics.records],
+        "records": [list(key) for key in content.records],
         "groups": [
             {
                 "name": group.name,
@@ -40,31 +53,27 @@ def save(statistics: Statistics, path: Path) -> None:
                 "producers": [port.name for port in group.producers],
                 "consumers": [port.name for port in group.consumers],
             }
-            for group in statistics.groups
+            for group in content.groups
         ],
-        "labels": statistics.labels,
-        "threshold": statistics.threshold,
-        "fingerprint": dict(statistics.fingerprint),
+        "labels": content.labels,
+        "threshold": content.threshold,
+        "fingerprint": dict(content.fingerprint),
     }
-    write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(header)}, path)
+    write_safetensors(path, FORMAT, StatisticsError, {"nns": json.dumps(header)}, tensors)
 
 
-def load(path: Path, model: nn.Module | None) -> Statistics:
-    """Read statistics and check that they are whole and, if a model is given, that they belong to it."""
-    statistics = read_safetensors(
+def read_statistics(path: Path) -> Content:
+    """Read statistics and check that they are complete and consistent.
+
+    Raises:
+        StatisticsError: If the file is missing, damaged or foreign.
+    """
+    return read_safetensors(
         path, FORMAT, StatisticsError, lambda metadata, tensors: _decode(json.loads(metadata["nns"]), tensors)
     )
-    if model is not None:
-        differs = difference(statistics.fingerprint, fingerprint(model))
-        if differs:
-            raise StatisticsError(
-                f"{str(path)!r} belongs to another model: {differs}; calibrate again, or load the weights it was made "
-                "with"
-            )
-    return statistics
 
 
-def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Content:
     groups = []
     for number, item in enumerate(header["groups"]):
         ports = {
@@ -97,4 +106,4 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics
         if sums["inputs"].numel() != (1 if labels is None else len(labels)):
             raise GroupError(f"{name!r} has sums of {sums['inputs'].numel()} labels, not of {labels}")
         records[side, name] = record
-    return Statistics(records, tuple(groups), labels, float(header["threshold"]), dict(header["fingerprint"]))
+    return Content(records, tuple(groups), labels, float(header["threshold"]), dict(header["fingerprint"]))

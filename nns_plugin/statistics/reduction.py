@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nns_plugin.models.layers import Layout
-from nns_plugin.statistics.statistics import Record
+from nns_plugin.statistics.records import Record
 
 
 class Sums(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,97 +11,9 @@ from torch import Tensor, nn
 
 from nns_plugin.errors import StaleStatisticsError, StatisticsError
 from nns_plugin.models.fingerprint import difference, fingerprint
-from nns_plugin.models.layers import Layout
-from nns_plugin.units import Port, UnitGroup, check_port, narrow_groups, removed_positions
-
-Key = tuple[str, str]  # side ("in" or "out") and module name
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """Sums about one observed axis; L labels (one row if the data is unlabelled), C channels, S slots.
-
-    Attributes:
-        layout: How positions were pooled.
-        inputs: ``[L]`` int64, number of inputs.
-        samples: ``[L]`` int64, number of (input, position) pairs; a pooled channel has
-            ``layout.positions_per_channel`` times as many.
-        total: ``[L, C]`` float64, sum of activations.
-        magnitude: ``[L, C]`` float64, sum of absolute activations.
-        square: ``[L, C]`` float64, sum of squared activations.
-        active: ``[L, S]`` int64, inputs for which any position of the slot exceeds the threshold.
-        gram: ``None``, or ``[G, C / G + 1, C / G + 1]`` float64: for each of the G groups in which the channels are
-            read (1 but for grouped convolutions) the Gram matrix of its channels and a constant 1, which stands last,
-            over inputs and positions, the zero positions of a padded convolution included.
-    """
-
-    layout: Layout
-    inputs: Tensor
-    samples: Tensor
-    total: Tensor
-    magnitude: Tensor
-    square: Tensor
-    active: Tensor
-    gram: Tensor | None = None
-
-    @classmethod
-    def empty(cls, layout: Layout, labels: int, gram_groups: int = 0, device: torch.device | None = None) -> Record:
-        """A record of nothing."""
-        shape = (labels, layout.slot.numel())
-        return cls(
-            layout,
-            torch.zeros(labels, dtype=torch.int64, device=device),
-            torch.zeros(labels, dtype=torch.int64, device=device),
-            torch.zeros(shape, dtype=torch.float64, device=device),
-            torch.zeros(shape, dtype=torch.float64, device=device),
-            torch.zeros(shape, dtype=torch.float64, device=device),
-            torch.zeros(labels, layout.slots, dtype=torch.int64, device=device),
-            _empty_gram(layout, gram_groups).to(device) if gram_groups else None,
-        )
-
-    def sums(self) -> dict[str, Tensor]:
-        """Everything that merges by addition, by name."""
-        named = {name: getattr(self, name) for name in SUMS}
-        return named if self.gram is None else {**named, "gram": self.gram}
-
-    def cpu(self) -> Record:
-        """The record on the CPU, where statistics live."""
-        return Record(self.layout, **{name: value.cpu() for name, value in self.sums().items()})
-
-    def merge(self, other: Record) -> Record:
-        """The record of both calibrations together.
-
-        Raises:
-            StatisticsError: If the two records were not collected alike.
-        """
-        mine, theirs = self.sums(), other.sums()
-        if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
-            raise StatisticsError(
-                f"records hold {_shapes(mine)} and {_shapes(theirs)}; only records of the same model, groups and "
-                "labels can be merged"
-            )
-        return Record(self.layout, **{name: mine[name] + theirs[name] for name in mine})
-
-    def narrow(self, kept_positions: Tensor) -> Record:
-        """The record after only ``kept_positions`` (int64, ascending) of the axis are left."""
-        channels = self.layout.channel[kept_positions].unique()
-        slots = self.layout.slot[channels].unique()
-        layout = self.layout.narrow(kept_positions)
-        gram = self.gram
-        if gram is not None:
-            gram = _narrow_gram(gram, channels)
-        return replace(
-            self,
-            layout=layout,
-            total=self.total[:, channels],
-            magnitude=self.magnitude[:, channels],
-            square=self.square[:, channels],
-            active=self.active[:, slots],
-            gram=gram,
-        )
-
-
-SUMS = ("inputs", "samples", "total", "magnitude", "square", "active")
+from nns_plugin.statistics.file import Content, read_statistics, write_statistics
+from nns_plugin.statistics.records import Key, Record
+from nns_plugin.units import Port, UnitGroup, narrow_groups, removed_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +57,25 @@ class Statistics:
         return True
 
     def differ_from(self, model: nn.Module) -> str:
-        """What of a model's weights is not as it was at calibration, in words; empty for narrowed statistics, too."""
+        """How a model's weights differ from those at calibration, in words; empty for narrowed statistics, too."""
         return difference(self.fingerprint, fingerprint(model)) if self.fingerprint else ""
+
+    def check_current(
+        self, model: nn.Module, *, advice: str = "calibrate again", subject: str = "the statistics"
+    ) -> None:
+        """Check that a model is in the state that the statistics were collected in; narrowed ones pass.
+
+        Args:
+            model: The model.
+            advice: What the message advises.
+            subject: What the message calls the statistics, in the plural.
+
+        Raises:
+            StaleStatisticsError: If its weights differ.
+        """
+        differs = self.differ_from(model)
+        if differs:
+            raise StaleStatisticsError(f"{subject} belong to another state of the model: {differs}; {advice}")
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both calibrations together, whatever their order.
@@ -213,25 +142,34 @@ class Statistics:
         return replace(self, records=records)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file with a JSON header; never pickle. See :meth:`load`."""
-        from nns_plugin.statistics.file import save
-
-        save(self, Path(path))
+        """Write one safetensors file with a JSON header, never pickle, atomically. See :meth:`load`."""
+        content = Content(self.records, self.groups, self.labels, self.threshold, self.fingerprint)
+        write_statistics(Path(path), content)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Statistics:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Args:
             path: The file.
             model: If given, the model that the statistics must belong to.
 
         Raises:
-            StatisticsError: If the file is missing, damaged or foreign, or belongs to another model.
+            StatisticsError: If the file is missing, damaged or foreign, or belongs to another model or state of it.
         """
-        from nns_plugin.statistics.file import load
-
-        return load(Path(path), model)
+        statistics = cls(*read_statistics(Path(path)))
+        if model is not None:
+            if not statistics.fingerprint:
+                raise StatisticsError(
+                    f"{str(path)!r} holds narrowed statistics, which record no weights to compare with a model; load "
+                    "them without a model, or calibrate again"
+                )
+            statistics.check_current(
+                model,
+                advice="calibrate again, or load the weights that they were collected with",
+                subject=f"the statistics in {str(path)!r}",
+            )
+        return statistics
 
 
 def distributed_sum(value: Tensor) -> Tensor:
@@ -242,69 +180,5 @@ def distributed_sum(value: Tensor) -> Tensor:
     return summed.cpu()
 
 
-def layout_of(groups: Sequence[UnitGroup], key: Key, axis_length: int, pool: bool) -> Layout:
-    """The layout of one observed axis.
-
-    Args:
-        groups: All groups of the model.
-        key: Side and module name of the axis.
-        axis_length: Number of positions.
-        pool: Whether runs of adjacent positions of one unit are one channel (a Linear behind a flatten).
-
-    Returns:
-        The layout; positions that no group owns are channels and slots of their own.
-
-    Raises:
-        GroupError: If a group's positions are out of range.
-    """
-    side, name = key
-    owner = torch.full((axis_length,), -1, dtype=torch.int64)
-    offset = 0
-    for group in groups:
-        for port in group.consumers if side == "in" else group.producers:
-            if port.name == name:
-                check_port(port, group.size, axis_length)
-                owner[port.index] = port.unit + offset
-        offset += group.size
-    free = owner < 0
-    owner[free] = offset + torch.arange(int(free.sum()))
-    channel = torch.arange(axis_length)
-    if pool:
-        starts = torch.ones(axis_length, dtype=torch.bool)
-        starts[1:] = owner[1:] != owner[:-1]
-        channel = starts.cumsum(0) - 1
-    owners = torch.full((int(channel.max()) + 1,), -1, dtype=torch.int64)
-    owners[channel] = owner
-    return Layout(channel, _number_by_appearance(owners))
-
-
 def _same_port(one: Port, other: Port) -> bool:
     return torch.equal(one.index, other.index) and torch.equal(one.unit, other.unit)
-
-
-def _number_by_appearance(values: Tensor) -> Tensor:
-    """Distinct values ``[n]`` numbered 0, 1, ... in the order in which they first appear."""
-    distinct, number = values.unique(return_inverse=True)
-    place = torch.arange(values.numel())
-    first = torch.full((distinct.numel(),), values.numel()).scatter_reduce_(0, number, place, "amin")
-    return first.argsort().argsort()[number]
-
-
-def _empty_gram(layout: Layout, groups: int) -> Tensor:
-    size = layout.slot.numel() // groups + 1
-    return torch.zeros(groups, size, size, dtype=torch.float64)
-
-
-def _narrow_gram(gram: Tensor, channels: Tensor) -> Tensor:
-    """Sub-matrices of the kept channels (equally many in each group) and the constant, which stands last."""
-    size = gram.shape[-1] - 1
-    parts = []
-    for number, matrix in enumerate(gram):
-        local = channels[channels // size == number] - number * size
-        basis = torch.cat([local, torch.tensor([size])])
-        parts.append(matrix[basis][:, basis])
-    return torch.stack(parts)
-
-
-def _shapes(sums: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name}{list(value.shape)}" for name, value in sums.items())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nns_plugin.compensation.options import Compensation
-from nns_plugin.errors import StatisticsError, SubnetError
+from nns_plugin.errors import SubnetError
 from nns_plugin.files import read_safetensors, write_safetensors
 from nns_plugin.models.inputs import INPUT_TYPES, check_kinds
 from nns_plugin.subnets.provenance import Provenance, Trial
@@ -63,11 +63,7 @@ def save(subnet: Subnet, path: Path) -> Path:
         "layout": layout,
     }
     text = json.dumps(header, separators=(",", ":"))
-    metadata = {"format": FORMAT, "digest": _digest(text, tensors), "nns": text}
-    try:
-        write_safetensors(tensors, metadata, path)
-    except StatisticsError as error:
-        raise SubnetError(str(error)) from error
+    write_safetensors(path, FORMAT, SubnetError, {"digest": _digest(text, tensors), "nns": text}, tensors)
     return path
 
 

@@ -239,9 +239,7 @@ def _features(model: nn.Module, name: str, loader: Iterable[Any], progress: bool
 
 
 def _check(statistics: Statistics, dense: nn.Module, groups: Sequence[UnitGroup], gram: bool) -> None:
-    differs = statistics.differ_from(dense)
-    if differs:
-        raise StaleStatisticsError(f"the statistics belong to another state of the model: {differs}; calibrate again")
+    statistics.check_current(dense)
     for group in groups:
         for port in group.consumers:
             record = statistics.records.get(("in", port.name))

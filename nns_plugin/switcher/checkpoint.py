@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.errors import CheckpointError, StatisticsError
+from nns_plugin.errors import CheckpointError
 from nns_plugin.files import read_safetensors, write_safetensors
 
 FORMAT = "nns-plugin training 1"
@@ -92,10 +92,7 @@ class TrainingState:
         }
         tensors: dict[str, Tensor] = {}
         described = _packed(state, tensors)
-        try:
-            write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(described)}, path)
-        except StatisticsError as error:
-            raise CheckpointError(str(error)) from error
+        write_safetensors(path, FORMAT, CheckpointError, {"nns": json.dumps(described)}, tensors)
 
     def _put(self, weights: Mapping[str, Tensor], others: Sequence[Any]) -> None:
         self.restore(weights)

@@ -130,7 +130,7 @@ class ScalingFactors(Mapping[str, Tensor]):
                     tensors[f"{side} {place} {number} index"] = port.index
                     tensors[f"{side} {place} {number} unit"] = port.unit
             described.append({"name": switch.name, "size": switch.size, "positions": switch.positions, **sides})
-        write_safetensors(tensors, {"format": FORMAT, "nns": json.dumps(described)}, Path(path))
+        write_safetensors(Path(path), FORMAT, SwitchError, {"nns": json.dumps(described)}, tensors)
         return Path(path)
 
     @classmethod

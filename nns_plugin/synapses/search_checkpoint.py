@@ -29,7 +29,7 @@ def save_search(search: Search, path: Path, origin: Mapping[str, Any]) -> None:
         origin: What the search started from, as JSON types.
     """
     header = {**origin, "options": _options(search), "progress": asdict(search.progress)}
-    write_safetensors(search.model.state_dict(), {"format": FORMAT, "nns": json.dumps(header)}, path)
+    write_safetensors(path, FORMAT, CheckpointError, {"nns": json.dumps(header)}, search.model.state_dict())
 
 
 def resume_search(search: Search, path: Path, origin: Mapping[str, Any]) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nns_plugin.errors import SnapshotError, StatisticsError
-from nns_plugin.files import write_safetensors
+from nns_plugin.errors import SnapshotError
+from nns_plugin.files import read_safetensors, write_safetensors
 
 MASKED = "_orig"
 
@@ -117,10 +115,7 @@ class WeightSnapshot:
         Raises:
             SnapshotError: If the folder cannot be written.
         """
-        try:
-            write_safetensors(self.weights, {"format": "nns-plugin weight snapshot 1"}, Path(path))
-        except StatisticsError as error:
-            raise SnapshotError(str(error)) from error
+        write_safetensors(Path(path), "nns-plugin weight snapshot 1", SnapshotError, {}, self.weights)
         return Path(path)
 
     @classmethod
@@ -130,12 +125,7 @@ class WeightSnapshot:
         Raises:
             SnapshotError: If the file is missing, damaged, or holds no weights.
         """
-        try:
-            return cls(load_file(path))
-        except FileNotFoundError as error:
-            raise SnapshotError(f"there is no file {str(path)!r}") from error
-        except (OSError, SafetensorError) as error:
-            raise SnapshotError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+        return read_safetensors(Path(path), None, SnapshotError, lambda metadata, tensors: cls(tensors))
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

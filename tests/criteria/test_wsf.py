@@ -175,7 +175,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="there is no file"):
         WeightSnapshot.load(tmp_path / "none.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:50])
-    with pytest.raises(SnapshotError, match="is damaged or no safetensors file"):
+    with pytest.raises(SnapshotError, match="is damaged or not a safetensors file"):
         WeightSnapshot.load(tmp_path / "cut.safetensors")
     with pytest.raises(SnapshotError, match="choose a folder that exists"):
         before.save(tmp_path / "none" / "x.safetensors")

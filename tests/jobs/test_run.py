@@ -552,7 +552,7 @@ def test_a_checkpoint_is_used(recipe: Any, tmp_path: Path) -> None:
         ({"model": {"factory": "user_factories:data"}}, "expected a torch module"),
         ({"model": {"factory": "user_factories:model", "arguments": {"outputs": 5}}}, r"expected \[N, 4\]"),
         ({"model": {"factory": "user_factories:model", "checkpoint": "none.safetensors"}}, "there is no file"),
-        ({"model": {"factory": "user_factories:model", "checkpoint": __file__}}, "is not a safetensors file"),
+        ({"model": {"factory": "user_factories:model", "checkpoint": __file__}}, "not a safetensors file"),
         ({"labels": ["fox"]}, "label 'fox' does not exist"),
         ({"labels": [7]}, "label 7 does not exist"),
         ({"labels": [3], "data": {"factory": "user_factories:data_numbered"}}, "label 3 is ambiguous"),

@@ -27,7 +27,7 @@ from nns_plugin import Statistics, calibrate
 from nns_plugin.criteria.semantic import by_channel, by_slot
 from nns_plugin.errors import StatisticsError
 from nns_plugin.models.layers import Layout
-from nns_plugin.statistics.statistics import Record
+from nns_plugin.statistics.records import Record
 from nns_plugin.units import Port, UnitGroup
 
 LABELS = 3
@@ -505,7 +505,7 @@ def test_unlabelled_and_narrowed_statistics_survive_a_file(tmp_path: Path) -> No
     loaded = Statistics.load(tmp_path / "s.safetensors")
     assert loaded.labels is None
     assert_same(loaded, statistics)
-    with pytest.raises(StatisticsError, match="belongs to another model"):
+    with pytest.raises(StatisticsError, match="holds narrowed statistics"):
         Statistics.load(tmp_path / "s.safetensors", MODEL)
 
 
@@ -524,7 +524,8 @@ def test_a_file_can_be_replaced(saved: Path) -> None:
 def test_a_file_of_another_model_names_what_differs(saved: Path) -> None:
     other = Observed(nn.Conv2d(3, 2, 2, padding=1))
     with pytest.raises(
-        StatisticsError, match=r"s\.safetensors' belongs to another model: .*'layer.weight' has other values"
+        StatisticsError,
+        match=r"s\.safetensors' belong to another state of the model: .*'layer.weight' has other values",
     ):
         Statistics.load(saved, other)
     with pytest.raises(StatisticsError, match="'layer.weight' is 5x3x2x2 instead of 2x3x2x2"):
@@ -539,16 +540,16 @@ def test_a_file_of_another_model_names_what_differs(saved: Path) -> None:
 def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StatisticsError, match="there is no file .*nowhere"):
         Statistics.load(tmp_path / "nowhere")
-    with pytest.raises(StatisticsError, match="damaged or no safetensors file"):
+    with pytest.raises(StatisticsError, match="damaged or not a safetensors file"):
         Statistics.load(tmp_path)
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(
         StatisticsError,
-        match="weights.safetensors' is no such file .*: its format is None, expected 'nns-plugin statistics 1'",
+        match="weights.safetensors' is a file of another kind: its format is None, expected 'nns-plugin statistics 1'",
     ):
         Statistics.load(tmp_path / "weights.safetensors")
     torch.save({"a": 1}, tmp_path / "pickle.pt")
-    with pytest.raises(StatisticsError, match="pickle.pt' is damaged or no safetensors file"):
+    with pytest.raises(StatisticsError, match="pickle.pt' is damaged or not a safetensors file"):
         Statistics.load(tmp_path / "pickle.pt")
     save_file({"weight": torch.zeros(2)}, tmp_path / "old", metadata={"format": "nns-plugin statistics 0"})
     with pytest.raises(StatisticsError, match="its format is 'nns-plugin statistics 0', expected"):
