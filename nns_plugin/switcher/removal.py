@@ -47,7 +47,7 @@ def switch_off(
         PruningError: If the model cannot run in double precision on the CPU.
 
     Warns:
-        UnremovedWarning: If units at 0 cannot be removed.
+        DeadUnitsWarning: If units at 0 cannot be removed.
     """
     small = compact(fold(model, factors), example_inputs, narrow_inputs=False, backend=backend)
     single = [switch.consumers[0].name for switch in factors.switches if not switch.producers]

@@ -1,4 +1,4 @@
-"""The synapses of units: values of the weights that write and that read each unit, summed layer by layer."""
+"""The synapses of units: values of the weights that write and read each unit, summed layer by layer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nns_plugin.units import Port, UnitGroup, role_ports
 
 
 def summed_synapses(model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Sums of a value of each synapse over those of each unit, for every layer that writes or reads the group.
+    """Sum a value of each synapse over the synapses of each unit, for every layer that writes or reads the group.
 
     Args:
-        model: The model that the group belongs to.
+        model: The model to which the group belongs.
         group: Its U units.
-        values: By name of the parameter, of its shape; biases are no synapses and are not looked at.
+        values: By name of the parameter, of its shape; biases are not synapses and are ignored.
 
     Returns:
-        For each producer, then each consumer: the sums ``[U]`` float64 on the CPU, and which units the layer touches,
-        ``[U]`` bool. Layers that have no weight of a known form are left out.
+        For each producer, then each consumer: the sums ``[U]`` float64 on the CPU, and the units that the layer writes
+        or reads, ``[U]`` bool. Layers without a weight of a known kind are left out.
     """
     found = incoming_synapses(model, group, values) + outgoing_synapses(model, group, values)
     return [layer for layer in found if layer is not None]
@@ -30,7 +30,7 @@ def summed_synapses(model: nn.Module, group: UnitGroup, values: Mapping[str, Ten
 def incoming_synapses(
     model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """The same for each producer; ``None`` where it has no weight of a known form."""
+    """Return the sums of :func:`summed_synapses` for each producer; ``None`` without a weight of a known kind."""
     found: list[tuple[Tensor, Tensor] | None] = []
     for port in group.producers:
         module = model.get_submodule(port.name)
@@ -42,7 +42,7 @@ def incoming_synapses(
 def outgoing_synapses(
     model: nn.Module, group: UnitGroup, values: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """The same for each consumer; ``None`` where it has no weight of a known form."""
+    """Return the sums of :func:`summed_synapses` for each consumer; ``None`` without a weight of a known kind."""
     found: list[tuple[Tensor, Tensor] | None] = []
     for port in group.consumers:
         columns = _columns(model.get_submodule(port.name), port.name, values)
@@ -51,7 +51,7 @@ def outgoing_synapses(
 
 
 def _by_unit(positions: Tensor, port: Port, size: int) -> tuple[Tensor, Tensor]:
-    """Values ``[positions, D]`` of a port's module, summed by unit."""
+    """Sum the values ``[positions, D]`` of a port's module by unit."""
     sums = positions.double().cpu().flatten(1).sum(1)[port.index]
     touched = torch.zeros(size, dtype=torch.bool)
     touched[port.unit] = True
@@ -59,7 +59,7 @@ def _by_unit(positions: Tensor, port: Port, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _columns(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tensor | None:
-    """Values of the weights that read each in-position, ``[in-positions, D]``."""
+    """Return the values of the weights that read each in-position, ``[in-positions, D]``."""
     if isinstance(module, nn.RNNBase):
         weights = [values.get(f"{name}.{weight}") for weight in input_weight_names(module)]
         known = [weight for weight in weights if weight is not None]
@@ -71,17 +71,17 @@ def _columns(module: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tens
 def scores_by_unit(
     model: nn.Module, groups: Sequence[UnitGroup], scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Let each synapse count for what the weakest unit at its ends counts in total, so that whole units go together.
+    """Score each synapse by the total of the weakest unit at its ends, so that whole units are pruned together.
 
     Args:
-        model: The model that the groups belong to.
+        model: The model to which the groups belong.
         groups: Its units.
-        scores: For each layer's name a score of every synapse, not negative, of its weight's shape.
-        masks: For each layer's name which synapses are there, bool; the others do not count.
+        scores: A score of every synapse, not negative, by name of the layer and of its weight's shape.
+        masks: The unmasked synapses by name of the layer, bool; the others do not count.
 
     Returns:
-        As ``scores``. Synapses of one unit differ by a millionth of their own scores; one that no unit writes or reads
-        keeps its own.
+        Scores in the form of ``scores``. The synapses of one unit differ by a millionth of their own scores; a synapse
+        outside all units keeps its own score.
     """
     there = {f"{name}.weight": score.detach().double().cpu() * masks[name] for name, score in scores.items()}
     found = {name: torch.full_like(there[f"{name}.weight"], torch.inf) for name in scores}

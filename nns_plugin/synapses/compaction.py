@@ -1,4 +1,4 @@
-"""Compaction: a masked model without the units and inputs that no synapse reaches, dense and without masks."""
+"""Compaction: turn a masked model into a dense one without masks, dead units and unused inputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ROWS = 32
 
 @dataclass(frozen=True, eq=False)
 class Compact:
-    """A model without what no synapse reaches.
+    """A model without dead units and unused inputs; callable with the original inputs.
 
     Attributes:
         model: Dense, without masks, in evaluation mode.
-        kept: The units that are left of each group that lost some, ``[k]`` int64 ascending.
-        inputs: Picks the inputs that the model works on; ``None`` if it takes all, as before.
+        kept: The kept units of each group that lost some, ``[k]`` int64 ascending.
+        inputs: Selects the inputs that the model uses; ``None`` if it uses all of them.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Compact:
         return count_synapses(self.model)
 
     def __call__(self, inputs: Any) -> Any:
-        """Run the model on inputs of the wide one."""
+        """Run the model on inputs of the original."""
         with torch.no_grad():
             return run_model(self.model, inputs if self.inputs is None else self.inputs(inputs))
 
@@ -54,26 +54,26 @@ def compact(
     ignored_layers: Sequence[str] = (),
     backend: Backend | None = None,
 ) -> Compact:
-    """Make masks permanent, and remove units and inputs that no synapse reaches, in a copy.
+    """Make masks permanent and remove dead units and unused inputs, in a copy.
 
-    Units that nothing reads go, and so do units that no input reaches, whose constant values the biases of their
-    consumers take up; each layer keeps at least one. What is left computes what the model computes: both are run in
-    double precision to find out, and where it does not, units and inputs stay.
+    Units that nothing reads are removed, and so are units that nothing writes, whose constant values the biases of
+    their consumers absorb; each layer keeps at least one. The result computes what the model computes: both are run in
+    double precision to verify that, and units and inputs whose removal would change the outputs are kept.
 
     Args:
-        model: Its weights may be masked by ``torch.nn.utils.prune``; left as it is.
-        example_inputs: Inputs that it can run on; integers and truth values among them are not varied, so those of the
-            examples must be as telling as any.
-        narrow_inputs: Whether to narrow the layers that read the model's input, if it is one tensor.
-        ignored_layers: Names of layers whose outputs must stay whole.
+        model: Its weights may be masked by ``torch.nn.utils.prune``; not changed.
+        example_inputs: Inputs that it can run on. Integers and Booleans among them are used unchanged to compare
+            outputs, so choose representative ones.
+        narrow_inputs: Whether to remove unused inputs, if the model's input is one tensor.
+        ignored_layers: Names of layers whose outputs must not be removed.
         backend: Removes units; torch-pruning by default.
 
     Raises:
         PruningError: If the model cannot run in double precision on the CPU.
 
     Warns:
-        UnremovedWarning: If units that no synapse reaches have to stay.
-        UnnarrowedWarning: If inputs that a layer does not use have to stay.
+        DeadUnitsWarning: If dead units cannot be removed.
+        UnusedInputsWarning: If unused inputs cannot be removed.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -106,9 +106,9 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _examples(inputs: Any) -> tuple[Any, Any]:
-    """Two batches of at least ``ROWS`` inputs: the examples, and normal numbers after them.
+    """Return two batches of at least ``ROWS`` inputs: the examples, followed by normal random numbers.
 
-    Whole numbers and truth values stay those of the examples.
+    Integers and Booleans are those of the examples.
     """
     rows = min((value.shape[0] for value in tensors_of(inputs) if value.dim()), default=1)
     times = -(-ROWS // max(rows, 1))
@@ -136,6 +136,6 @@ def permanent(model: nn.Module) -> nn.Module:
 
 
 def count_synapses(model: nn.Module) -> int:
-    """Number of weights of linear and convolutional layers that are not 0; biases are no synapses."""
+    """Count the weights of linear and convolutional layers that are not 0; biases are not synapses."""
     layers = [module for module in model.modules() if is_linear_or_convolution(module)]
     return sum(int(weight_of(module).count_nonzero()) for module in layers)

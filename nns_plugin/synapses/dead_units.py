@@ -1,4 +1,4 @@
-"""Remove for real the units that no synapse reaches."""
+"""Remove dead units: those that nothing reads, or that nothing writes, so that they are constant."""
 
 from __future__ import annotations
 
@@ -31,71 +31,71 @@ from nns_plugin.units import Port, UnitGroup
 Kept = dict[str, Tensor]
 
 
-class UnremovedWarning(UserWarning):
-    """Units that no synapse reaches had to stay."""
+class DeadUnitsWarning(UserWarning):
+    """Dead units could not be removed."""
 
 
 def without_dead_units(
     model: nn.Module, inputs: Any, others: Any, backend: Backend, ignored_layers: Sequence[str] = ()
 ) -> tuple[nn.Module, Kept]:
-    """Remove units that nothing reads, or that no input reaches, from a copy of a model.
+    """Remove dead units, which nothing reads or nothing writes, from a copy of a model.
 
-    First, synapses that do nothing become 0: those that write a unit which nothing reads, and those that read a unit
-    which nothing writes and which is therefore constant; the biases of its consumers take that up, where they are
-    linear layers or convolutions without zero padding. This goes on from layer to layer. Then units that nothing reads
-    are removed; each layer keeps at least one. What changes the outputs on other inputs is left undone.
+    First, idle synapses become 0: those that write a unit that nothing reads, and those that read a unit that nothing
+    writes and that is therefore constant; the biases of its consumers absorb the constant if they are linear layers or
+    convolutions without zero padding. This repeats, as it makes further units dead. Then units that nothing reads are
+    removed; each layer keeps at least one. Changes that would alter the outputs on ``others`` are undone.
 
     Args:
-        model: In double precision, without masks; left as it is.
-        inputs: Inputs that it can run on, in which units that are not constant differ.
-        others: Other inputs.
+        model: In double precision, without masks; not changed.
+        inputs: Inputs that it can run on, over which units that are not constant vary.
+        others: Other inputs, to compare outputs.
         backend: Removes units.
-        ignored_layers: Names of layers whose outputs must stay whole.
+        ignored_layers: Names of layers whose outputs must not be removed.
 
     Returns:
-        The smaller model, and the units that are left of each group that lost some, ``[k]`` int64 ascending.
+        The smaller model, and the kept units of each group that lost some, ``[k]`` int64 ascending.
 
     Warns:
-        UnremovedWarning: If units that are not reached have to stay.
+        DeadUnitsWarning: If dead units cannot be removed.
     """
     groups = backend(copied(model), inputs).groups(ignored_layers)
-    model, stuck = _disconnected(model, groups, inputs, others)
-    plan = {group.name: stays for group in groups if (stays := _needed(model, group)) is not None}
-    each = [{name: stays} for name, stays in plan.items()]
+    model, stuck = _without_idle_synapses(model, groups, inputs, others)
+    plan = {group.name: units for group in groups if (units := _needed(model, group)) is not None}
+    each = [{name: units} for name, units in plan.items()]
     kept: Kept = {}
     small = model
     for attempt in [plan, *each] if len(each) > 1 else each:
         if attempt.keys() & kept.keys():
             continue
-        smaller = _cut(model, inputs, backend, ignored_layers, {**kept, **attempt})
+        smaller = _narrowed(model, inputs, backend, ignored_layers, {**kept, **attempt})
         if smaller is not None and _same(model, smaller, (inputs, others)):
             kept, small = {**kept, **attempt}, smaller
     stuck |= plan.keys() - kept.keys()
     if stuck:
         warnings.warn(
-            f"units of {', '.join(sorted(stuck))} that no synapse reaches stay: without them, the outputs are others "
-            "or the model does not run, as where a norm or a parameter goes over all units",
-            UnremovedWarning,
+            f"dead units of {', '.join(sorted(stuck))} are kept: without them the outputs would change or the model "
+            "would not run, as where a norm or a parameter spans all units",
+            DeadUnitsWarning,
             stacklevel=3,
         )
     return small, kept
 
 
-def _disconnected(
+def _without_idle_synapses(
     model: nn.Module, groups: Sequence[UnitGroup], inputs: Any, others: Any
 ) -> tuple[nn.Module, set[str]]:
-    """A copy in which synapses that do nothing are 0, and the groups where that would change the outputs."""
+    """Return a copy whose idle synapses are 0, and the groups for which that would change the outputs."""
     model, stuck = copied(model), set[str]()
     changed = True
     while changed:
         changed = False
         for group in groups:
-            idle = [] if group.name in stuck else _idle(model, group, inputs)
-            if not idle:
+            steps = [] if group.name in stuck else _disconnection(model, group, inputs)
+            if not steps:
                 continue
             candidate = copied(model)
-            for cut_off in idle:
-                cut_off(candidate)
+            for disconnect in steps:
+                disconnect(candidate)
             if _same(model, candidate, (inputs, others)):
                 model, changed = candidate, True
             else:
@@ -103,8 +103,8 @@ def _disconnected(
     return model, stuck
 
 
-def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.Module], None]]:
-    """What makes the group's synapses that do nothing 0 in a copy of the model; empty if there are none."""
+def _disconnection(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.Module], None]]:
+    """Return functions that set the group's idle synapses to 0 in a copy of the model; empty if there are none."""
     written, read = _wired(model, group)
     found: list[Callable[[nn.Module], None]] = []
     if read is not None:
@@ -119,7 +119,7 @@ def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.
             if module is None:
                 continue
             constants = _constants(model, port, inputs)
-            known = constants.isfinite() & ((constants == 0) | _takes_constants(module))
+            known = constants.isfinite() & ((constants == 0) | _absorbs_constants(module))
             places = port.index[~written[port.unit] & known[port.index]]
             if bool(_slices(module, axis, places).count_nonzero()):
                 found.append(partial(_fold, name=port.name, axis=axis, places=places, constants=constants[places]))
@@ -127,20 +127,20 @@ def _idle(model: nn.Module, group: UnitGroup, inputs: Any) -> list[Callable[[nn.
 
 
 def _needed(model: nn.Module, group: UnitGroup) -> Tensor | None:
-    """Units of a group that have to stay, ``[k]`` int64; ``None`` if that is all of them."""
-    _, stays = _wired(model, group)
-    if stays is None:
+    """Return the units of a group that must be kept, ``[k]`` int64; ``None`` for all of them."""
+    _, read = _wired(model, group)
+    if read is None:
         return None
     for port in (*group.producers, *group.consumers):  # no layer may become empty
-        if not bool(stays[port.unit].any()):
-            stays[port.unit[0]] = True
-    return None if bool(stays.all()) else stays.nonzero().flatten()
+        if not bool(read[port.unit].any()):
+            read[port.unit[0]] = True
+    return None if bool(read.all()) else read.nonzero().flatten()
 
 
 def _wired(model: nn.Module, group: UnitGroup) -> tuple[Tensor | None, Tensor | None]:
-    """Which units some synapse writes, and which some synapse reads, ``[U]`` bool; ``None`` where that is not known."""
-    there = {name: value != 0 for name, value in model.named_parameters(remove_duplicate=False)}
-    sides = incoming_synapses(model, group, there), outgoing_synapses(model, group, there)
+    """Mark the units that some synapse writes and those that one reads, ``[U]`` bool; ``None`` where unknown."""
+    synapses = {name: value != 0 for name, value in model.named_parameters(remove_duplicate=False)}
+    sides = incoming_synapses(model, group, synapses), outgoing_synapses(model, group, synapses)
     written, read = (
         None if not side or None in side else torch.stack([layer[0] for layer in side if layer is not None]).sum(0) > 0
         for side in sides
@@ -149,7 +149,7 @@ def _wired(model: nn.Module, group: UnitGroup) -> tuple[Tensor | None, Tensor | 
 
 
 def _layer(model: nn.Module, port: Port, side: str) -> tuple[nn.Module | None, int]:
-    """The module of a port and the axis of its weight that the port counts; ``None`` if its weight has no such axis."""
+    """Return the module of a port and the weight axis that counts its positions; ``None`` without such an axis."""
     module = model.get_submodule(port.name)
     axis = weight_axis(module, side)
     return (None, 0) if axis is None else (module, axis)
@@ -166,7 +166,7 @@ def _zero(model: nn.Module, name: str, axis: int, places: Tensor) -> None:
 
 @torch.no_grad()
 def _fold(model: nn.Module, name: str, axis: int, places: Tensor, constants: Tensor) -> None:
-    """Put what constant inputs contribute into the bias, and their synapses to 0."""
+    """Add the contribution of constant inputs to the bias, and set their synapses to 0."""
     module = model.get_submodule(name)
     if bool(constants.any()):
         slices = _slices(module, axis, places).double()
@@ -184,8 +184,8 @@ def _constants(model: nn.Module, port: Port, inputs: Any) -> Tensor:
     return torch.where(high - low <= 1e-12 * (1 + high.abs()), (low + high) / 2, torch.nan)
 
 
-def _takes_constants(module: nn.Module) -> bool:
-    """Whether a constant input of a layer adds the same to each of its outputs, which its bias can take up."""
+def _absorbs_constants(module: nn.Module) -> bool:
+    """Whether a constant input adds the same to every output position, so that the layer's bias can absorb it."""
     if isinstance(module, nn.Linear):
         return has_bias(module)
     return (
@@ -195,10 +195,10 @@ def _takes_constants(module: nn.Module) -> bool:
     )
 
 
-def _cut(
+def _narrowed(
     model: nn.Module, inputs: Any, backend: Backend, ignored_layers: Sequence[str], kept: Kept
 ) -> nn.Module | None:
-    """A copy with only the kept units of each named group; ``None`` if the host cannot remove the others."""
+    """Return a copy with only the kept units of each named group; ``None`` if the host cannot remove the others."""
     traced = backend(copied(model), inputs)
     try:
         traced.keep([group for group in traced.groups(ignored_layers) if group.name in kept], kept)
@@ -207,9 +207,9 @@ def _cut(
     return traced.model
 
 
-def _same(left: nn.Module, right: nn.Module, several: Iterable[Any]) -> bool:
-    """Whether two models give the same outputs; not if one of them does not run any more."""
+def _same(left: nn.Module, right: nn.Module, batches: Iterable[Any]) -> bool:
+    """Whether two models give the same outputs; False if one of them does not run."""
     try:
-        return all(same_outputs(left, right, inputs) for inputs in several)
+        return all(same_outputs(left, right, inputs) for inputs in batches)
     except Exception:  # whatever the user's forward raises once its tensors are smaller
         return False

@@ -1,4 +1,4 @@
-"""Narrow a model to the inputs that it uses."""
+"""Narrow a model to the inputs that it uses: which ones, and the layers that read them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from nns_plugin.models.layers import channel_axis, is_plain_convolution, narrow_
 from nns_plugin.models.preserve import copied, preserved
 
 
-class UnnarrowedWarning(UserWarning):
-    """Inputs that no synapse reads had to stay."""
+class UnusedInputsWarning(UserWarning):
+    """Unused inputs could not be removed."""
 
 
 @dataclass(frozen=True, eq=False)
 class InputSelection:
-    """Which of a model's inputs are left.
+    """The inputs that a narrowed model uses; calling it selects them.
 
     Attributes:
-        indices: ``[F]`` int64, ascending: those that are left.
-        total: How many there were.
-        axis: The axis of the input tensor that they are counted on.
-        flat: Whether the axes behind the batch are counted as one, axis 1.
+        indices: ``[F]`` int64, ascending: the kept inputs.
+        total: Their original number.
+        axis: The axis of the input tensor on which they are counted.
+        flat: Whether all axes after the batch are flattened into axis 1.
     """
 
     indices: Tensor
@@ -39,26 +39,26 @@ class InputSelection:
     flat: bool
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """What the narrowed model works on, out of the inputs of the wide one."""
+        """Select the inputs of the narrowed model from those of the original."""
         values = inputs.flatten(1) if self.flat else inputs
         return values.index_select(self.axis, self.indices.to(values.device))
 
 
 def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSelection] | None:
-    """A copy without the inputs that no synapse reads, and those that it wants.
+    """Remove the inputs that no synapse reads from a copy of a model.
 
-    Features, where linear layers read the model's one input tensor or flatten it; channels, where convolutions do. At
-    least one is left.
+    Inputs are features if linear layers read the model's single input tensor, flattened or not, and channels if
+    convolutions do. At least one is kept.
 
     Args:
-        model: In double precision, without masks; left as it is.
-        inputs: Inputs that it can run on, all of which differ.
+        model: In double precision, without masks; not changed.
+        inputs: Inputs that it can run on, with different values.
 
     Returns:
-        ``None`` if all inputs are used, or something else than those layers reads them.
+        The narrowed copy and its inputs; ``None`` if all inputs are used, or if anything but those layers reads them.
 
     Warns:
-        UnnarrowedWarning: If a layer reads inputs of which it uses only some, and all of them have to stay.
+        UnusedInputsWarning: If a layer does not use all the inputs that it reads, but they cannot be removed.
     """
     if not isinstance(inputs, Tensor) or inputs.dim() < 2 or not inputs.is_floating_point():
         return None
@@ -66,7 +66,7 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
     consumers = input_consumers(small, inputs, inputs)
     each = [(weight_of(module) != 0).transpose(0, 1).flatten(1).any(1) for module, _, _ in consumers]
     if len({(flat, axis, len(columns)) for (_, flat, axis), columns in zip(consumers, each, strict=True)}) != 1:
-        _tell(each, "layers read them in different forms")
+        _warn_unused(each, "layers read them in different layouts")
         return None
     _, flat, axis = consumers[0]
     used = torch.stack(each).any(0)
@@ -79,27 +79,27 @@ def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSel
         narrow_inputs(module, selection.indices)
     try:
         same = same_outputs(model, small, inputs, selection(inputs))
-    except (RuntimeError, ValueError, IndexError):  # a forward that wants its inputs' shape as it was
+    except (RuntimeError, ValueError, IndexError):  # a forward that needs inputs of the original shape
         same = False
     if not same:
-        _tell(each, "something else reads them too, or wants them in their shape")
+        _warn_unused(each, "something else also reads them or needs their original shape")
         return None
     return small, selection
 
 
-def _tell(each: Sequence[Tensor], reason: str) -> None:
-    """Say that inputs which some consumer does not use stay."""
+def _warn_unused(each: Sequence[Tensor], reason: str) -> None:
+    """Warn that inputs are kept that some consumer does not use."""
     unused = sum(int(not columns.all()) for columns in each)
     if unused:
         warnings.warn(
-            f"inputs that no synapse of {unused} of the {len(each)} layers that read them uses stay: {reason}",
-            UnnarrowedWarning,
+            f"unused inputs are kept: {unused} of the {len(each)} layers that read inputs use only some, but {reason}",
+            UnusedInputsWarning,
             stacklevel=4,
         )
 
 
 def input_consumers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[nn.Module, bool, int]]:
-    """Layers that work on one of the model's inputs as it is, or flattened, and the axis of their features."""
+    """Find the layers that read one of the model's inputs, flattened or not, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 
     def look(module: nn.Module, x: Any) -> None:

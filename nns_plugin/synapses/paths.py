@@ -1,4 +1,4 @@
-"""Demystification: which inputs a sparse network uses, and which synapses lead to each of its outputs."""
+"""Synapse paths: which inputs a sparse network uses, and which synapses lead to each of its outputs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from nns_plugin.units import UnitGroup
 
 
 def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | None = None) -> dict[str, Tensor]:
-    """Which synapses lie on a path from an input to each output.
+    """Find the synapses that lie on a path from an input to each output.
 
-    A synapse is a weight that is not 0; of a convolution's kernel, any of its positions. What a synapse only leads on
-    from a constant counts for nothing: a path begins at an input of the model.
+    A synapse is a weight that is not 0, at any position of a convolution's kernel. A path begins at an input of the
+    model: a synapse that only passes on a constant is on no path.
 
     Args:
-        model: A classifier whose outputs one layer writes; its weights may be masked by ``torch.nn.utils.prune``.
+        model: A classifier with a single output layer; its weights may be masked by ``torch.nn.utils.prune``.
         example_inputs: Inputs that it can run on.
         backend: Traces the model; torch-pruning by default.
 
     Returns:
         For each linear and convolutional layer, in order, ``[L, out-positions, in-positions]`` bool: whether the
-        synapse is on a path to output l. Layers that no path to an output passes are left out.
+        synapse is on a path to output l. Layers that are on no path are left out.
 
     Raises:
-        PruningError: If not exactly one layer writes the outputs, a layer reads in groups of channels, or reads what
-            other layers give and no unit group tells of (behind attention or a recurrent layer): such paths cannot be
+        PruningError: If there is not exactly one output layer, a convolution is grouped, or a layer reads outputs of
+            other layers that belong to no unit group (behind attention or a recurrent layer): such paths cannot be
             followed.
 
     Example:
@@ -51,12 +51,15 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | N
     traced = (backend or find_backend())(copied(sparse), example_inputs)
     if len(traced.heads) != 1:
         raise PruningError(
-            f"the outputs are written by {len(traced.heads)} layers ({', '.join(traced.heads) or 'none'}); expected one"
+            f"the model has {len(traced.heads)} output layers ({', '.join(traced.heads) or 'none'}); expected one"
         )
     there = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
     head = traced.heads[0]
     if head not in there:
-        raise PruningError(f"the outputs are written by {head!r}, a {type(sparse.get_submodule(head)).__name__}")
+        raise PruningError(
+            f"the output layer {head!r} is a {type(sparse.get_submodule(head)).__name__}; expected a linear or "
+            "convolutional layer"
+        )
     groups, labels = traced.groups(), there[head].shape[0]
     ends = {name: torch.zeros(labels, matrix.shape[0], dtype=torch.bool) for name, matrix in there.items()}
     ends[head] = torch.eye(labels, dtype=torch.bool)
@@ -72,16 +75,18 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | N
 
 
 def _matrix(name: str, module: nn.Module) -> Tensor:
-    """Which in-positions each out-position reads, ``[O, I]`` bool."""
+    """Mark the in-positions that each out-position reads, ``[O, I]`` bool."""
     groups = channel_groups(module)
     if groups != 1:
-        raise PruningError(f"{name!r} reads its channels in {groups} groups; paths go through whole layers")
+        raise PruningError(
+            f"{name!r} reads its channels in {groups} groups; paths can only be followed through ungrouped layers"
+        )
     there = by_output(module, weight_of(module).detach().cpu()) != 0
     return there.flatten(2).any(2) if there.dim() > 2 else there
 
 
 def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In-positions of each layer that no unit writes, bool: those are the model's inputs."""
+    """Mark the in-positions of each layer that no unit writes, bool: these read the model's inputs."""
     found = {name: torch.ones(positions.shape[1], dtype=torch.bool) for name, positions in layers.items()}
     for group in groups:
         for port in group.consumers:
@@ -91,7 +96,7 @@ def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str,
 
 
 def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> None:
-    """Refuse in-positions that no group writes, and that depend on layers all the same."""
+    """Reject in-positions that belong to no unit group but still depend on other layers."""
     weights = [
         parameter
         for module in model.modules()
@@ -107,7 +112,7 @@ def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> Non
         found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else ()
     if any(gradient is not None and bool(gradient.any()) for gradient in found):
         raise PruningError(
-            f"{name!r} reads what other layers give, and no unit group tells how (as behind attention or a recurrent "
+            f"{name!r} reads outputs of other layers that belong to no unit group (as behind attention or a recurrent "
             "layer): its paths cannot be followed"
         )
 
@@ -115,13 +120,13 @@ def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> Non
 def _spread(
     start: dict[str, Tensor], there: dict[str, Tensor], groups: Sequence[UnitGroup], backward: bool
 ) -> dict[str, Tensor]:
-    """Positions that are connected with those at the start.
+    """Follow connections from the start positions until nothing new is reached.
 
     Args:
-        start: For each layer ``[L, positions]`` bool: out-positions to go back from, or in-positions to go on from.
-        there: For each layer which in-positions each out-position reads.
-        groups: How layers hang together.
-        backward: Against the direction of the signals, or along it.
+        start: For each layer ``[L, positions]`` bool: out-positions if backward, in-positions otherwise.
+        there: For each layer, the in-positions that each out-position reads.
+        groups: How layers are connected.
+        backward: Whether to follow signals against their direction.
     """
     reached = {name: value.clone() for name, value in start.items()}
     labels = next(iter(start.values())).shape[0]

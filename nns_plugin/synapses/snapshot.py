@@ -1,4 +1,4 @@
-"""Weight snapshots: a model's weights at one time, to see later how far training moved them."""
+"""Weight snapshots: a model's weights at one time, to measure later how far training has moved them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MASKED = "_orig"
 
 
 class WeightSnapshot:
-    """The weights of a model as they are now: before training, or at any earlier checkpoint.
+    """The current weights of a model, to be taken before training or at any earlier checkpoint.
 
-    Weights masked by ``torch.nn.utils.prune`` count as what lies behind the mask.
+    For weights masked by ``torch.nn.utils.prune``, the value behind the mask counts.
 
     Args:
-        model: Left as it is; or weights by name, as of ``state_dict()``.
+        model: A model, which is not changed, or weights by name, as from ``state_dict()``.
 
     Raises:
         SnapshotError: If there are no weights.
@@ -38,8 +38,8 @@ class WeightSnapshot:
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         if not isinstance(model, (nn.Module, Mapping)):
             raise SnapshotError(
-                f"found a {type(model).__name__}; expected a model, or its weights by name; WeightSnapshot.load(file) "
-                "reads a file"
+                f"the snapshot was given a {type(model).__name__}; expected a model, or its weights by name; use "
+                "WeightSnapshot.load(file) to read a file"
             )
         found = named_weights(model) if isinstance(model, nn.Module) else dict(model)
         self.weights: dict[str, Tensor] = {
@@ -48,19 +48,19 @@ class WeightSnapshot:
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         if not self.weights:
-            raise SnapshotError("there are no weights to remember; pass a model with parameters")
+            raise SnapshotError("there are no weights; pass a model with parameters")
 
     def movement(self, model: nn.Module) -> dict[str, Tensor]:
-        """How far each weight has moved since: the weight significance factor |w(t) - w(0)| of every parameter.
+        """Compute how far each weight has moved: the weight significance factor |w(t) - w(0)| of every parameter.
 
         Args:
-            model: The model as it is now; left as it is.
+            model: The model in its current state; not changed.
 
         Returns:
-            By name of the parameter, of its shape, float64 on the CPU; a masked weight by the name it has unmasked.
+            By name of the parameter, of its shape, float64 on the CPU; a masked weight has its unmasked name.
 
         Raises:
-            SnapshotError: If the snapshot is of another architecture; the message says what differs.
+            SnapshotError: If the snapshot belongs to another architecture; the message says what differs.
 
         Source:
             Bulin and Smidl, "Optimization of Neural Network".
@@ -72,10 +72,10 @@ class WeightSnapshot:
         }
 
     def check(self, now: Mapping[str, Tensor]) -> None:
-        """Refuse weights of another architecture; what only the snapshot has (running statistics) does not matter.
+        """Reject weights of another architecture; what only the snapshot has, such as running statistics, is fine.
 
         Raises:
-            SnapshotError: If a weight is missing from the snapshot or has another shape there.
+            SnapshotError: If a weight is missing from the snapshot or has another shape in it.
         """
         wrong = []
         first: dict[int, str] = {}
@@ -92,15 +92,15 @@ class WeightSnapshot:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise SnapshotError(
-                f"the weight snapshot does not fit the model: {', '.join(wrong[:3])}{more}; take it of this very "
+                f"the weight snapshot does not fit the model: {', '.join(wrong[:3])}{more}; take the snapshot of this "
                 "architecture, and narrow it whenever units are removed"
             )
 
     def restored(self, model: nn.Module) -> nn.Module:
-        """Write the snapshot's weights into a model of its architecture, in place, and return it.
+        """Copy the snapshot's weights into a model of its architecture, in place, and return the model.
 
         Raises:
-            SnapshotError: If the snapshot is of another architecture.
+            SnapshotError: If the snapshot belongs to another architecture.
         """
         now = named_weights(model)
         self.check({name.removesuffix(MASKED): value for name, value in now.items()})
@@ -110,7 +110,7 @@ class WeightSnapshot:
         return model
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to a safetensors file, which appears whole or not at all.
+        """Write to a safetensors file, atomically.
 
         Raises:
             SnapshotError: If the folder cannot be written.
@@ -120,14 +120,14 @@ class WeightSnapshot:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WeightSnapshot:
-        """Read a file of :meth:`save`, or any checkpoint in safetensors.
+        """Read a file that :meth:`save` wrote, or any safetensors checkpoint.
 
         Raises:
-            SnapshotError: If the file is missing, damaged, or holds no weights.
+            SnapshotError: If the file is missing or damaged, or holds no weights.
         """
         return read_safetensors(Path(path), None, SnapshotError, lambda metadata, tensors: cls(tensors))
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, those that are tied under each of their names."""
+    """Return the parameters by name; tied parameters under each of their names."""
     return {name: value for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}

@@ -23,8 +23,8 @@ pytest.importorskip("torch_pruning")
 from nns_plugin.models.inputs import run_model  # noqa: E402
 from nns_plugin.models.preserve import copied  # noqa: E402
 from nns_plugin.synapses.compaction import compact, count_synapses, permanent  # noqa: E402
-from nns_plugin.synapses.dead_units import UnremovedWarning  # noqa: E402
-from nns_plugin.synapses.input_selection import UnnarrowedWarning  # noqa: E402
+from nns_plugin.synapses.dead_units import DeadUnitsWarning  # noqa: E402
+from nns_plugin.synapses.input_selection import UnusedInputsWarning  # noqa: E402
 
 
 def sparse(model: nn.Module, share: float, seed: int) -> nn.Module:
@@ -162,7 +162,7 @@ def test_what_a_norm_over_units_sees_stays_and_is_told() -> None:
     with torch.no_grad():
         model[3].weight[:, 2] = 0
         model[5].weight[:, 1] = 0
-    with pytest.warns(UnremovedWarning, match="units of 0 that no synapse reaches stay"):
+    with pytest.warns(DeadUnitsWarning, match="dead units of 0 are kept"):
         small = compact(model, torch.randn(2, 4)).model
     assert (small[0].out_features, small[3].out_features) == (6, 4)
 
@@ -187,7 +187,9 @@ def test_inputs_are_narrowed_only_where_all_that_reads_them_can_be(kind: str, le
     with torch.no_grad():
         model.left.weight[:, 1:] = 0
         model.right.weight[:, [1, 3]] = 0
-    told = nullcontext() if left else pytest.warns(UnnarrowedWarning, match="1 of the 1 layers .* else reads them too")
+    told = (
+        nullcontext() if left else pytest.warns(UnusedInputsWarning, match="1 of the 1 layers .* else also reads them")
+    )
     with told:
         small = compact(model, torch.randn(2, 4))
     assert (None if small.inputs is None else small.inputs.indices.tolist()) == left
@@ -207,7 +209,7 @@ def test_flattened_images_lose_pixels_and_shaped_ones_do_not() -> None:
     assert small.inputs is not None
     assert small.inputs.indices.tolist() == list(range(1, 8))
     assert torch.allclose(small.model(x.flatten(1)[:, 1:8]), flat(x), atol=1e-6)
-    with pytest.warns(UnnarrowedWarning, match="wants them in their shape"):
+    with pytest.warns(UnusedInputsWarning, match="needs their original shape"):
         assert compact(shaped, x.flatten(1)).inputs is None
 
 
@@ -388,5 +390,5 @@ def test_layers_that_read_inputs_in_different_forms_keep_them() -> None:
     model = Forms().eval()
     with torch.no_grad():
         model.all.weight[:, 0] = 0
-    with pytest.warns(UnnarrowedWarning, match="1 of the 2 layers .* in different forms"):
+    with pytest.warns(UnusedInputsWarning, match="1 of the 2 layers .* in different layouts"):
         assert compact(model, torch.randn(2, 2, 3)).inputs is None

@@ -95,7 +95,7 @@ class Sequence(nn.Module):
 @pytest.mark.parametrize("kind", ["attention", "recurrent"])
 def test_what_no_group_tells_of_is_no_input(kind: str) -> None:
     middle = nn.MultiheadAttention(4, 2, batch_first=True) if kind == "attention" else nn.LSTM(4, 4, batch_first=True)
-    with pytest.raises(PruningError, match="'head' reads what other layers give, and no unit group tells how"):
+    with pytest.raises(PruningError, match="'head' reads outputs of other layers that belong to no unit group"):
         synapse_paths(Sequence(middle), torch.zeros(2, 3, 4))
 
 
