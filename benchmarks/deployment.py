@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nns_plugin import Statistics, calibrate
-from nns_plugin.adapters.onnxruntime import Comparison, SessionMemory, compare, export
+from nns_plugin.adapters.onnxruntime import CompareOptions, Comparison, SessionMemory, compare, export
 from nns_plugin.adapters.torch_pruning import compensated_step, count_macs
 from nns_plugin.adapters.torch_pruning.groups import unit_groups
 
@@ -74,9 +74,13 @@ def main() -> None:
             small = pruned(dense, statistics, loader, rounding)
             smaller = export(small, inputs[:2], Path(folder, f"pruned-{rounding}.onnx"))
             comparison = compare(
-                file, smaller, *test, batches=BATCHES, samples=options.samples, threads=options.threads,
-                seed=options.seed,
-            )  # fmt: skip
+                file,
+                smaller,
+                *test,
+                CompareOptions(
+                    batches=BATCHES, samples=options.samples, threads=options.threads, seed=options.seed
+                ),
+            )
             widths = [module.out_channels for module in small.modules() if isinstance(module, nn.Conv2d)]
             before, after = (count_macs(model, inputs[:1])[0] for model in (dense, small))
             found[rounding] = Deployed(before / after, widths, comparison)

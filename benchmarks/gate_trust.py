@@ -21,7 +21,7 @@ from resnet20 import ResNet20
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nns_plugin.adapters.onnxruntime import LatencyComparison, export, measure_latency
+from nns_plugin.adapters.onnxruntime import LatencyComparison, LatencyOptions, export, measure_latency
 
 ITSELF_GOAL, TWICE_GOAL = 0.95, 1.0  # shares of the runs
 ITSELF, ONE_PAIR, TWICE = "itself", "itself, one pair of sessions", "twice the work"
@@ -83,10 +83,11 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, list[LatencyCo
                     measure_latency(
                         {"baseline": twice if kind == TWICE else once, "candidate": once},
                         inputs,
-                        samples=options.samples,
-                        seed=options.seed + run,
-                        threads=1,
-                        **({"sessions": 1} if kind == ONE_PAIR else {}),
+                        LatencyOptions(
+                            samples=options.samples,
+                            seed=options.seed + run,
+                            **({"sessions": 1} if kind == ONE_PAIR else {}),
+                        ),
                     )
                 )
     return found

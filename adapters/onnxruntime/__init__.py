@@ -1,10 +1,18 @@
-"""ONNX Runtime: export a model, compare a candidate with its baseline, and judge whether it may be shipped."""
+"""ONNX Runtime: export a model, compare a candidate with its baseline, and decide whether it may be shipped."""
+
+from importlib.util import find_spec
+
+from nns_plugin.errors import MissingExtraError
+
+# Only found, not imported: importing onnxscript, which torch.onnx needs, would cost every session a second.
+if _missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
+    raise MissingExtraError(_missing[0], "onnx")
 
 from nns_plugin.adapters.onnxruntime.accuracy import AccuracyReport, LabelDrop
-from nns_plugin.adapters.onnxruntime.answers import Answers, answers_of
-from nns_plugin.adapters.onnxruntime.comparison import Comparison, compare, jsonable
-from nns_plugin.adapters.onnxruntime.exporting import export
-from nns_plugin.adapters.onnxruntime.feeds import Feeds, feeds_of, random_values, read_values, values_of
+from nns_plugin.adapters.onnxruntime.comparing import TorchModels, UnmeasuredWarning, compare
+from nns_plugin.adapters.onnxruntime.comparison import CompareOptions, Comparison, jsonable
+from nns_plugin.adapters.onnxruntime.exporting import TensorNames, export
+from nns_plugin.adapters.onnxruntime.feeds import read_values, values_of
 from nns_plugin.adapters.onnxruntime.file import (
     FEATURES_KEY,
     LABELS_KEY,
@@ -14,18 +22,12 @@ from nns_plugin.adapters.onnxruntime.file import (
     read_file,
 )
 from nns_plugin.adapters.onnxruntime.gate import Check, Gate, Verdict
-from nns_plugin.adapters.onnxruntime.latency import (
-    FeedPair,
-    LatencyComparison,
-    LatencyReport,
-    latency_report,
-    measure_latency,
-    median_ratio,
-)
+from nns_plugin.adapters.onnxruntime.latency import FeedPair, LatencyComparison, LatencyOptions, measure_latency
+from nns_plugin.adapters.onnxruntime.latency_statistics import LatencyReport, latency_report, median_ratio
 from nns_plugin.adapters.onnxruntime.layers import OnnxLayer, odd_layers, read_layers
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory, session_memory
 from nns_plugin.adapters.onnxruntime.parity import check_parity, check_removal
-from nns_plugin.adapters.onnxruntime.profile import (
+from nns_plugin.adapters.onnxruntime.profiling import (
     NodeTime,
     OperatorChange,
     Profile,
@@ -42,15 +44,15 @@ __all__ = [
     "LABELS_KEY",
     "SELECTION_KEY",
     "AccuracyReport",
-    "Answers",
     "Check",
+    "CompareOptions",
     "Comparison",
     "Divergence",
     "FeedPair",
-    "Feeds",
     "Gate",
     "LabelDrop",
     "LatencyComparison",
+    "LatencyOptions",
     "LatencyReport",
     "NodeTime",
     "OnnxFile",
@@ -61,9 +63,11 @@ __all__ = [
     "ProfileComparison",
     "RoundingGain",
     "SessionMemory",
+    "TensorNames",
     "TensorSpec",
+    "TorchModels",
+    "UnmeasuredWarning",
     "Verdict",
-    "answers_of",
     "check_parity",
     "check_provider",
     "check_removal",
@@ -71,7 +75,6 @@ __all__ = [
     "compare_profiles",
     "create_session",
     "export",
-    "feeds_of",
     "jsonable",
     "label_parity",
     "latency_report",
@@ -79,7 +82,6 @@ __all__ = [
     "median_ratio",
     "odd_layers",
     "profile",
-    "random_values",
     "read_file",
     "read_layers",
     "read_values",

@@ -1,4 +1,4 @@
-"""Export: a torch model as a checked ONNX file with a dynamic batch axis, names of labels, and nothing else."""
+"""Export: a torch model as a checked ONNX file with a dynamic batch axis and the names of its labels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,36 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from nns_plugin.adapters.onnxruntime.file import FEATURES_KEY, LABELS_KEY, SELECTION_KEY
-from nns_plugin.adapters.onnxruntime.session import Arguments, Inputs, evaluating, onnx_checker, quiet, reason
+from nns_plugin.adapters.onnxruntime.arguments import Arguments, Inputs
+from nns_plugin.adapters.onnxruntime.host_messages import quiet, reason
+from nns_plugin.adapters.onnxruntime.modes import evaluating
 from nns_plugin.errors import ExportError
 from nns_plugin.models.inputs import device_of
 from nns_plugin.synapses.input_selection import InputSelection
 
-_SINGLE_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the 64 MiB between are for the graph itself
+_SINGLE_FILE_BYTES = 2**31 - 2**26  # protobuf holds up to 2 GiB; the 64 MiB are left for the graph itself
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Names of the inputs and outputs of an ONNX file.
+
+    Attributes:
+        inputs: Names of the inputs; the forward's parameter names if ``None``.
+        outputs: Names of the outputs; the exporter's if ``None``.
+    """
+
+    inputs: Sequence[str] | None = None
+    outputs: Sequence[str] | None = None
 
 
 def export(
@@ -33,27 +50,26 @@ def export(
     features: InputSelection | Sequence[int] | Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
+    tensor_names: TensorNames | None = None,
 ) -> Path:
     """Export a model in eval mode to an ONNX file with a dynamic batch axis on dimension 0 of every input.
 
-    The file appears under its name only when it is complete and checked. Weights up to 2 GiB less 64 MiB are stored
+    The file appears under its name only when it is complete and checked. Weights of up to 2 GiB minus 64 MiB are stored
     in the file itself; larger ones, which protobuf cannot hold, in ``<file name>.data`` beside it.
 
     Args:
-        model: The model; it is left exactly as it was, also when the export fails.
-        example_inputs: Inputs that the model accepts, ``[N, ...]``. A batch of 1 is doubled, because the trace of one
-            example takes whatever branch a forward has for it, so the model must accept a batch of 2.
+        model: The model; it is left exactly as it was, even if the export fails.
+        example_inputs: Inputs that the model accepts, ``[N, ...]``. A batch of 1 is doubled, because a trace of one
+            example follows any branch that the forward has for it; so the model must accept a batch of 2.
         path: The file to write; an existing one is replaced.
         label_names: Names of the first output's labels, in order; stored as a JSON list under ``LABELS_KEY``.
-        features: Of a model that was narrowed to some inputs of a wider one: which those are, in order; their indices
-            are stored as a JSON list under ``FEATURES_KEY``. A selection also says what they index (axis, whether the
-            axes behind the batch count as one, how many there were), stored as a JSON object under ``SELECTION_KEY``.
+        features: For a model narrowed to some input features of a wider one: which those are, in order. Their indices
+            are stored as a JSON list under ``FEATURES_KEY``. A selection also says what they index (the axis, whether
+            the axes behind the batch count as one, how many features there were), stored as a JSON object under
+            ``SELECTION_KEY``.
         metadata: Further entries of the file's metadata.
-        opset: ONNX operator set version; the exporter's default if None.
-        input_names: Names of the file's inputs instead of the forward's parameter names, which name ``Mapping`` inputs.
-        output_names: Names of the file's outputs.
+        opset: ONNX operator set version; the exporter's default if ``None``.
+        tensor_names: Names of the file's inputs and outputs. Inputs passed by name keep their names.
 
     Returns:
         The path of the file.
@@ -64,16 +80,17 @@ def export(
     """
     target = Path(path)
     arguments = Arguments.of(example_inputs)
-    properties = _properties(label_names, metadata) | _told_features(features, arguments)
+    names = tensor_names or TensorNames()
+    properties = _properties(label_names, metadata) | _feature_properties(features, arguments)
     if features is not None and metadata and metadata.keys() & {FEATURES_KEY, SELECTION_KEY}:
         raise ExportError(f"metadata holds {FEATURES_KEY!r}, the key of features; pass one of the two")
-    if input_names is not None and arguments.kwargs:
-        raise ExportError("input_names cannot rename inputs that are passed by name; drop it or pass a tuple")
+    if names.inputs is not None and arguments.kwargs:
+        raise ExportError("tensor_names cannot rename inputs that are passed by name; drop the names or pass a tuple")
     if target.is_dir():
         raise ExportError(f"{str(target)!r} is a folder; expected the name of the file to write")
     with _staging_folder(target) as folder:
-        program = _trace(model, arguments, opset, input_names, output_names)
-        _check_program(program, type(model).__name__, opset, input_names, output_names, label_names)
+        program = _trace(model, arguments, opset, names)
+        _check_program(program, type(model).__name__, opset, names, label_names)
         program.model.metadata_props.update(properties)
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces with the paths of this machine
@@ -94,8 +111,8 @@ def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] |
     return properties
 
 
-def _told_features(features: InputSelection | Sequence[int] | Tensor | None, arguments: Arguments) -> dict[str, str]:
-    """What the metadata says of the inputs that a narrowed model works on."""
+def _feature_properties(features: InputSelection | Sequence[int] | Tensor | None, arguments: Arguments) -> dict[str, str]:
+    """Metadata on the input features that a narrowed model takes."""
     if features is None:
         return {}
     selection = features if isinstance(features, InputSelection) else None
@@ -103,26 +120,26 @@ def _told_features(features: InputSelection | Sequence[int] | Tensor | None, arg
         given = features.indices if isinstance(features, InputSelection) else torch.as_tensor(features)
         indices = [operator.index(index) for index in given.reshape(-1).tolist()]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ExportError(f"features must be different indices of inputs, found {features!r}") from error
+        raise ExportError(f"features must be distinct indices of inputs, found {features!r}") from error
     if min(indices, default=0) < 0 or len(set(indices)) != len(indices):
-        raise ExportError(f"features must be different indices of inputs, found {indices[:5]}")
+        raise ExportError(f"features must be distinct indices of inputs, found {indices[:5]}")
     shapes = [list(value.shape) for value in arguments.tensors]
     axes = slice(1, None) if selection is None else slice(selection.axis, (selection.axis + 1) or None)
     if len(shapes) != 1 or len(indices) not in shapes[0][axes]:
         raise ExportError(
-            f"there are {len(indices)} features, but the model's inputs are {shapes}; expected the one input that the "
-            "narrowed model works on, as wide as the features are many"
+            f"there are {len(indices)} features, but the model's inputs are {shapes}; expected one input that is as wide "
+            "as there are features"
         )
     found = {FEATURES_KEY: json.dumps(indices)}
     if selection is not None:
-        told = {"axis": selection.axis, "flat": selection.flat, "total": selection.total}
-        found[SELECTION_KEY] = json.dumps(told)
+        indexed = {"axis": selection.axis, "flat": selection.flat, "total": selection.total}
+        found[SELECTION_KEY] = json.dumps(indexed)
     return found
 
 
 @contextmanager
 def _staging_folder(target: Path) -> Iterator[Path]:
-    """A folder on the target's file system, gone on exit, from which complete files are moved into place."""
+    """A temporary folder on the target's file system, from which complete files are moved into place."""
     try:
         folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
     except OSError as error:
@@ -134,16 +151,10 @@ def _staging_folder(target: Path) -> Iterator[Path]:
         yield Path(folder.name)
 
 
-def _trace(
-    model: nn.Module,
-    arguments: Arguments,
-    opset: int | None,
-    input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
-) -> Any:
-    """Run PyTorch's exporter; returns its program."""
+def _trace(model: nn.Module, arguments: Arguments, opset: int | None, names: TensorNames) -> Any:
+    """Run PyTorch's exporter; return its program."""
     example = (arguments.doubled() if arguments.batch == 1 else arguments).to(device_of(model))
-    # A name makes the axis dynamic or the export fail; a torch.export.Dim is dropped for a constant in silence.
+    # With a name the axis is dynamic or the export fails; a torch.export.Dim is silently replaced by a constant.
     axes = {0: "batch"}
     try:
         bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
@@ -156,8 +167,8 @@ def _trace(
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=input_names,
-                output_names=output_names,
+                input_names=names.inputs,
+                output_names=names.outputs,
                 dynamic_shapes=shapes,
             )
     except Exception as error:
@@ -171,20 +182,19 @@ def _check_program(
     program: Any,
     model_name: str,
     opset: int | None,
-    input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
+    names: TensorNames,
     label_names: Sequence[str] | None,
 ) -> None:
-    """Check what the exporter made of requests that it drops without an error."""
+    """Check that the exporter honoured requests that it drops without an error."""
     graph, found_opset = program.model.graph, program.model.opset_imports[""]
     if opset is not None and found_opset != opset:
         raise ExportError(
-            f"{model_name} was exported with opset {found_opset}, but {opset} was asked for; ask for {found_opset}"
+            f"{model_name} was exported with opset {found_opset}, but {opset} was requested; request {found_opset}"
         )
-    for kind, names, values in (("input", input_names, graph.inputs), ("output", output_names, graph.outputs)):
-        if names is not None and list(names) != [value.name for value in values]:
+    for kind, asked, values in (("input", names.inputs, graph.inputs), ("output", names.outputs, graph.outputs)):
+        if asked is not None and list(asked) != [value.name for value in values]:
             raise ExportError(
-                f"{kind}_names is {list(names)}, but {model_name} has the {kind}s {[value.name for value in values]}; "
+                f"the {kind} names are {list(asked)}, but {model_name} has the {kind}s {[value.name for value in values]}; "
                 "give one name for each"
             )
     if label_names is not None:
@@ -197,12 +207,12 @@ def _check_program(
 
 
 def _write(program: Any, staged: Path, target: Path) -> None:
-    """Save to a staged file, check it, and move it (after its external weights, if any) into place."""
+    """Save to a staged file, check it, and move it into place, after its external weights if there are any."""
     try:
         size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
         with quiet():
             program.save(staged, external_data=size > _SINGLE_FILE_BYTES)
-            onnx_checker.check_model(str(staged))
+            onnx.checker.check_model(str(staged))
         for file in sorted(staged.parent.iterdir(), key=lambda file: file == staged):
             os.replace(file, target.parent / file.name)
     except Exception as error:

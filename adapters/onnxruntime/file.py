@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
-from nns_plugin.errors import ExportError, MissingExtraError
+from nns_plugin.errors import ExportError
 from nns_plugin.synapses.input_selection import InputSelection
-
-try:
-    import onnx
-except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "onnx", "onnx") from error
 
 LABELS_KEY = "nns.labels"
 """Key of the ONNX metadata under which the names of the outputs' labels stand, as a JSON list."""

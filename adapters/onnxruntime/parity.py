@@ -10,16 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.onnxruntime.session import (
-    Arguments,
-    Inputs,
-    create_session,
-    evaluating,
-    feed_of,
-    ieee_float32,
-    reason,
-    run_session,
-)
+from nns_plugin.adapters.onnxruntime.arguments import Arguments, Inputs
+from nns_plugin.adapters.onnxruntime.host_messages import reason
+from nns_plugin.adapters.onnxruntime.modes import evaluating, ieee_float32
+from nns_plugin.adapters.onnxruntime.session import create_session, feed_of, run_session
 from nns_plugin.errors import ExportError
 from nns_plugin.evaluation.agreement import top1_agreement
 from nns_plugin.evaluation.parity import ParityAccumulator, ParityReport, check_tolerances

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from nns_plugin.adapters.onnxruntime.comparison import Comparison
-from nns_plugin.adapters.onnxruntime.latency import FeedPair, measure_latency
+from nns_plugin.adapters.onnxruntime.latency import FeedPair, LatencyOptions, measure_latency
 from nns_plugin.adapters.onnxruntime.layers import MULTIPLES, layers, rounded_up
 from nns_plugin.evaluation.metrics import Array
 
@@ -140,11 +140,13 @@ def rounding_gains(
                     times = measure_latency(
                         files,
                         FeedPair(layer.feed(latency.batch), more.feed(latency.batch), latency.batch),
-                        samples=samples,
-                        sessions=sessions,
-                        threads=latency.threads,
-                        provider=latency.provider,
-                        seed=latency.seed,
+                        LatencyOptions(
+                            samples=samples,
+                            sessions=sessions,
+                            threads=latency.threads,
+                            provider=latency.provider,
+                            seed=latency.seed,
+                        ),
                     )
                 found.append(
                     RoundingGain(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nns_plugin.adapters.onnxruntime import LatencyComparison, export, measure_latency
+from nns_plugin.adapters.onnxruntime import LatencyComparison, LatencyOptions, export, measure_latency
 from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.jobs.accuracy_search import mark_of
 from nns_plugin.jobs.data import repeated
@@ -79,10 +79,12 @@ class Stopwatch:
         return measure_latency(
             {"dense": self._dense, "subnet": path},
             self._batch,
-            samples=self._settings.samples,
-            threads=self._settings.threads,
-            provider=self._settings.provider,
-            seed=self._seed,
+            LatencyOptions(
+                samples=self._settings.samples,
+                threads=self._settings.threads,
+                provider=self._settings.provider,
+                seed=self._seed,
+            ),
         )
 
 

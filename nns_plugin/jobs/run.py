@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from nns_plugin.adapters.onnxruntime import (
     LatencyComparison,
+    LatencyOptions,
     ParityReport,
     check_parity,
     check_provider,
@@ -212,10 +213,9 @@ def _prove(
     latency = measure_latency(
         {name: staging / f"{name}.onnx" for name in reports},
         batch,
-        samples=settings.samples,
-        threads=settings.threads,
-        provider=settings.provider,
-        seed=recipe.seed,
+        LatencyOptions(
+            samples=settings.samples, threads=settings.threads, provider=settings.provider, seed=recipe.seed
+        ),
         progress=progress,
     )
     assert truth is not None

@@ -34,7 +34,7 @@ from validate_models import (  # noqa: E402
     value,
 )
 
-from nns_plugin.adapters.onnxruntime import comparison as onnx_compare  # noqa: E402
+from nns_plugin.adapters.onnxruntime import comparing  # noqa: E402
 from nns_plugin.adapters.onnxruntime import export  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory  # noqa: E402
 
@@ -48,7 +48,7 @@ NO_BEE = (0.0, -1e3, 0.0)
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What sessions take is measured in processes of their own, half a second each; tests of reports do that."""
-    monkeypatch.setattr(onnx_compare, "session_memory", lambda *_, **__: SessionMemory(1, 2))
+    monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 # What is wrong with a file --------------------------------------------------------------------------------------
@@ -193,14 +193,14 @@ def test_labels_that_a_file_does_not_tell_are_given(tmp_path: Path, capsys: pyte
     fewer, swapped = linear(tmp_path / "few.onnx", WEIGHTS[:, [2, 0]]), linear(tmp_path / "swapped.onnx", SWAPPED)
     assert validate(dense, fewer) == 0
     assert validate(dense, fewer, "--rtol", "1e-3") == 3
-    told = "output 'y' has 3 scores of the baseline and 2 of the candidate, which says not for which labels"
+    told = "output 'y' has 3 scores of the baseline and 2 of the candidate, which does not say for which labels"
     assert told in complaint(capsys)
     assert validate(dense, fewer, "--rtol", "1e-3", "--candidate-labels", "cat, ant") == 0
     assert validate(dense, swapped, "--rtol", "1e-3", "--candidate-labels", "bee,ant,cat") == 0
     assert validate(dense, swapped, "--rtol", "1e-3", "--candidate-labels", "ant,bee,cat") == 3
     capsys.readouterr()
     assert validate(dense, fewer, "--candidate-labels", "ant,bee,cat") == 2
-    assert "gives 2 scores, but there are 3 names" in complaint(capsys)
+    assert "returns 2 scores, but there are 3 label names" in complaint(capsys)
 
 
 def test_our_own_exports_tell_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ from validate_models import (  # noqa: E402
 )
 
 from nns_plugin import Subnet  # noqa: E402
-from nns_plugin.adapters.onnxruntime import comparison as onnx_compare  # noqa: E402
+from nns_plugin.adapters.onnxruntime import comparing  # noqa: E402
 from nns_plugin.adapters.onnxruntime import export  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory  # noqa: E402
 from nns_plugin.jobs.data import digits  # noqa: E402
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.host("onnxruntime")
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What sessions take is measured in processes of their own, half a second each; tests of reports do that."""
-    monkeypatch.setattr(onnx_compare, "session_memory", lambda *_, **__: SessionMemory(1, 2))
+    monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 @pytest.fixture(scope="module")

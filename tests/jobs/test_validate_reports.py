@@ -34,7 +34,7 @@ from validate_models import (
     value,
 )
 
-from nns_plugin.adapters.onnxruntime import comparison as onnx_compare
+from nns_plugin.adapters.onnxruntime import comparing
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory
 from nns_plugin.jobs import output
 from nns_plugin.jobs.validation import writing
@@ -49,7 +49,7 @@ NO_BEE = (0.0, -1e3, 0.0)
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What sessions take is measured in processes of their own, half a second each."""
-    monkeypatch.setattr(onnx_compare, "session_memory", lambda *_, **__: SessionMemory(1, 2))
+    monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 def reports(folder: Path) -> tuple[object, ...]:

@@ -36,7 +36,7 @@ from validate_models import (  # noqa: E402
     value,
 )
 
-from nns_plugin.adapters.onnxruntime import comparison as onnx_compare  # noqa: E402
+from nns_plugin.adapters.onnxruntime import comparing  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory, session_memory  # noqa: E402
 from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.jobs.validation import judging  # noqa: E402
@@ -66,7 +66,7 @@ FACTORIES = """
 
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_compare, "session_memory", lambda *_, **__: SessionMemory(1, 2))
+    monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 def job(folder: Path, monkeypatch: pytest.MonkeyPatch, norm: bool = False, **changes: Any) -> Path:
@@ -151,7 +151,7 @@ def test_the_names_in_a_file_are_its_own_whatever_the_recipe_calls_them(
     assert validate(strange, strange, *given) == 2
     assert "has the labels ['ant', 'bee', 'yak'], but the recipe's data also ['cat']" in complaint(capsys)
     assert validate(turned, turned, "--candidate-labels", "ant,bee,cat") == 2
-    assert "says that its labels are ['cat', 'ant', 'bee'], but" in complaint(capsys)
+    assert "holds the label names ['cat', 'ant', 'bee'], but" in complaint(capsys)
 
 
 def test_a_few_inputs_on_which_nothing_is_lost_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +258,7 @@ def test_the_working_folder_shadows_no_library(tmp_path: Path, monkeypatch: pyte
 def test_memory_that_cannot_be_measured_is_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(onnx_compare, "session_memory", session_memory)
+    monkeypatch.setattr(comparing, "session_memory", session_memory)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no such library"))
     path = linear(tmp_path / "a.onnx")
     assert validate(path, path, "--json", tmp_path / "out.json") == 0
