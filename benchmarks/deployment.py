@@ -77,9 +77,7 @@ def main() -> None:
                 file,
                 smaller,
                 *test,
-                CompareOptions(
-                    batches=BATCHES, samples=options.samples, threads=options.threads, seed=options.seed
-                ),
+                CompareOptions(batches=BATCHES, samples=options.samples, threads=options.threads, seed=options.seed),
             )
             widths = [module.out_channels for module in small.modules() if isinstance(module, nn.Conv2d)]
             before, after = (count_macs(model, inputs[:1])[0] for model in (dense, small))

@@ -59,9 +59,9 @@ class CompareOptions:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise ExportError(f"seed is {self.seed}; expected a number from 0 on")
+            raise ExportError(f"seed is {self.seed}; expected a number of at least 0")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.batches or ()):
-            raise ExportError(f"batches is {list(self.batches or ())}; expected sizes from 1 on")
+            raise ExportError(f"batches is {list(self.batches or ())}; expected sizes of at least 1")
         if not 0.5 <= self.confidence < 1 or self.resamples < 100 or self.profile_runs < 1:
             raise ExportError(
                 f"confidence is {self.confidence}, resamples {self.resamples} and profile_runs {self.profile_runs}; "

@@ -17,8 +17,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.onnxruntime.file import FEATURES_KEY, LABELS_KEY, SELECTION_KEY
 from nns_plugin.adapters.onnxruntime.arguments import Arguments, Inputs
+from nns_plugin.adapters.onnxruntime.file import FEATURES_KEY, LABELS_KEY, SELECTION_KEY
 from nns_plugin.adapters.onnxruntime.host_messages import quiet, reason
 from nns_plugin.adapters.onnxruntime.modes import evaluating
 from nns_plugin.errors import ExportError
@@ -111,7 +111,9 @@ def _properties(label_names: Sequence[str] | None, metadata: Mapping[str, str] |
     return properties
 
 
-def _feature_properties(features: InputSelection | Sequence[int] | Tensor | None, arguments: Arguments) -> dict[str, str]:
+def _feature_properties(
+    features: InputSelection | Sequence[int] | Tensor | None, arguments: Arguments
+) -> dict[str, str]:
     """Metadata on the input features that a narrowed model takes."""
     if features is None:
         return {}
@@ -127,8 +129,8 @@ def _feature_properties(features: InputSelection | Sequence[int] | Tensor | None
     axes = slice(1, None) if selection is None else slice(selection.axis, (selection.axis + 1) or None)
     if len(shapes) != 1 or len(indices) not in shapes[0][axes]:
         raise ExportError(
-            f"there are {len(indices)} features, but the model's inputs are {shapes}; expected one input that is as wide "
-            "as there are features"
+            f"there are {len(indices)} features, but the model's inputs are {shapes}; expected one input, as wide as "
+            "there are features"
         )
     found = {FEATURES_KEY: json.dumps(indices)}
     if selection is not None:
@@ -194,8 +196,8 @@ def _check_program(
     for kind, asked, values in (("input", names.inputs, graph.inputs), ("output", names.outputs, graph.outputs)):
         if asked is not None and list(asked) != [value.name for value in values]:
             raise ExportError(
-                f"the {kind} names are {list(asked)}, but {model_name} has the {kind}s {[value.name for value in values]}; "
-                "give one name for each"
+                f"the {kind} names are {list(asked)}, but {model_name} has the {kind}s "
+                f"{[value.name for value in values]}; give one name for each"
             )
     if label_names is not None:
         shape = list(graph.outputs[0].shape)

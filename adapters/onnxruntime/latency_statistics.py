@@ -104,7 +104,11 @@ def median_ratio(
         logs.append(medians[0] - medians[1])
     ratio = float(np.median(baseline_ms) / np.median(candidate_ms))
     low, high = np.exp(np.percentile(np.concatenate(logs), _levels(sessions)))
-    return ratio, min(float(low), ratio), max(float(high), ratio)  # the logarithms may miss the ratio by a rounding error
+    return (
+        ratio,
+        min(float(low), ratio),
+        max(float(high), ratio),
+    )  # the logarithms may miss the ratio by a rounding error
 
 
 def _levels(sessions: int) -> tuple[float, float]:

@@ -43,8 +43,8 @@ def output_labels(file: OnnxFile, given: Sequence[str] | None, count: int) -> tu
     """Names of a file's labels: those it holds, those given, or numbers."""
     if given is not None and file.labels is not None and tuple(given) != file.labels:
         raise LabelError(
-            f"{file.path!r} holds the label names {list(file.labels)[:20]}, but {list(given)[:20]} were given; drop the "
-            "latter"
+            f"{file.path!r} holds the label names {list(file.labels)[:20]}, but {list(given)[:20]} were given; drop "
+            "the latter"
         )
     names = tuple(given) if given is not None else file.labels
     names = tuple(str(place) for place in range(count)) if names is None else names
@@ -64,8 +64,8 @@ def matched_columns(
         if count == len(names):
             return tuple(range(count))
         raise LabelError(
-            f"{candidate.path!r} returns {count} scores, the baseline {len(names)}, and it does not say for which labels; "
-            "name the candidate's labels"
+            f"{candidate.path!r} returns {count} scores, the baseline {len(names)}, and it does not say for which "
+            "labels; name the candidate's labels"
         )
     theirs = output_labels(candidate, given, count)
     unknown = [name for name in theirs if name not in names and name != OTHER]

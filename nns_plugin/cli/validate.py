@@ -151,9 +151,8 @@ def validate(
         given = {
             "provider": provider,
             "threads": threads,
-            "batches": None if batch is None else numbers("--batch", batch),
+            "batches": None if batch is None else tuple(numbers("--batch", batch)),
             "samples": samples,
-            "candidate_labels": None if candidate_labels is None else names(candidate_labels),
             "io_binding": io_binding,
             "allow_spinning": spinning,
             "confidence": confidence,
@@ -174,6 +173,7 @@ def validate(
             data=data,
             recipe=None if recipe is None else load_recipe(recipe),
             subnet=subnet,
+            candidate_labels=None if candidate_labels is None else tuple(names(candidate_labels)),
             suggest_rounding=suggest_rounding,
             measurement={name: value for name, value in given.items() if value is not None},
         )

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from nns_plugin.adapters.onnxruntime.comparison import Comparison
+from nns_plugin.adapters.onnxruntime.comparing import compare
+from nns_plugin.adapters.onnxruntime.comparison import CompareOptions, Comparison
 from nns_plugin.adapters.onnxruntime.file import LABELS_KEY
 from nns_plugin.evaluation.parity import ParityReport
 
 TYPES = onnx.TensorProto
-QUICK: dict[str, Any] = {"batches": (1,), "samples": 2, "sessions": 1, "profile_runs": 1, "memory": False}
+_QUICK: dict[str, Any] = {"batches": (1,), "samples": 2, "sessions": 1, "profile_runs": 1, "memory": False}
 NAMES = ["cat", "dog", "owl", "pig"]
 W = np.array([[1, 0, 0, 0.5], [0, 1, 0, -0.75], [0, 0, 1, 0.25]], np.float32)
 X = np.random.default_rng(0).standard_normal((90, 3)).astype(np.float32)  # more than a chunk
@@ -68,6 +69,14 @@ def linear(
         {f"w_{name}": array.astype(dtype) for name, array in products.items()},
         (metadata or {}) | ({LABELS_KEY: json.dumps(labels)} if labels else {}),
     )
+
+
+def quick_compare(baseline: Any, candidate: Any, inputs: Any = None, labels: Any = None, **options: Any) -> Comparison:
+    """Compare with as little measuring as there can be; options of the comparison and other arguments alike."""
+    others = {
+        name: options.pop(name) for name in ("torch_models", "label_names", "candidate_labels") if name in options
+    }
+    return compare(baseline, candidate, inputs, labels, CompareOptions(**(_QUICK | options)), **others)
 
 
 def parity(found: Comparison) -> ParityReport:

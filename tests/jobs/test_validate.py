@@ -34,8 +34,7 @@ from validate_models import (  # noqa: E402
     value,
 )
 
-from nns_plugin.adapters.onnxruntime import comparing  # noqa: E402
-from nns_plugin.adapters.onnxruntime import export  # noqa: E402
+from nns_plugin.adapters.onnxruntime import comparing, export  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")

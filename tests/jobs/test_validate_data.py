@@ -35,8 +35,7 @@ from validate_models import (  # noqa: E402
 )
 
 from nns_plugin import Subnet  # noqa: E402
-from nns_plugin.adapters.onnxruntime import comparing  # noqa: E402
-from nns_plugin.adapters.onnxruntime import export  # noqa: E402
+from nns_plugin.adapters.onnxruntime import comparing, export  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory  # noqa: E402
 from nns_plugin.jobs.data import digits  # noqa: E402
 from nns_plugin.jobs.models import digits_classifier  # noqa: E402
@@ -66,7 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("--batch 1,,2", "--batch: found '1,,2'; expected whole numbers separated by commas"),
         ("--batch x", "--batch: found 'x'"),
         ("--batch 1.5", "--batch: found '1.5'"),
-        ("--batch 0", "batches is [0]; expected sizes from 1 on"),
+        ("--batch 0", "batches is [0]; expected sizes of at least 1"),
         ("--batch 1,-1", "batches is [1, -1]"),
         ("--samples 1", "samples is 1"),
         ("--threads 0", "threads 0; expected"),

@@ -13,10 +13,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 metrics = pytest.importorskip("sklearn.metrics")
 
-from onnx_graphs import NAMES, QUICK, W, linear, parity  # noqa: E402
+from onnx_graphs import NAMES, W, linear, parity, quick_compare  # noqa: E402
 
 from nns_plugin.adapters.onnxruntime.accuracy import AccuracyReport  # noqa: E402
-from nns_plugin.adapters.onnxruntime.comparison import compare  # noqa: E402
 from nns_plugin.errors import LabelError  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
@@ -40,7 +39,7 @@ def measured(
     weights = np.stack(parts, 1).astype(np.float32)
     labels = ["other" if column is None else NAMES[column] for column in columns]
     small = linear(tmp_path / "small.onnx", weights, labels)
-    found = compare(linear(tmp_path / "dense.onnx", W, NAMES), small, X, truth, **(QUICK | options))
+    found = quick_compare(linear(tmp_path / "dense.onnx", W, NAMES), small, X, truth, **options)
     assert found.accuracy is not None
     assert found.accuracy_fault is None
     return found.accuracy, X @ W, X @ weights
@@ -140,16 +139,16 @@ def test_nothing_is_lost_by_the_same_weights(dense: Path, tmp_path: Path) -> Non
     for labels in (NAMES, ["owl", "cat"]):
         columns = [NAMES.index(name) for name in labels]
         small = linear(tmp_path / "small.onnx", W[:, columns], labels, metadata={"another": "file"})
-        accuracy = compare(dense, small, X, TRUTH, **QUICK).accuracy
+        accuracy = quick_compare(dense, small, X, TRUTH).accuracy
         assert accuracy is not None
         assert accuracy.drop == 0
         assert accuracy.drop_bound == pytest.approx(-np.log(0.05) / accuracy.candidate.inputs), "the rule of three"
         for each, result in zip(accuracy.labels, accuracy.candidate.labels, strict=True):
             assert (each.drop, each.bound) == (0, pytest.approx(-np.log(0.05) / 2 / result.inputs))
-        estimate = compare(dense, small, X, TRUTH, confidence=0.5, **QUICK).accuracy
+        estimate = quick_compare(dense, small, X, TRUTH, confidence=0.5).accuracy
         assert estimate is not None
         assert [estimate.drop_bound, *(each.bound for each in estimate.labels)] == [0] * (1 + len(labels))
-    same = compare(dense, dense, X, TRUTH, **QUICK).accuracy
+    same = quick_compare(dense, dense, X, TRUTH).accuracy
     assert same is not None
     assert [same.drop_bound, *(each.bound for each in same.labels)] == [0] * 5, "one and the same file"
 
@@ -160,7 +159,7 @@ def test_few_inputs_on_which_nothing_is_lost_prove_little(dense: Path, tmp_path:
     logits = X @ W, X @ OFF
     alike = np.flatnonzero(logits[0].argmax(1) == logits[1].argmax(1))
     rows = np.concatenate([alike[TRUTH[alike] == label][:2] for label in range(4)])
-    accuracy = compare(dense, off, X[rows], TRUTH[rows], **QUICK).accuracy
+    accuracy = quick_compare(dense, off, X[rows], TRUTH[rows]).accuracy
     assert accuracy is not None
     assert accuracy.drop == 0
     assert accuracy.drop_bound == pytest.approx(-np.log(0.05) / 8)
@@ -168,7 +167,7 @@ def test_few_inputs_on_which_nothing_is_lost_prove_little(dense: Path, tmp_path:
 
 
 def test_a_single_label_without_other_has_no_accuracy(dense: Path, tmp_path: Path) -> None:
-    found = compare(dense, linear(tmp_path / "small.onnx", OFF[:, :1], ["cat"]), X, TRUTH, **QUICK)
+    found = quick_compare(dense, linear(tmp_path / "small.onnx", OFF[:, :1], ["cat"]), X, TRUTH)
     assert found.accuracy is None
     assert found.accuracy_fault == "label 'cat' alone cannot be confused with another, so it has no accuracy"
 
@@ -179,7 +178,7 @@ def test_a_single_label_without_other_has_no_accuracy(dense: Path, tmp_path: Pat
 @pytest.mark.parametrize("labels", [["dog", "cat", "owl", "pig"], ["owl", "cat"]])
 def test_a_wrong_order_of_labels_costs_accuracy(labels: list[str], dense: Path, tmp_path: Path) -> None:
     columns = sorted(NAMES.index(name) for name in labels)
-    accuracy = compare(dense, linear(tmp_path / "small.onnx", W[:, columns], labels), X, TRUTH, **QUICK).accuracy
+    accuracy = quick_compare(dense, linear(tmp_path / "small.onnx", W[:, columns], labels), X, TRUTH).accuracy
     assert accuracy is not None
     assert accuracy.drop > 0.3
     assert max(each.drop for each in accuracy.labels) > 0.3
@@ -189,7 +188,7 @@ def test_inputs_that_fill_up_a_fixed_batch_do_not_count(tmp_path: Path) -> None:
     inputs = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]
     two = linear(tmp_path / "two.onnx", W[:, [0, 2, 1]], NAMES[:3], batch=4)
     one = linear(tmp_path / "one.onnx", W[:, :3], NAMES[:3])
-    found = compare(one, two, inputs, [0, 1, 2, 0, 1, 0], **(QUICK | {"batches": (4,)}))
+    found = quick_compare(one, two, inputs, [0, 1, 2, 0, 1, 0], **{"batches": (4,)})
     assert found.accuracy is not None
     assert found.accuracy.baseline.inputs == found.accuracy.candidate.inputs == 6
     assert found.accuracy.baseline.closed_set_accuracy == pytest.approx(5 / 6)
@@ -200,7 +199,7 @@ def test_inputs_that_fill_up_a_fixed_batch_do_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
 def test_outputs_that_are_not_finite_leave_no_accuracy(side: str, dense: Path, tmp_path: Path) -> None:
     broken = linear(tmp_path / "broken.onnx", W * np.float32(np.nan), NAMES)
-    found = compare(*((broken, dense) if side == "baseline" else (dense, broken)), X, TRUTH, **QUICK)
+    found = quick_compare(*((broken, dense) if side == "baseline" else (dense, broken)), X, TRUTH)
     assert found.accuracy is None
     assert found.accuracy_fault == f"the {side} returns outputs that are not finite for 240 of 240 inputs"
     assert not parity(found).passed
@@ -212,18 +211,18 @@ def test_outputs_that_are_not_finite_leave_no_accuracy(side: str, dense: Path, t
 )
 def test_labels_are_integers_one_an_input(labels: Any, dense: Path) -> None:
     with pytest.raises(LabelError, match="labels") as failure:
-        compare(dense, dense, X, labels, **QUICK)
+        quick_compare(dense, dense, X, labels)
     assert len(str(failure.value).splitlines()) == 1
 
 
 def test_a_label_without_inputs_is_an_error(dense: Path) -> None:
     with pytest.raises(LabelError, match="label 'pig' is not in the test data"):
-        compare(dense, dense, X, np.minimum(TRUTH, 2), **QUICK)
+        quick_compare(dense, dense, X, np.minimum(TRUTH, 2))
 
 
 def test_a_missing_first_output_fails_parity_also_where_there_are_labels(tmp_path: Path) -> None:
     one = linear(tmp_path / "one.onnx", W, NAMES, more={"a": W})
-    found = compare(one, linear(tmp_path / "two.onnx", W, out="a"), X, TRUTH, **QUICK)
+    found = quick_compare(one, linear(tmp_path / "two.onnx", W, out="a"), X, TRUTH)
     assert not parity(found).passed
     assert found.accuracy is None
     assert found.accuracy_fault is not None

@@ -14,14 +14,14 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from onnx_graphs import QUICK, W, X, linear  # noqa: E402
+from onnx_graphs import W, X, linear, quick_compare  # noqa: E402
 
 from nns_plugin.adapters.onnxruntime.accuracy import AccuracyReport, LabelDrop  # noqa: E402
-from nns_plugin.adapters.onnxruntime.comparison import Comparison, compare  # noqa: E402
+from nns_plugin.adapters.onnxruntime.comparison import Comparison  # noqa: E402
 from nns_plugin.adapters.onnxruntime.file import OnnxFile  # noqa: E402
 from nns_plugin.adapters.onnxruntime.gate import Gate  # noqa: E402
 from nns_plugin.adapters.onnxruntime.latency import LatencyComparison, LatencyReport  # noqa: E402
-from nns_plugin.adapters.onnxruntime.profile import NodeTime, Profile, ProfileComparison  # noqa: E402
+from nns_plugin.adapters.onnxruntime.profiling import NodeTime, Profile, ProfileComparison  # noqa: E402
 from nns_plugin.errors import GateError  # noqa: E402
 from nns_plugin.evaluation.parity import Divergence, ParityReport  # noqa: E402
 
@@ -236,11 +236,11 @@ def test_only_if_all_nodes_have_fallen_back_the_provider_fails(
 @pytest.mark.parametrize("batches", [(1,), ()])
 def test_a_provider_that_runs_nothing_fails(batches: tuple[int, ...], tmp_path: Path) -> None:
     path = linear(tmp_path / "model.onnx", W)
-    found = compare(path, path, X, provider="azure", **(QUICK | {"batches": batches}))
+    found = quick_compare(path, path, X, provider="azure", **{"batches": batches})
     assert found.profiles[0].candidate.provider == "AzureExecutionProvider"
     verdict = Gate().judge(found)
     assert [check.name for check in verdict.failures] == ["nodes, baseline", "nodes, candidate"]
-    assert Gate().judge(compare(path, path, X, **(QUICK | {"batches": batches}))).passed
+    assert Gate().judge(quick_compare(path, path, X, **{"batches": batches})).passed
 
 
 # Errors ---------------------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from nns_plugin.adapters import onnxruntime as adapter  # noqa: E402
-from nns_plugin.adapters.onnxruntime import exporting, latency  # noqa: E402
-from nns_plugin.adapters.onnxruntime import session as session_module  # noqa: E402
+from nns_plugin.adapters.onnxruntime import exporting, latency, latency_statistics  # noqa: E402
+from nns_plugin.adapters.onnxruntime.host_messages import reason as condensed  # noqa: E402
+from nns_plugin.adapters.onnxruntime.modes import ieee_float32  # noqa: E402
 from nns_plugin.errors import ExportError, MissingExtraError, ProviderError  # noqa: E402
 from nns_plugin.evaluation.agreement import top1_agreement  # noqa: E402
 from nns_plugin.evaluation.parity import output_errors  # noqa: E402
@@ -333,7 +334,7 @@ def test_the_exporter_is_quiet(
 def test_a_reason_is_the_root_in_one_line(error: Exception, reason: str) -> None:
     outer = RuntimeError("next steps:\n- read the documentation")
     outer.__cause__ = error
-    assert session_module.reason(error) == session_module.reason(outer) == reason
+    assert condensed(error) == condensed(outer) == reason
 
 
 class Fixed(nn.Module):
@@ -360,8 +361,18 @@ CHANNELS = InputSelection(torch.arange(3), total=5, axis=1, flat=False)
         (nn.Linear(3, 2), torch.zeros(0, 3), {}, r"float32\[0, 3\]'\] hold no example"),
         (Several(), (TWO, torch.randn(3, 3)), {}, r"\[2, 3\].*\[3, 3\].*same batch"),
         (nn.Linear(3, 2), TWO, {"opset": 999}, r"opset \d\d, but 999 was requested"),
-        (nn.Linear(3, 2), TWO, {"tensor_names": adapter.TensorNames(inputs=["a", "b"])}, r"the input names are \['a', 'b'\].*inputs \['a'\]"),
-        (nn.Linear(3, 2), TWO, {"tensor_names": adapter.TensorNames(outputs=["a", "b"])}, r"the output names are \['a', 'b'\].*outputs \['a'\]"),
+        (
+            nn.Linear(3, 2),
+            TWO,
+            {"tensor_names": adapter.TensorNames(inputs=["a", "b"])},
+            r"the input names are \['a', 'b'\].*inputs \['a'\]",
+        ),
+        (
+            nn.Linear(3, 2),
+            TWO,
+            {"tensor_names": adapter.TensorNames(outputs=["a", "b"])},
+            r"the output names are \['a', 'b'\].*outputs \['a'\]",
+        ),
         (nn.Linear(3, 2), {"input": TWO}, {"tensor_names": adapter.TensorNames(["a"])}, "tensor_names cannot rename"),
         (nn.Linear(3, 2), TWO, {"label_names": ["a"]}, r"1 names, .*Linear is \[batch, 2\]"),
         (nn.Linear(3, 2), TWO, {"label_names": "ab"}, "sequence of strings, found 'ab'"),
@@ -519,13 +530,7 @@ def test_session_providers_tells_what_sessions_get(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_library_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        MODULE,
-        "nns_plugin.adapters.onnxruntime.session",
-        "nns_plugin.adapters.onnxruntime.parity",
-        "nns_plugin.adapters.onnxruntime.latency",
-    ):
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, MODULE)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"'{module}' is not installed.*nns-plugin\[onnx\]"):
         importlib.import_module(MODULE)
@@ -683,7 +688,7 @@ def test_tf32_is_off_inside_and_put_back() -> None:
     inside = []
 
     def fail() -> None:
-        with session_module.ieee_float32():
+        with ieee_float32():
             inside.extend(backend.fp32_precision for backend in backends)
             raise KeyError
 
@@ -747,13 +752,13 @@ def test_the_interval_of_several_pairs_of_sessions_covers_the_truth_where_one_of
 
 @pytest.mark.parametrize(("pairs", "quantile"), [(3, 4.30265), (5, 2.77645), (10, 2.26216), (30, 2.04523)])
 def test_few_pairs_of_sessions_expand_the_interval_by_students_t(pairs: int, quantile: float) -> None:
-    low, high = latency._levels(pairs)
+    low, high = latency_statistics._levels(pairs)
     assert statistics.NormalDist().inv_cdf(high / 100) == pytest.approx(
         quantile * (pairs / (pairs - 1)) ** 0.5, rel=3e-3
     )
     assert low == pytest.approx(100 - high)
-    assert latency._levels(1) == pytest.approx((2.5, 97.5))
-    assert latency._student(0.975, 1) == pytest.approx(12.7062, rel=1e-5)
+    assert latency_statistics._levels(1) == pytest.approx((2.5, 97.5))
+    assert latency_statistics._student(0.975, 1) == pytest.approx(12.7062, rel=1e-5)
 
 
 def test_what_slows_down_both_runs_of_a_round_does_not_widen_the_interval() -> None:
@@ -817,7 +822,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[adapter.Lat
         )
         monkeypatch.setattr(latency, "time", clock)
         paths = {"dense": Path("dense.onnx"), "small": Path("small.onnx")}
-        return adapter.measure_latency(paths, torch.ones(5, 3), **options), clock.runs
+        return adapter.measure_latency(paths, torch.ones(5, 3), adapter.LatencyOptions(**options)), clock.runs
 
     return measure
 
@@ -890,7 +895,7 @@ def test_warm_up_is_bounded(measured: Any) -> None:
 def test_real_files_are_measured(exported: tuple[nn.Module, Path], capfd: pytest.CaptureFixture[str]) -> None:
     _, path = exported
     images = torch.randn(2, 3, 8, 8)
-    found = adapter.measure_latency({"one": path, "two": path}, images, samples=30, warmup=20)
+    found = adapter.measure_latency({"one": path, "two": path}, images, adapter.LatencyOptions(samples=30, warmup=20))
     assert (found.baseline.name, found.candidate.name) == ("one", "two")
     assert found.baseline.p50_ms > 0
     assert found.ratio_low <= found.ratio <= found.ratio_high
@@ -898,7 +903,9 @@ def test_real_files_are_measured(exported: tuple[nn.Module, Path], capfd: pytest
     assert found.baseline.p90_ms is None
     assert (found.batch, found.threads, found.samples, found.provider) == (2, 1, 30, "CPUExecutionProvider")
     assert capfd.readouterr() == ("", "")
-    adapter.measure_latency({"one": path, "two": path}, images, samples=2, warmup=0, progress=True)
+    adapter.measure_latency(
+        {"one": path, "two": path}, images, adapter.LatencyOptions(samples=2, warmup=0), progress=True
+    )
     assert "measuring" in capfd.readouterr().err
 
 
@@ -917,7 +924,9 @@ def test_latency_arguments_are_checked(
     names: list[str], options: dict[str, int], message: str, exported: tuple[nn.Module, Path]
 ) -> None:
     with pytest.raises(ExportError, match=message):
-        adapter.measure_latency(dict.fromkeys(names, exported[1]), torch.randn(2, 3, 8, 8), **options)
+        adapter.measure_latency(
+            dict.fromkeys(names, exported[1]), torch.randn(2, 3, 8, 8), adapter.LatencyOptions(**options)
+        )
 
 
 def test_latency_of_files_that_do_not_run(exported: tuple[nn.Module, Path], tmp_path: Path) -> None:

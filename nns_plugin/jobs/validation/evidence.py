@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.adapters.onnxruntime import OnnxFile, values_of
+from nns_plugin.adapters.onnxruntime import OnnxFile, TorchModels, values_of
 from nns_plugin.errors import LabelError, RecipeError
 from nns_plugin.jobs.data import Datasets
 from nns_plugin.jobs.extraction import chosen_labels, stage
@@ -33,14 +33,14 @@ class Evidence:
         labels: ``[N]`` their labels, if known.
         label_names: Names of the baseline's labels, if known.
         candidate_labels: Names of the candidate's labels, if its file does not have them.
-        models: Torch models to compare as well, by argument of :func:`nns_plugin.adapters.onnxruntime.compare`.
+        models: Torch models to compare as well.
     """
 
     inputs: Any = None
     labels: Any = None
     label_names: tuple[str, ...] | None = None
     candidate_labels: tuple[str, ...] | None = None
-    models: Mapping[str, nn.Module] = field(default_factory=dict)
+    models: TorchModels | None = None
 
 
 def evidence_of(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) -> Evidence:
@@ -69,7 +69,7 @@ def evidence_of(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) 
     if files[1].labels is None and chosen is not None and recipe.effective_head != "keep":
         kept = tuple(data.label_names[label] for label in chosen)
         names = (*kept, OTHER) if recipe.effective_head == "open" else kept
-    models = {} if subnet is None else _models(recipe, data, subnet)
+    models = None if subnet is None else _models(recipe, data, subnet)
     if files[0].labels is None:
         return Evidence(inputs, labels, data.label_names, names, models)
     return Evidence(inputs, _renumbered(labels, data.label_names, files[0]), None, names, models)
@@ -88,7 +88,7 @@ def _renumbered(labels: Tensor, names: Sequence[str], file: OnnxFile) -> Tensor:
     return torch.tensor([-1 if place is None else place for place in places])[labels.long()]
 
 
-def _models(recipe: Recipe, data: Datasets, path: Path) -> dict[str, nn.Module]:
+def _models(recipe: Recipe, data: Datasets, path: Path) -> TorchModels:
     """The subnet in torch; with a checkpoint, also the dense model and, where masking is exact, the masked one."""
 
     def parent() -> nn.Module:
@@ -98,14 +98,13 @@ def _models(recipe: Recipe, data: Datasets, path: Path) -> dict[str, nn.Module]:
     subnet = Subnet.load(path)
     small = subnet.materialise(parent, data.example_inputs)
     if recipe.model.checkpoint is None or recipe.train.epochs:
-        return {"candidate_model": small}  # the job trained the dense model, which exists in its ONNX file only
+        return TorchModels(candidate=small)  # the job trained the dense model, which exists in its ONNX file only
     dense = parent()
     load_checkpoint(dense, recipe.model.checkpoint)
-    models = {"baseline_model": dense, "candidate_model": small}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         masked = subnet.mask(dense, data.example_inputs)
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     inexact = any(issubclass(warning.category, InexactMaskWarning) for warning in caught)
-    return models if inexact else models | {"masked": masked}
+    return TorchModels(baseline=dense, candidate=small, masked=None if inexact else masked)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nns_plugin.adapters.onnxruntime import check_provider, compare, read_file, read_values, rounding_gains
+from nns_plugin.adapters.onnxruntime import (
+    CompareOptions,
+    check_provider,
+    compare,
+    read_file,
+    read_values,
+    rounding_gains,
+)
 from nns_plugin.errors import GateError
 from nns_plugin.jobs.output import check_writable
 from nns_plugin.jobs.recipe import WEIGHTS
@@ -69,9 +76,10 @@ def _judged(baseline: Path, candidate: Path, options: ValidationOptions, paths: 
         candidate,
         evidence.inputs,
         evidence.labels,
+        CompareOptions(**measured),
+        torch_models=evidence.models,
         label_names=evidence.label_names,
-        **evidence.models,
-        **({"candidate_labels": evidence.candidate_labels} | measured),
+        candidate_labels=options.candidate_labels or evidence.candidate_labels,
     )
     gains = rounding_gains(candidate, comparison) if options.suggest_rounding else None
     return Validation(comparison, gate, gate.judge(comparison), gains)

@@ -45,8 +45,9 @@ class ValidationOptions:
             leaves open.
         subnet: With a recipe, the file of the subnet that the candidate was exported from: the torch models, and the
             removal, are compared as well.
+        candidate_labels: Names of the candidate's labels, if its file does not have them.
         suggest_rounding: Whether to measure the speed-up from rounding up the candidate's channels.
-        measurement: Options of :func:`nns_plugin.adapters.onnxruntime.compare`.
+        measurement: Fields of :class:`nns_plugin.adapters.onnxruntime.CompareOptions`.
 
     Raises:
         RecipeError: If two options contradict each other.
@@ -57,6 +58,7 @@ class ValidationOptions:
     data: Path | None = None
     recipe: Recipe | None = None
     subnet: Path | None = None
+    candidate_labels: tuple[str, ...] | None = None
     suggest_rounding: bool = False
     measurement: Mapping[str, Any] = field(default_factory=dict)
 

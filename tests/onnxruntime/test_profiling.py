@@ -19,7 +19,7 @@ from nns_plugin.adapters.onnxruntime.feeds import feeds_of, random_values  # noq
 from nns_plugin.adapters.onnxruntime.file import read_file  # noqa: E402
 from nns_plugin.adapters.onnxruntime.layers import OnnxLayer, odd_layers, read_layers  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import session_memory  # noqa: E402
-from nns_plugin.adapters.onnxruntime.profile import (  # noqa: E402
+from nns_plugin.adapters.onnxruntime.profiling import (  # noqa: E402
     _WARMUP,
     NodeTime,
     OperatorChange,
