@@ -35,7 +35,7 @@ from validate_models import (  # noqa: E402
 )
 
 from nns_plugin import Subnet  # noqa: E402
-from nns_plugin.adapters.onnxruntime import comparing, export  # noqa: E402
+from nns_plugin.adapters.onnxruntime import TensorNames, comparing, export  # noqa: E402
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory  # noqa: E402
 from nns_plugin.jobs.data import digits  # noqa: E402
 from nns_plugin.jobs.models import digits_classifier  # noqa: E402
@@ -279,8 +279,13 @@ def test_a_file_that_is_not_the_subnets_fails_without_a_threshold(
 def test_a_subnet_may_have_been_exported_with_other_names(job: Path, tmp_path: Path) -> None:
     example = digits().example_inputs
     small = Subnet.load(job / "subnet.safetensors").materialise(lambda: digits_classifier(8).eval(), example)
-    names = {"input_names": ["image"], "label_names": ["3", "5", "other"]}
-    path = export(small, example, tmp_path / "subnet.onnx", **names)
+    path = export(
+        small,
+        example,
+        tmp_path / "subnet.onnx",
+        label_names=["3", "5", "other"],
+        tensor_names=TensorNames(inputs=["image"]),
+    )
     given = ("--recipe", job / "recipe.yaml", "--subnet", job / "subnet.safetensors")
     assert validate(job / "baseline.onnx", path, *given) == 0
 
