@@ -1,36 +1,117 @@
-"""Any criterion as a torch-pruning importance."""
+"""Any criterion as a torch-pruning importance, whose evidence follows the model while units are removed."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch_pruning as tp
-from torch import Tensor
+from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
-from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, writes_output
+from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics, Recalibration
+from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, unit_groups, writes_output
 from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, misprunable_norms
-from nns_plugin.adapters.torch_pruning.traced_group import trace_group
-from nns_plugin.criteria.contract import Criterion, score
+from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup, trace_group
+from nns_plugin.criteria.contract import Criterion, needs_of, score
 from nns_plugin.criteria.ties import separate_ties
-from nns_plugin.errors import GroupError
+from nns_plugin.errors import CriterionError, GroupError
 from nns_plugin.models.inputs import device_of
 from nns_plugin.statistics.statistics import Statistics
+
+
+class Evidence(Protocol):
+    """What a criterion scores by, kept in step with the model."""
+
+    def current(self, graph: tp.DependencyGraph) -> Any:
+        """The evidence about the graph's model as it is now."""
+        ...
+
+    def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
+        """Remember how the positions of a group hang together; the pruning history speaks of its root alone."""
+        ...
+
+
+class FollowedModel:
+    """The model of whatever graph is scored."""
+
+    def current(self, graph: tp.DependencyGraph) -> nn.Module:
+        """See the protocol."""
+        model: nn.Module = graph.model
+        return model
+
+    def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
+        """Nothing to remember."""
 
 
 class CriterionImportance(tp.importance.Importance):
     """Any criterion as a torch-pruning importance.
 
-    Equal scores are told apart by the smallest steps that single precision knows, lower units above higher ones,
-    because global pruning removes everything at or under its threshold.
+    Every importance has two constructors: the class itself, which takes the criterion's evidence and options, and
+    :meth:`from_loader`. Equal scores are separated by the smallest steps of single precision, lower units above
+    higher ones, because global pruning removes everything at or under its threshold.
+
+    Args:
+        criterion: The criterion.
+        evidence: By name of the criterion's argument, what follows the model; all else stays as it was given.
+
+    Attributes:
+        criterion_type: Of a subclass: the class of its criterion.
     """
 
-    def __init__(self, criterion: Criterion, followed: FollowedStatistics | None = None) -> None:
+    criterion_type: ClassVar[type[Any] | None] = None
+
+    def __init__(self, criterion: Criterion, evidence: Mapping[str, Evidence] | None = None) -> None:
         self._criterion = criterion
-        self._followed = followed
+        self._evidence = dict(evidence or {})
         self._ordinals: dict[str, int] = {}
+
+    @classmethod
+    def from_loader(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        loader: Iterable[Any],
+        *arguments: Any,
+        calibration_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Calibrate now, and again whenever the model has changed.
+
+        A criterion without statistics (``mean_weight``, ``switcher``, ``wsf``) leaves the loader unread, so that all
+        importances can be built in the same way.
+
+        Args:
+            model: The model that is going to be pruned.
+            example_inputs: As for torch-pruning.
+            loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
+            *arguments: Of the class, without the statistics.
+            calibration_options: Of :func:`nns_plugin.calibrate`.
+            **options: Of the class, without the statistics.
+
+        Raises:
+            CriterionError: If the class names no criterion, or an option is unknown.
+            CalibrationError: If the loader cannot be used, or there is nothing to prune.
+        """
+        if cls.criterion_type is None:
+            raise CriterionError(f"{cls.__name__} names no criterion; set criterion_type, or pass it a criterion")
+        needs = needs_of(cls.criterion_type)
+        if "statistics" not in needs.requires:
+            return cls(*arguments, **options)
+        settings = {"gram": needs.gram, **(calibration_options or {})}
+        recalibration = Recalibration(loader, unit_groups(model, example_inputs), settings)
+        statistics = recalibration.statistics_of(model)
+        importance = cls(statistics, *arguments, **options)
+        importance._evidence["statistics"] = FollowedStatistics(statistics, recalibration)
+        return importance
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The statistics that the last scores came from; ``None`` of a criterion that needs none."""
+        followed = self._evidence.get("statistics")
+        return followed.latest if isinstance(followed, FollowedStatistics) else None
 
     @torch.no_grad()
     def __call__(self, group: tp.dependency.Group) -> Tensor | None:
@@ -63,9 +144,9 @@ class CriterionImportance(tp.importance.Importance):
                 MisprunedNormWarning,
                 stacklevel=2,
             )
-        scores = score(self._current(group), traced.group)
-        if self._followed is not None:
-            self._followed.saw(group, traced)
+        scores = score(self._current(group._DG), traced.group)
+        for evidence in self._evidence.values():
+            evidence.saw(group, traced)
         if scores is None:
             return None
         ordinal = self._ordinals.setdefault(traced.group.name, len(self._ordinals))
@@ -74,16 +155,14 @@ class CriterionImportance(tp.importance.Importance):
         return separated if device.type == "mps" else separated.to(device)
 
     def follow(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
-        """Go on with statistics that somebody else has kept in step with the graph's model."""
-        if self._followed is not None:
-            self._followed.accept(graph, statistics)
+        """Go on with statistics that the caller has kept in step with the graph's model."""
+        followed = self._evidence.get("statistics")
+        if isinstance(followed, FollowedStatistics):
+            followed.accept(graph, statistics)
 
-    def _current(self, group: tp.dependency.Group) -> Criterion:
-        if self._followed is None:
-            return self._criterion
-        statistics = self._followed.current(group._DG)
-        found = {"statistics": statistics, "model": group._DG.model}
-        changed = {name: found[name] for name in self._criterion.requires if name in found}
-        if any(getattr(self._criterion, name) is not value for name, value in changed.items()):
-            self._criterion = dataclasses.replace(self._criterion, **changed)  # type: ignore[type-var]
+    def _current(self, graph: tp.DependencyGraph) -> Criterion:
+        """The criterion, with evidence about the graph's model as it is now."""
+        found = {name: evidence.current(graph) for name, evidence in self._evidence.items()}
+        if any(getattr(self._criterion, name) is not value for name, value in found.items()):
+            self._criterion = dataclasses.replace(self._criterion, **found)  # type: ignore[type-var]
         return self._criterion

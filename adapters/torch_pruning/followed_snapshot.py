@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup
 from nns_plugin.errors import SnapshotError
 from nns_plugin.models.preserve import copied
 from nns_plugin.synapses.snapshot import WeightSnapshot, named_weights
@@ -58,7 +59,7 @@ class FollowedSnapshot:
         graph = None if self._graph is None else self._graph()
         return self._snapshot if graph is None else self.current(graph)
 
-    def saw(self, host_group: tp.dependency.Group) -> None:
+    def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
         """Remember how the positions of a full group hang together; the pruning history speaks of its root alone."""
         graph = host_group._DG
         if self._twin is None:

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from nns_plugin.adapters.torch_pruning.groups import groups_again
 from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup
 from nns_plugin.errors import StaleStatisticsError
 from nns_plugin.models.layers import axis_length
+from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.units import UnitGroup
 
 ADVICE = "calibrate again, or use an importance that was built with from_loader, which does so by itself"
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibration:
+    """Collects statistics anew.
+
+    Attributes:
+        loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
+        groups: The groups of the model as it was first.
+        options: Of :func:`nns_plugin.calibrate`.
+    """
+
+    loader: Iterable[Any]
+    groups: Sequence[UnitGroup]
+    options: Mapping[str, Any]
+
+    def statistics_of(self, model: nn.Module) -> Statistics:
+        """Statistics of the model as it was first."""
+        return calibrate(model, self.loader, self.groups, **self.options)
+
+    def again(self, graph: tp.DependencyGraph) -> Statistics:
+        """Statistics of the graph's model as it is now."""
+        return calibrate(graph.model, self.loader, groups_again(graph, self.groups), **self.options)
 
 
 class FollowedStatistics:
@@ -36,12 +62,15 @@ class FollowedStatistics:
     _marks: list[tuple[weakref.ref[Any], int]]
     _roots: dict[tuple[str, bool], tuple[str, list[int]]]
 
-    def __init__(
-        self, statistics: Statistics, recollect: Callable[[tp.DependencyGraph], Statistics] | None = None
-    ) -> None:
+    def __init__(self, statistics: Statistics, recalibration: Recalibration | None = None) -> None:
         self._statistics = statistics
-        self._recollect = recollect
+        self._recalibration = recalibration
         self._forget()
+
+    @property
+    def latest(self) -> Statistics:
+        """The statistics as they were last brought up to date."""
+        return self._statistics
 
     def current(self, graph: tp.DependencyGraph) -> Statistics:
         """The statistics of the graph's model as it is now.
@@ -90,8 +119,8 @@ class FollowedStatistics:
         return self._written(graph.model)
 
     def _update(self, graph: tp.DependencyGraph) -> None:
-        if self._recollect is not None:
-            self._statistics = self._recollect(graph)
+        if self._recalibration is not None:
+            self._statistics = self._recalibration.again(graph)
         elif self._trained(graph):
             self._again(graph, "weights have changed since the statistics were collected")
         else:
@@ -126,9 +155,9 @@ class FollowedStatistics:
         return ""
 
     def _again(self, graph: tp.DependencyGraph, reason: str) -> None:
-        if self._recollect is None:
+        if self._recalibration is None:
             raise StaleStatisticsError(f"{reason}; {ADVICE}")
-        self._statistics = self._recollect(graph)
+        self._statistics = self._recalibration.again(graph)
 
     def _mark(self, graph: tp.DependencyGraph) -> None:
         self._graph = weakref.ref(graph)
@@ -143,7 +172,7 @@ class FollowedStatistics:
         self._roots = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_statistics": self._statistics, "_recollect": self._recollect}
+        return {"_statistics": self._statistics, "_recalibration": self._recalibration}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nns_plugin.adapters.torch_pruning.criterion_importance import CriterionImportance
+from nns_plugin.adapters.torch_pruning.criterion_importance import CriterionImportance, FollowedModel
 from nns_plugin.adapters.torch_pruning.followed_snapshot import FollowedSnapshot
 from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
-from nns_plugin.adapters.torch_pruning.groups import groups_again, unit_groups
+from nns_plugin.adapters.torch_pruning.groups import unit_groups
 from nns_plugin.adapters.torch_pruning.installation import put, take
 from nns_plugin.compensation.least_squares import RIDGE
-from nns_plugin.criteria.contract import Criterion
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
@@ -48,6 +46,8 @@ class DistinctivenessImportance(CriterionImportance):
         See :class:`nns_plugin.criteria.Distinctiveness`.
     """
 
+    criterion_type = Distinctiveness
+
     def __init__(
         self,
         statistics: Statistics,
@@ -58,9 +58,9 @@ class DistinctivenessImportance(CriterionImportance):
         sensitivity: Mapping[str, Tensor] | None = None,
         cost: Mapping[str, float] | None = None,
     ) -> None:
-        # The model is the pruner's; it is put in its place when the first group comes.
+        # The pruner's model takes the place of the identity when the first group comes.
         criterion = Distinctiveness(statistics, nn.Identity(), mode, center, vectors, ridge, sensitivity, cost)
-        super().__init__(criterion, FollowedStatistics(statistics))
+        super().__init__(criterion, {"statistics": FollowedStatistics(statistics), "model": FollowedModel()})
 
     @classmethod
     def for_macs(
@@ -70,12 +70,12 @@ class DistinctivenessImportance(CriterionImportance):
         loader: Iterable[Any],
         statistics: Statistics | None = None,
         ridge: float = RIDGE,
-        **options: Any,
+        calibration_options: Mapping[str, Any] | None = None,
     ) -> DistinctivenessImportance:
-        """Span scores for ``global_pruning=True``: how much removal moves the model's outputs, per operation it saves.
+        """Span scores for ``global_pruning=True``: how much removal moves the model's outputs, per MAC that it saves.
 
-        Measures the sensitivity of the model's outputs, which needs gradients but no labels, and the operations that
-        a unit of each group costs. Both belong to the model as it is: for one step, not for iterative pruning.
+        Measures the sensitivity of the model's outputs, which needs gradients but no labels, and the MACs that a unit
+        of each group costs. Both belong to the model as it is: for one step, not for iterative pruning.
 
         Args:
             model: The model that is going to be pruned.
@@ -83,10 +83,12 @@ class DistinctivenessImportance(CriterionImportance):
             loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
             statistics: Of the model, with ``gram=True``; collected from the loader by default.
             ridge: See the class.
-            **options: Of :func:`nns_plugin.calibrate`, where statistics are collected.
+            calibration_options: Of :func:`nns_plugin.calibrate`, where statistics are collected.
         """
         if statistics is None:
-            statistics = calibrate(model, loader, unit_groups(model, example_inputs), gram=True, **options)
+            statistics = calibrate(
+                model, loader, unit_groups(model, example_inputs), gram=True, **(calibration_options or {})
+            )
         groups = statistics.groups
         sensitivity = output_sensitivity(model, loader, groups)
         cost = unit_macs(model, groups, layer_macs(model, example_inputs))
@@ -106,14 +108,10 @@ class MeanWeightImportance(CriterionImportance):
         See :class:`nns_plugin.criteria.MeanWeight`.
     """
 
-    def __init__(self, weights: Weights = "magnitudes") -> None:
-        super().__init__(MeanWeight(nn.Identity(), weights))
+    criterion_type = MeanWeight
 
-    def _current(self, group: tp.dependency.Group) -> Criterion:
-        model = group._DG.model
-        if not isinstance(self._criterion, MeanWeight) or self._criterion.model is not model:
-            self._criterion = dataclasses.replace(self._criterion, model=model)  # type: ignore[type-var]
-        return self._criterion
+    def __init__(self, weights: Weights = "magnitudes") -> None:
+        super().__init__(MeanWeight(nn.Identity(), weights), {"model": FollowedModel()})
 
 
 class SemanticImportance(CriterionImportance):
@@ -146,6 +144,8 @@ class SemanticImportance(CriterionImportance):
         4
     """
 
+    criterion_type = Semantic
+
     def __init__(
         self,
         statistics: Statistics,
@@ -153,38 +153,8 @@ class SemanticImportance(CriterionImportance):
         measure: Measure = "mean",
         contrast: Contrast | None = None,
     ) -> None:
-        super().__init__(Semantic(statistics, labels, measure, contrast), FollowedStatistics(statistics))
-
-    @classmethod
-    def from_loader(
-        cls,
-        model: nn.Module,
-        example_inputs: Any,
-        loader: Iterable[Any],
-        labels: Sequence[int | str] | None = None,
-        measure: Measure = "mean",
-        contrast: Contrast | None = None,
-        **options: Any,
-    ) -> SemanticImportance:
-        """Calibrate now, and again by itself whenever the model has changed.
-
-        Args:
-            model: The model that is going to be pruned.
-            example_inputs: As for torch-pruning.
-            loader: Yields ``(inputs, labels)``; must yield anew each time it is iterated.
-            labels: See the class.
-            measure: See the class.
-            contrast: See the class.
-            **options: Further options of :func:`nns_plugin.calibrate`.
-        """
-        statistics = calibrate(model, loader, unit_groups(model, example_inputs), **options)
-
-        def recollect(graph: tp.DependencyGraph) -> Statistics:
-            return calibrate(graph.model, loader, groups_again(graph, statistics.groups), **options)
-
-        importance = cls(statistics, labels, measure, contrast)
-        importance._followed = FollowedStatistics(statistics, recollect)
-        return importance
+        criterion = Semantic(statistics, labels, measure, contrast)
+        super().__init__(criterion, {"statistics": FollowedStatistics(statistics)})
 
 
 class WSFImportance(CriterionImportance):
@@ -203,10 +173,12 @@ class WSFImportance(CriterionImportance):
         See :class:`nns_plugin.criteria.WSF`.
     """
 
+    criterion_type = WSF
+
     def __init__(self, snapshot: WeightSnapshot, reduction: Reduction = "mean") -> None:
-        super().__init__(WSF(nn.Identity(), snapshot, reduction))
-        self._reduction = reduction
         self._snapshot = FollowedSnapshot(snapshot)
+        criterion = WSF(nn.Identity(), snapshot, reduction)
+        super().__init__(criterion, {"model": FollowedModel(), "snapshot": self._snapshot})
 
     @property
     def snapshot(self) -> WeightSnapshot:
@@ -216,13 +188,6 @@ class WSFImportance(CriterionImportance):
             SnapshotError: If units went in a way that the pruning history does not tell.
         """
         return self._snapshot.latest()
-
-    def _current(self, group: tp.dependency.Group) -> Criterion:
-        snapshot = self._snapshot.current(group._DG)
-        self._snapshot.saw(group)
-        model = group._DG.model
-        self._criterion = WSF(model, snapshot, self._reduction)
-        return self._criterion
 
 
 class SwitcherImportance(CriterionImportance):
@@ -235,6 +200,8 @@ class SwitcherImportance(CriterionImportance):
     Source:
         See :class:`nns_plugin.criteria.Switcher`.
     """
+
+    criterion_type = Switcher
 
     def __init__(self, factors: ScalingFactors) -> None:
         super().__init__(Switcher(factors))

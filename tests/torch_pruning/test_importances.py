@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nns_plugin import UnitGroup, calibrate
-from nns_plugin.criteria import UnscoredGroupWarning
+from nns_plugin.criteria import Semantic, UnscoredGroupWarning
 from nns_plugin.errors import CalibrationError, CriterionError, LabelError, StaleStatisticsError
 
 pytestmark = pytest.mark.host("torch_pruning")
@@ -22,6 +22,7 @@ tp = pytest.importorskip("torch_pruning")
 
 import zoo  # noqa: E402
 
+from nns_plugin.adapters import torch_pruning  # noqa: E402
 from nns_plugin.adapters.torch_pruning import (  # noqa: E402
     CriterionImportance,
     SemanticImportance,
@@ -30,6 +31,9 @@ from nns_plugin.adapters.torch_pruning import (  # noqa: E402
     uninstall,
 )
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, unit_groups  # noqa: E402
+from nns_plugin.switcher.scaling_factors import ScalingFactors  # noqa: E402
+from nns_plugin.switcher.switches import Switch  # noqa: E402
+from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
 fresh = zoo.fresh_arguments
 
@@ -204,20 +208,25 @@ def test_rounding(round_to: int, global_pruning: bool) -> None:
 def test_options_reach_the_criterion(options: dict[str, Any]) -> None:
     model, inputs, loader, _ = setting("mlp")
     statistics = calibrate(model, loader, unit_groups(model, inputs))
-    plain = SemanticImportance(statistics, **options)
-    assert {name: getattr(plain._criterion, name) for name in options} == options
-    collected = SemanticImportance.from_loader(model, inputs, loader, **options)
-    assert {name: getattr(collected._criterion, name) for name in options} == options
+    importances = (
+        CriterionImportance(Semantic(statistics, **options)),
+        SemanticImportance(statistics, **options),
+        SemanticImportance.from_loader(model, inputs, loader, **options),
+        SemanticImportance(statistics),
+    )
     graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
     for group in graph.get_all_groups(ignored_layers=[model.head]):
-        assert torch.equal(plain(group), collected(group))
+        expected, plain, collected, default = (importance(group) for importance in importances)
+        assert torch.equal(plain, expected)
+        assert torch.equal(collected, expected)
+        assert torch.equal(default, expected) == (options == {"labels": None})
 
 
 def test_calibration_options_reach_the_calibration() -> None:
     model, inputs, loader, _ = setting("mlp")
-    importance = SemanticImportance.from_loader(model, inputs, loader, threshold=0.25)
-    assert importance._followed is not None
-    assert importance._followed._statistics.threshold == 0.25
+    importance = SemanticImportance.from_loader(model, inputs, loader, calibration_options={"threshold": 0.25})
+    assert importance.statistics is not None
+    assert importance.statistics.threshold == 0.25
 
 
 # --- several steps ---------------------------------------------------------------------------------------------------
@@ -241,8 +250,8 @@ def test_statistics_are_narrowed_between_steps(case: str, global_pruning: bool) 
             expected = statistics.narrow(left)
         pruner.step()
         if step:
-            assert importance._followed is not None
-            narrowed = importance._followed._statistics
+            narrowed = importance.statistics
+            assert narrowed is not None
             assert {group.name: group.size for group in narrowed.groups} == {
                 name: len(kept) for name, kept in left.items()
             }
@@ -270,7 +279,8 @@ def test_narrowed_statistics_equal_new_ones_where_inputs_do_not_change() -> None
     pruner.step(), pruner.step()
     again = calibrate(model, loader, unit_groups(model, inputs))
     pruner.step()
-    narrowed = importance._followed._statistics  # type: ignore[union-attr]
+    narrowed = importance.statistics
+    assert narrowed is not None
     record, expected = narrowed.records["in", "conv2"], again.records["in", "conv2"]
     for name in ("inputs", "samples", "total", "magnitude", "square", "active"):
         torch.testing.assert_close(getattr(record, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
@@ -334,6 +344,20 @@ def test_training_makes_statistics_stale(how: str, when: str) -> None:
         pruner.step()
 
 
+def test_weights_that_change_between_two_scorings_are_noticed() -> None:
+    """Nothing was removed and no parameter was replaced: only the version counter of one tensor tells."""
+    model, inputs, loader, _ = setting("mlp")
+    importance = SemanticImportance(calibrate(model, loader, unit_groups(model, inputs)), [0])
+    graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
+    group = next(iter(graph.get_all_groups(ignored_layers=[model.head])))
+    importance(group)
+    importance(group)
+    with torch.no_grad():
+        model.fc2.weight.mul_(2)
+    with pytest.raises(StaleStatisticsError, match="weights have changed since the statistics were collected"):
+        importance(group)
+
+
 @pytest.mark.parametrize("how", ["sgd", "load_state_dict", "forward"])
 def test_training_is_no_matter_with_a_loader(how: str) -> None:
     model, inputs, loader, _ = setting("conv_norm")
@@ -368,7 +392,8 @@ def test_a_second_pruner_goes_on_where_the_first_one_stopped() -> None:
     left = {group.name: torch.tensor(kept_units(dense, model, group)) for group in groups}
     second = tp.pruner.BasePruner(model, inputs, **options, **fresh())
     second.step()
-    narrowed = importance._followed._statistics  # type: ignore[union-attr]
+    narrowed = importance.statistics
+    assert narrowed is not None
     for key, record in statistics.narrow(left).records.items():
         assert torch.equal(narrowed.records[key].magnitude, record.magnitude)
 
@@ -454,7 +479,8 @@ def test_interactive_steps_may_skip_groups() -> None:
     left = {group.name: torch.tensor(kept_units(dense, model, group)) for group in groups}
     assert sorted(len(kept) < size for kept, size in zip(left.values(), (8, 5), strict=True)) == [False, True]
     pruner.step()
-    narrowed = importance._followed._statistics  # type: ignore[union-attr]
+    narrowed = importance.statistics
+    assert narrowed is not None
     for key, record in statistics.narrow(left).records.items():
         assert torch.equal(narrowed.records[key].magnitude, record.magnitude)
 
@@ -595,6 +621,48 @@ def test_attention_with_heads() -> None:
 
 
 # --- the importance itself -------------------------------------------------------------------------------------------
+
+
+def random_factors(model: nn.Module, groups: tuple[UnitGroup, ...]) -> ScalingFactors:
+    switches = [Switch(group.name, group.size, group.consumers, group.producers) for group in groups]
+    return ScalingFactors(switches, {group.name: torch.rand(group.size) for group in groups})
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", ["Distinctiveness", "MeanWeight", "Semantic", "Switcher", "WSF"])
+def test_every_importance_has_the_same_two_constructors(name: str, steps: int) -> None:
+    """Built from a loader, it scores like the criterion whose evidence was collected from the model as it is."""
+    model, inputs, loader, groups = setting("conv_norm")
+    if name == "Switcher" and steps > 1:
+        pytest.skip("factors do not follow removals")
+    evidence: dict[str, Any] = {}
+    if name == "WSF":
+        evidence["snapshot"] = WeightSnapshot(setting("conv_norm")[0])
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+    if name == "Switcher":
+        evidence["factors"] = random_factors(model, groups)
+    cls = getattr(torch_pruning, f"{name}Importance")
+    importance, pruners = cls.from_loader(model, inputs, loader, **evidence), []
+    for step in range(steps):
+        if name in ("Distinctiveness", "Semantic"):
+            statistics = calibrate(model, loader, unit_groups(model, inputs), gram=True)
+            evidence["statistics"] = statistics
+        elif name == "WSF" and step:
+            evidence["snapshot"] = importance.snapshot
+        expected = cls(**evidence)
+        graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
+        for group in graph.get_all_groups(ignored_layers=[model.head]):
+            np.testing.assert_allclose(importance(group), expected(group), rtol=1e-5)
+        options = {"pruning_ratio": 0.34, "ignored_layers": [model.head]}
+        pruners.append(tp.pruner.BasePruner(model, inputs, importance=importance, **options, **fresh()))
+        pruners[-1].step()
+
+
+def test_an_importance_without_a_criterion_of_its_own_takes_no_loader() -> None:
+    model, inputs, loader, _ = setting("mlp")
+    with pytest.raises(CriterionError, match="CriterionImportance names no criterion; set criterion_type"):
+        CriterionImportance.from_loader(model, inputs, loader)
 
 
 def test_sparse_training_pruners_can_use_the_scores() -> None:
