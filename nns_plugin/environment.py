@@ -36,11 +36,11 @@ HOSTS = (
 
 @dataclass(frozen=True)
 class Host:
-    """One package that nns-plugin works with.
+    """A package that nns-plugin works with.
 
     Attributes:
         name: Of the distribution.
-        version: Installed version, or ``None`` if it is missing.
+        version: The installed version, or ``None`` if it is not installed.
         extra: The extra that brings it; empty for a base dependency.
     """
 
@@ -50,19 +50,19 @@ class Host:
 
     @property
     def install(self) -> str:
-        """The command that installs it; empty where it is there."""
+        """The command that installs it; empty if it is installed."""
         if self.version is not None:
             return ""
         return f'pip install "nns-plugin[{self.extra}]"' if self.extra else "pip install nns-plugin"
 
 
 def hosts() -> tuple[Host, ...]:
-    """Every host with its version; a GPU build of ONNX Runtime counts as ``onnxruntime``."""
+    """All hosts with their versions; a GPU build of ONNX Runtime counts as ``onnxruntime``."""
     return tuple(Host(name, _version(name, module), extra) for name, module, extra in HOSTS)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, nns-plugin and every host; "not installed" where missing."""
+    """Versions of Python, nns-plugin and all hosts; "not installed" for missing ones."""
     found = {host.name: host.version or "not installed" for host in hosts()}
     return {
         "python": platform.python_version(),
@@ -73,17 +73,17 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measurement ran on.
+    """The machine that a measurement ran on.
 
     Attributes:
         system: Operating system and architecture.
-        cpu: Model of the processor, as the system calls it.
-        cpu_flags: What it can do, as Linux tells; empty elsewhere.
-        cores: Logical cores.
-        usable_cores: Those that this process may run on.
-        cpu_quota: Cores' worth of time that the control group allows, where it limits that.
-        governor: How the first core's frequency is governed, where that can be read.
-        memory_bytes: Of the machine, where that can be read.
+        cpu: Model name of the processor, as reported by the system.
+        cpu_flags: Its instruction-set flags on Linux; empty elsewhere.
+        cores: Number of logical cores.
+        usable_cores: Number of cores that this process may run on.
+        cpu_quota: CPU quota of the control group, in cores; ``None`` if there is no limit.
+        governor: Frequency governor of the first core; ``None`` if it cannot be read.
+        memory_bytes: Total memory; ``None`` if it cannot be read.
     """
 
     system: str
@@ -133,7 +133,7 @@ def quiet() -> Iterator[None]:
 
 
 def _read(path: str) -> str:
-    """A file of the system; empty where there is none."""
+    """Content of a system file; empty if there is none."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,6 +1,6 @@
 """Every error that nns-plugin raises on purpose, under one base class.
 
-Messages name the module, group or file, what was found, what was expected and what to do about it.
+Messages name the module, group or file, what was found, what was expected, and what to do.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ class GroupError(NNSError, ValueError):
 
 
 class CalibrationError(NNSError, ValueError):
-    """The calibration data, or what the model did with it, cannot be used."""
+    """The calibration data, or the model's activations on it, cannot be used."""
 
 
 class StatisticsError(NNSError, ValueError):
@@ -27,11 +27,11 @@ class StaleStatisticsError(StatisticsError):
 
 
 class LabelError(NNSError, ValueError):
-    """A label is unknown, out of range or was never seen in the calibration data."""
+    """A label is unknown, out of range, or missing from the calibration data."""
 
 
 class CriterionError(NNSError, ValueError):
-    """A criterion is unknown, misconfigured or broke the score contract."""
+    """A criterion is unknown, misconfigured, or violates the score contract."""
 
 
 class SelectionError(NNSError, ValueError):
@@ -39,15 +39,15 @@ class SelectionError(NNSError, ValueError):
 
 
 class PruningError(NNSError, RuntimeError):
-    """Units could not be removed from a model."""
+    """Units cannot be removed from a model."""
 
 
 class SearchError(NNSError, RuntimeError):
     """A search was cut short.
 
     Attributes:
-        accepted: The last network that it accepted; ``None`` if it had none yet.
-        steps: What it had tried.
+        accepted: The last accepted network; ``None`` if there is none yet.
+        steps: The trials so far.
     """
 
     def __init__(self, message: str, accepted: Any = None, steps: tuple[Any, ...] = ()) -> None:
@@ -57,7 +57,7 @@ class SearchError(NNSError, RuntimeError):
 
 
 class SweepError(NNSError, RuntimeError):
-    """A sweep could not be run or continued."""
+    """A sweep cannot be run or resumed."""
 
 
 class CheckpointError(NNSError, ValueError):
@@ -73,35 +73,35 @@ class SnapshotError(NNSError, ValueError):
 
 
 class SwitchError(NNSError, ValueError):
-    """Factors of a switcher, or their file, are damaged or do not fit the model."""
+    """Scaling factors, or their file, are damaged or do not fit the model."""
 
 
 class TrainingError(NNSError, RuntimeError):
-    """A training cannot go on."""
+    """Training cannot continue."""
 
 
 class ExportError(NNSError, RuntimeError):
-    """A model could not be exported to, or loaded from, ONNX."""
+    """A model cannot be exported to ONNX or loaded from it."""
 
 
 class ProviderError(NNSError, RuntimeError):
-    """A session did not get the execution provider that was asked for."""
+    """A session did not get the requested execution provider."""
 
 
 class GateError(NNSError, ValueError):
-    """A threshold of a gate is out of range, or what it is about was not measured."""
+    """A threshold of a gate is out of range, or its quantity was not measured."""
 
 
 class RecipeError(NNSError, ValueError):
-    """A recipe is wrong: the message names the field, what was found and what is allowed."""
+    """A recipe is invalid: the message names the field, the value found and the allowed values."""
 
 
 class OutputError(RecipeError):
-    """A file could not be written where it was wanted."""
+    """An output file cannot be written."""
 
 
 class MissingExtraError(NNSError, ImportError):
-    """An optional dependency is not installed; the message has the exact command."""
+    """An optional dependency is not installed; the message has the exact install command."""
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Units, ports and unit groups: what can be removed as a whole, and where it is written and read."""
+"""Units, ports and unit groups: what can be removed as a whole, and who produces and consumes it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from nns_plugin.errors import GroupError
 
 @dataclass(frozen=True, eq=False)
 class Port:
-    """Positions of one module at which the units of a group are written or read.
+    """Positions of one module at which it produces or consumes the units of a group.
 
-    A port that writes (a producer) counts positions on the module's out axis, one that reads (a consumer) on
-    its in axis. A unit may own several positions (a Linear behind a flatten, the groups of a convolution), but
-    every unit that a port mentions owns equally many of them.
+    A producer counts positions on the module's out axis, a consumer on its in axis. A unit may own several positions (a
+    Linear behind a flatten, the groups of a convolution), but every unit that a port mentions owns equally many.
 
     Attributes:
-        name: Name of the module in the model, as in ``model.named_modules()``.
+        name: Name of the module, as in ``model.named_modules()``.
         index: ``[n]`` int64, distinct positions.
         unit: ``[n]`` int64, the unit that owns each position.
     """
@@ -42,8 +41,8 @@ class UnitGroup:
     Attributes:
         name: Name of the first producer in the model that no other group shares; unique among the groups of a model.
         size: Number of units, U.
-        producers: Ports that write the units.
-        consumers: Ports that read them; empty if nothing that can be observed and compensated does.
+        producers: Ports that produce the units.
+        consumers: Ports that consume them; empty if no module consumes them that can be observed and compensated.
     """
 
     name: str
@@ -53,19 +52,19 @@ class UnitGroup:
 
     @property
     def ports(self) -> tuple[Port, ...]:
-        """The ports at which the units are observed: the consumers, or the producers where nothing reads."""
+        """The ports at which the units are observed: the consumers, or the producers if there are none."""
         return self.consumers or self.producers
 
     @property
     def side(self) -> str:
-        """``"in"`` if the units are observed where they are read, ``"out"`` if only where they are written."""
+        """``"in"`` if the units are observed at their consumers, ``"out"`` if at their producers."""
         return "in" if self.consumers else "out"
 
     def narrow(self, kept: Tensor) -> UnitGroup:
-        """The group after all units but ``kept`` (``[k]`` int64, ascending) are gone.
+        """The group after all units but ``kept`` (``[k]`` int64, ascending) have been removed.
 
         Every position moves down by the number of removed positions below it *in this group*; positions that
-        other groups free on the same module are the caller's business (see :func:`narrow_groups`).
+        other groups lose on the same module are not accounted for; see :func:`narrow_groups`.
         """
         return narrow_groups([self], {self.name: kept})[0]
 
@@ -112,7 +111,7 @@ def check_port(port: Port, size: int, axis_length: int | None = None) -> None:
 
 
 def check_group(group: UnitGroup) -> None:
-    """Check that every unit of a group is written somewhere and, if anything reads the group, read somewhere.
+    """Check that every unit of a group has a producer and, if the group has consumers, a consumer.
 
     Raises:
         GroupError: If a port is malformed (see :func:`check_port`), two ports claim one position, or a unit is
@@ -147,7 +146,7 @@ def complement(size: int, units: Tensor) -> Tensor:
 
 
 def removed_positions(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Positions that go when only some units of some groups stay.
+    """Positions that are removed with all but the kept units of some groups.
 
     Args:
         groups: The groups of one model.

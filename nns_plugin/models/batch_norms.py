@@ -1,4 +1,4 @@
-"""Recalibrate batch norms after removal: their statistics describe the model before it."""
+"""BN recalibration: after removal, the running statistics of batch norms still describe the model before it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nns_plugin.models.preserve import in_evaluation
 def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: bool = False) -> None:
     """Recompute the running mean and variance of every batch norm with ``torch.optim.swa_utils.update_bn``.
 
-    Only batch norms run in training mode meanwhile, so that dropout does not disturb the estimate. Nothing else
-    about the model changes.
+    Only the batch norms run in training mode, so that dropout does not disturb the estimate. Nothing else about the
+    model changes.
 
     Args:
         model: The model.
@@ -28,7 +28,7 @@ def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: b
         progress: Whether to show a progress bar.
 
     Raises:
-        CalibrationError: If the loader is empty; the statistics stay as they are then.
+        CalibrationError: If the loader yields no inputs; the statistics are left as they are.
     """
     if not any(is_batch_norm(module) for module in model.modules()):
         return
@@ -40,7 +40,7 @@ def recalibrate_batch_norms(model: nn.Module, loader: Iterable[Any], progress: b
 
 
 class _OnlyBatchNorms(nn.Module):
-    """Puts only the batch norms of a model into training mode, and feeds it whatever inputs it takes."""
+    """Puts only the batch norms of a model into training mode, and passes it inputs of any structure."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

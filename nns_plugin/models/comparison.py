@@ -1,4 +1,4 @@
-"""Whether two models compute the same."""
+"""Comparison: whether two models compute the same outputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nns_plugin.models.preserve import copied, preserved_rng
 
 
 def same_outputs(left: nn.Module, right: nn.Module, inputs: Any, right_inputs: Any = None) -> bool:
-    """Whether two models give the same outputs, in evaluation mode and in double precision.
+    """Whether two models return the same outputs, in evaluation mode and double precision.
 
     Args:
-        left: Left as it is.
-        right: Left as it is.
+        left: A model; left as it is.
+        right: A model; left as it is.
         inputs: Inputs that ``left`` can run on.
-        right_inputs: Those of ``right``; the same by default.
+        right_inputs: Inputs that ``right`` can run on; the same by default.
     """
     found = []
     for model, values in ((left, inputs), (right, inputs if right_inputs is None else right_inputs)):

@@ -1,4 +1,4 @@
-"""Fingerprint of a model's weights: tells whether a file or statistics belong to it, and if not, why."""
+"""Fingerprint of a model's weights: shows whether a file or statistics belong to it, and if not, why."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint_of(state: Mapping[str, Any]) -> dict[str, str]:
-    """The same of weights by name."""
+    """The fingerprint of a state dictionary."""
     return {name: _describe(value) if isinstance(value, Tensor) else repr(value) for name, value in state.items()}
 
 
 def difference(expected: Mapping[str, str], found: Mapping[str, str], limit: int = 3) -> str:
-    """What differs between two fingerprints, in words, names and shapes before values; empty if nothing does."""
+    """How two fingerprints differ, in words, names and shapes before values; empty if they are equal."""
     shapes, values = [], []
     for name in [*expected, *(name for name in found if name not in expected)]:
         if name not in found:

@@ -1,4 +1,4 @@
-"""Leave the user's model, and the random number generators, exactly as they were found; and copies of models."""
+"""Leave the user's model and the random number generators exactly as they were; copy models."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def seeded(seed: int) -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Restore everything but the values of the parameters on leaving, also after an exception.
 
-    Restored are the attributes of every module (training flags, caches, counters) and what lists and dictionaries
-    among them hold, the identity and content of every
-    buffer, ``requires_grad`` of every parameter, the weights of embeddings with ``max_norm``, which a forward rescales
-    in place, and the random number generators. Hooks are removed by whoever registers them.
+    Restored are the attributes of every module (training flags, caches, counters), the items of lists and dictionaries
+    among them, the identity and content of every buffer, ``requires_grad`` of every parameter, the weights of
+    embeddings with ``max_norm``, which a forward rescales in place, and the random number generators. Hooks are left to
+    :func:`nns_plugin.models.hooks.hooked`.
 
     Args:
         model: The model to protect.
@@ -105,13 +105,13 @@ def preserved_modes(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model that is being changed into evaluation mode; training flags and random states come back, no more."""
+    """Put a model into evaluation mode while it is being changed; only training flags and random states come back."""
     with preserved_modes(model), preserved_rng():
         yield model.eval()
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; of masked weights, which are computed anew in each forward, without the graph they hang on."""
+    """A deep copy; weights that each forward computes anew (masks, parametrizations) lose their autograd graph."""
     computed = [
         value
         for module in model.modules()

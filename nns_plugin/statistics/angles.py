@@ -42,13 +42,13 @@ def angles(inner: Tensor) -> Tensor:
 
 
 def silent(inner: Tensor) -> Tensor:
-    """Which vectors are 0, but for rounding, ``[U]`` bool, from their inner products ``[U, U]``."""
+    """Which vectors are 0 up to rounding, ``[U]`` bool, from their inner products ``[U, U]``."""
     norm = inner.diagonal().clamp_min(0).sqrt()
     return norm <= 1e-9 * norm.max().clamp_min(torch.finfo(inner.dtype).tiny)
 
 
 def centred(gram: Tensor, total: Tensor, count: float, center: Center) -> Tensor:
-    """Inner products of vectors after a center was taken off, from those before.
+    """Inner products of centred vectors, from those of the vectors themselves.
 
     Args:
         gram: ``[C, C]`` inner products.
@@ -67,18 +67,18 @@ def centred(gram: Tensor, total: Tensor, count: float, center: Center) -> Tensor
 
 
 def offsets(total: Tensor, count: float, center: Center) -> Tensor:
-    """What a center takes off each vector, ``[C]``, from the sums of the vectors' entries ``[C]`` and their number."""
+    """The offset that a center subtracts from each vector, ``[C]``, from the vectors' sums ``[C]`` and their length."""
     if center is None:
         return torch.zeros_like(total)
     return total / count if center == "mean" else torch.full_like(total, float(center))
 
 
 def check_center(center: object) -> None:
-    """Refuse what is no center.
+    """Check a center.
 
     Raises:
-        CriterionError: If it is none of ``None``, a finite number and ``"mean"``.
+        CriterionError: If it is neither ``None``, a finite number nor ``"mean"``.
     """
     number = isinstance(center, (int, float)) and not isinstance(center, bool) and math.isfinite(center)
     if center not in (None, "mean") and not number:
-        raise CriterionError(f"center is {center!r}; it must be None, a number or 'mean'")
+        raise CriterionError(f"center is {center!r}; it must be None, a finite number or 'mean'")

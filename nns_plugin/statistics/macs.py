@@ -1,4 +1,4 @@
-"""Operations: what a unit costs, from the multiply-accumulate operations of the layers that write and read it."""
+"""MACs: the cost of a unit, from the multiply-accumulate operations of its producers and consumers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from nns_plugin.units import UnitGroup, role_ports
 
 
 def layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Multiply-accumulate operations of every linear and convolutional layer for the example inputs.
+    """MACs of every linear and convolutional layer for the example inputs.
 
     Args:
-        model: The model; left exactly as it was found.
+        model: The model; left exactly as it was.
         example_inputs: A tensor, or a tuple or mapping of tensors.
 
     Returns:
-        By name, summed over all calls of a layer; layers that do not run are left out.
+        By name of the layer, summed over all its calls; without layers that do not run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 5))
@@ -57,23 +57,23 @@ def layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return counts
 
 
-def unit_macs(model: nn.Module, groups: Sequence[UnitGroup], operations: Mapping[str, int]) -> dict[str, float]:
-    """Multiply-accumulate operations that go with one unit of each group, on average over its units.
+def unit_macs(model: nn.Module, groups: Sequence[UnitGroup], macs: Mapping[str, int]) -> dict[str, float]:
+    """MACs that removing one unit of each group saves, on average over its units.
 
     Args:
         model: The model.
         groups: Its groups.
-        operations: Of its layers, from :func:`layer_macs`.
+        macs: MACs of its layers, from :func:`layer_macs`.
 
     Returns:
-        By name of the group: the sum over the layers that write or read it of their operations times the share of
-        their positions that one unit takes.
+        By name of the group: the sum over its producers and consumers of their MACs times the share of their positions
+        that one unit takes.
     """
     costs = {}
     for group in groups:
         cost = 0.0
         for role, port in role_ports(group):
             length = axis_length(model.get_submodule(port.name), role, port.name)
-            cost += operations.get(port.name, 0) * port.index.numel() / length / group.size
+            cost += macs.get(port.name, 0) * port.index.numel() / length / group.size
         costs[group.name] = cost
     return costs

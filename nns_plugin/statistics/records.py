@@ -29,8 +29,8 @@ class Record:
         square: ``[L, C]`` float64, sum of squared activations.
         active: ``[L, S]`` int64, inputs for which any position of the slot exceeds the threshold.
         gram: ``None``, or ``[G, C / G + 1, C / G + 1]`` float64: for each of the G groups in which the channels are
-            read (1 but for grouped convolutions) the Gram matrix of its channels and a constant 1, which stands last,
-            over inputs and positions, the zero positions of a padded convolution included.
+            read (1 except for grouped convolutions) the Gram matrix of its channels and a constant 1, which stands
+            last, over inputs and positions, the zero positions of a padded convolution included.
     """
 
     layout: Layout
@@ -44,7 +44,7 @@ class Record:
 
     @classmethod
     def empty(cls, layout: Layout, labels: int, gram_groups: int = 0, device: torch.device | None = None) -> Record:
-        """A record of nothing."""
+        """A record with all sums at 0."""
         shape = (labels, layout.slot.numel())
         return cls(
             layout,
@@ -67,10 +67,10 @@ class Record:
         return Record(self.layout, **{name: value.cpu() for name, value in self.sums().items()})
 
     def merge(self, other: Record) -> Record:
-        """The record of both calibrations together.
+        """The record of both calibrations combined.
 
         Raises:
-            StatisticsError: If the two records were not collected alike.
+            StatisticsError: If the two records were collected differently.
         """
         mine, theirs = self.sums(), other.sums()
         if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):

@@ -20,7 +20,7 @@ class Sums(NamedTuple):
         square: ``[N, C]`` sum of squared activations.
         active: ``[N, S]`` bool, whether any position of the slot exceeds the threshold.
         samples: Number of samples per input.
-        gram: ``[G, C / G + 1, C / G + 1]`` Gram matrix of each channel group and the constant, if asked for.
+        gram: ``[G, C / G + 1, C / G + 1]`` Gram matrix of each channel group and the constant, or ``None``.
     """
 
     total: Tensor
@@ -70,7 +70,7 @@ def activation_gram(rows: Tensor, layout: Layout, groups: int) -> Tensor:
     Args:
         rows: ``[N * k, positions, P]`` activations.
         layout: How the positions pool to C channels, all to equally many.
-        groups: G, channel groups that are read separately.
+        groups: G, the channel groups that a consumer reads separately.
 
     Returns:
         ``[G, C / G + 1, C / G + 1]`` float64; the constant 1 stands last. Products are single precision where the
@@ -92,7 +92,7 @@ def add_batch(record: Record, labels: Tensor, sums: Sums, padded: int = 0) -> No
 
     Args:
         record: The record.
-        labels: ``[N]`` int64, one of each input.
+        labels: ``[N]`` int64, the label of each input.
         sums: The sums.
         padded: Zero positions that the consumer adds to each input; they enter the Gram matrix as (0, ..., 0, 1).
     """

@@ -1,4 +1,4 @@
-"""Sensitivity: how strongly a model's outputs move with what its layers give; needs gradients, but no labels."""
+"""Sensitivity: how strongly a model's outputs react to the outputs of its layers; needs gradients, but no labels."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def output_sensitivity(
     ``E_v[(d (v . y) / d z_o)^2]`` is the same. A small error e of z moves the outputs y by about ``s |e|^2``.
 
     Args:
-        model: The model; runs in evaluation mode and is left exactly as it was found, gradients included.
+        model: The model; runs in evaluation mode and is left exactly as it was, gradients included.
         loader: Yields ``(inputs, labels)`` or ``inputs``, as for :func:`nns_plugin.calibrate`.
         groups: Whose consumers are measured.
         probes: Number of random sign vectors a batch.
         progress: Whether to show a progress bar.
 
     Returns:
-        ``[O]`` float64 by name of the consumer, for linear and convolutional ones that run.
+        ``[O]`` float64 by name of the consumer, for the linear and convolutional ones that run.
 
     Raises:
-        CalibrationError: If the loader is empty, or no output of the model has a gradient.
+        CalibrationError: If the loader yields no inputs, or no output of the model has a gradient.
     """
     names = dict.fromkeys(port.name for group in groups for port in group.consumers)
     consumers = {name: model.get_submodule(name) for name in names}
@@ -68,7 +68,7 @@ def output_sensitivity(
 def _forward(
     model: nn.Module, consumers: Mapping[str, nn.Module], inputs: Any
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What the consumers give, with gradients, and the model's floating-point outputs; in frozen models, too."""
+    """The consumers' outputs and the model's floating-point outputs, with gradients even in a frozen model."""
     reached: dict[str, Tensor] = {}
 
     def keep(name: str, x: Any, output: Tensor) -> Tensor:

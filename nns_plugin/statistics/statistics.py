@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nns_plugin.errors import StaleStatisticsError, StatisticsError
 from nns_plugin.models.fingerprint import difference, fingerprint
+from nns_plugin.statistics.distributed import distributed_sum
 from nns_plugin.statistics.file import Content, read_statistics, write_statistics
 from nns_plugin.statistics.records import Key, Record
 from nns_plugin.units import Port, UnitGroup, narrow_groups, removed_positions
@@ -18,12 +20,12 @@ from nns_plugin.units import Port, UnitGroup, narrow_groups, removed_positions
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What :func:`nns_plugin.calibrate` returns: collect once, prune for any label set, ratio and criterion.
+    """The result of :func:`nns_plugin.calibrate`: calibrate once, then prune for any label set, ratio and criterion.
 
     Attributes:
         records: One record per observed axis, keyed by side and module name.
         groups: The unit groups that the records were collected for.
-        labels: Names of the labels, or ``None`` if the data carried none.
+        labels: Names of the labels, or ``None`` if the data had none.
         threshold: A position is active where it exceeds this.
         fingerprint: Of the model's weights, see :func:`nns_plugin.models.fingerprint.fingerprint`.
     """
@@ -35,14 +37,14 @@ class Statistics:
     fingerprint: Mapping[str, str]
 
     def record(self, group: UnitGroup, port: Port) -> Record | None:
-        """The record that a port of a group is observed by, or ``None`` if it was not observed."""
+        """The record of a port of a group, or ``None`` if it was not observed."""
         return self.records.get((group.side, port.name))
 
     def observed(self, group: UnitGroup) -> bool:
-        """Whether a group is one of those that the statistics were collected for.
+        """Whether the statistics were collected for a group.
 
         Raises:
-            StaleStatisticsError: If a group of that name is, but its units or ports were others.
+            StaleStatisticsError: If they were collected for a group of that name with other units or ports.
         """
         known = next((known for known in self.groups if known.name == group.name), None)
         if known is None:
@@ -55,6 +57,14 @@ class Statistics:
                 f"collected for {known.size} at {', '.join(mine)}, or for other positions there; calibrate again"
             )
         return True
+
+    def digest(self) -> int:
+        """A number, not negative, that two statistics share if their sums may be added."""
+        layouts = [
+            (key, record.layout.channel.tolist(), record.layout.slot.tolist()) for key, record in self.records.items()
+        ]
+        collected = (sorted(self.fingerprint.items()), self.labels, self.threshold, layouts)
+        return int.from_bytes(hashlib.blake2b(repr(collected).encode(), digest_size=7).digest(), "big")
 
     def differ_from(self, model: nn.Module) -> str:
         """How a model's weights differ from those at calibration, in words; empty for narrowed statistics, too."""
@@ -78,14 +88,14 @@ class Statistics:
             raise StaleStatisticsError(f"{subject} belong to another state of the model: {differs}; {advice}")
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both calibrations together, whatever their order.
+        """The statistics of both calibrations combined; the order does not matter.
 
         Raises:
             StatisticsError: If they belong to different models, groups, labels or thresholds, or were narrowed.
         """
         if not self.fingerprint or not other.fingerprint:
             raise StatisticsError(
-                "narrowed statistics cannot be merged, their units may differ: merge first, then narrow"
+                "narrowed statistics cannot be merged, since their units may differ; merge first, then narrow"
             )
         differs = difference(self.fingerprint, other.fingerprint)
         if differs:
@@ -112,7 +122,7 @@ class Statistics:
             kept: For each pruned group's name the kept units, ``[k]`` int64 ascending; other groups keep all.
 
         Returns:
-            Statistics of the smaller model; exact for everything that the removal itself does not change.
+            Statistics of the smaller model; exact for all activations that the removal does not change.
 
         Raises:
             StatisticsError: If a group is unknown or a unit out of range.
@@ -170,14 +180,6 @@ class Statistics:
                 subject=f"the statistics in {str(path)!r}",
             )
         return statistics
-
-
-def distributed_sum(value: Tensor) -> Tensor:
-    """The sum of a CPU tensor over all processes of the default ``torch.distributed`` group, on the CPU."""
-    on_gpu = "nccl" in torch.distributed.get_backend()
-    summed = value.to("cuda" if on_gpu else "cpu", copy=True)
-    torch.distributed.all_reduce(summed)
-    return summed.cpu()
 
 
 def _same_port(one: Port, other: Port) -> bool:

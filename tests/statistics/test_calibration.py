@@ -261,9 +261,9 @@ GOOD = (X, LABELS)
         ([X, GOOD], CalibrationError, "batch 1 of the loader changes between labelled and unlabelled"),
         ([GOOD, (X, LABELS + 1)], LabelError, r"batch 1 of the loader has labels 1\.\.3; expected 0\.\.2"),
         ([(X, LABELS - 1)], LabelError, r"batch 0 of the loader has labels -1\.\.1; expected 0\.\.2"),
-        ([GOOD, (X * torch.nan, LABELS)], CalibrationError, "module '2' works on NaN.* in batch 1; check the inputs"),
-        ([(torch.where(X[2, 1] == X, torch.inf, X), LABELS)], CalibrationError, "module '2' works on NaN.* in batch 0"),
-        ([(X * 1e30, LABELS)], CalibrationError, "module '2' works on .*overflowing activations in batch 0"),
+        ([GOOD, (X * torch.nan, LABELS)], CalibrationError, "module '2' has NaN.* in batch 1; check the inputs"),
+        ([(torch.where(X[2, 1] == X, torch.inf, X), LABELS)], CalibrationError, "module '2' has NaN.* in batch 0"),
+        ([(X * 1e30, LABELS)], CalibrationError, "module '2' has .*overflowing activations in batch 0"),
     ],
 )
 def test_bad_loaders(loader: Any, error: type[NNSError], message: str) -> None:
@@ -275,7 +275,7 @@ def test_one_nan_of_many_is_found() -> None:
     x = torch.randn(32, 3, 16, 16)
     x[17, 1, 3, 5] = torch.nan
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1))
-    with pytest.raises(CalibrationError, match="module '1' works on NaN"):
+    with pytest.raises(CalibrationError, match="module '1' has NaN"):
         calibrate(model, [torch.randn(2, 3, 4, 4), x], (units("0", 4, "1"),))
 
 
@@ -295,7 +295,7 @@ def test_label_names() -> None:
 
 def test_a_model_whose_output_has_no_columns_needs_the_number_of_labels() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Flatten(0))
-    with pytest.raises(LabelError, match=r"cannot tell how many labels.*pass labels="):
+    with pytest.raises(LabelError, match=r"the number of labels is unknown.*pass labels="):
         calibrate(model, [GOOD], GROUPS)
     assert calibrate(model, [GOOD], GROUPS, labels=3).labels == ("0", "1", "2")
 
@@ -374,7 +374,7 @@ def test_activations_without_the_batch_in_front_are_refused(
     layer: nn.Module, change: Callable[[Tensor], Any], found: str
 ) -> None:
     width = getattr(layer, "in_channels", 4)
-    with pytest.raises(CalibrationError, match=f"module 'layer' works on {found}; expected .* the batch of 6"):
+    with pytest.raises(CalibrationError, match=f"module 'layer' is {found}; expected .* the batch of 6"):
         calibrate(Shaped(layer, change), [X], (units("first", width, "layer"),))
 
 
@@ -386,7 +386,7 @@ def test_a_batch_of_one_hides_no_lost_dimension() -> None:
         (nn.LSTM(1, 3), lambda x: x.T),
     ):
         width = getattr(layer, "in_features", getattr(layer, "input_size", 4))
-        with pytest.raises(CalibrationError, match="module 'layer' works on .* expected"):
+        with pytest.raises(CalibrationError, match="module 'layer' is .* expected"):
             calibrate(Shaped(layer, change), [X[:1]], (units("first", width, "layer"),))
 
 

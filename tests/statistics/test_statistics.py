@@ -702,7 +702,7 @@ UNEQUAL = "CalibrationError: the processes calibrate different models, groups or
     ("scenario", "first", "second"),
     [
         ("empty", ELSEWHERE, "CalibrationError: the loader yielded no inputs"),
-        ("nan", ELSEWHERE, "CalibrationError: module 'layer' works on NaN"),
+        ("nan", ELSEWHERE, "CalibrationError: module 'layer' has NaN"),
         ("raises", ELSEWHERE, "RuntimeError: from the loader"),
         ("no groups", ELSEWHERE, "CalibrationError: there are no unit groups"),
         ("other weights", UNEQUAL, UNEQUAL),
