@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
             if error.name in ("typer", "rich"):
                 raise MissingExtraError(error.name, "cli") from error
             raise
-        app(args=arguments)
+        app(args=arguments, prog_name="nns")
     except NNSError as error:
         print(f"nns: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(of_error(error)) from None

@@ -1,4 +1,4 @@
-"""The figures of a job: its units, label subnets, integration and sizes, measured on its own data."""
+"""The figures of a job: activity, overlap, integration and size, measured on the job's data."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from nns_plugin.synapses.snapshot import WeightSnapshot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ZETA = 0.4  # the source paper's
-MOST_LABELS = 20
+ZETA = 0.4  # the threshold of the source paper
+MAX_LABELS = 20
 RATIOS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -40,13 +40,13 @@ def job_figures(
     snapshot: WeightSnapshot | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Figure]]:
-    """Figures of a job, one after the other, with their names.
+    """The figures of a job, one by one, with their names.
 
-    The activity of each group's units, the overlap of the single-label subnets and the accuracy of their integration
-    (for two labels and more), and balanced accuracy against size. Accuracies are those on the test data.
+    They show the activity of each group's units, the overlap of the single-label subnets and the accuracy of their
+    integration (for at least two labels), and balanced accuracy against size. Accuracies are on the test data.
 
     Args:
-        recipe: How subnets are cut.
+        recipe: How subnets are extracted.
         data: The job's data.
         dense: The dense model; left as it was found.
         snapshot: Its weights before training, for criteria that need them.
@@ -67,7 +67,7 @@ def job_figures(
     whole = tuple(range(len(names)))
     shown = [*labels, *(label for label in whole if label not in labels)]
     tested = set(truth.tolist())
-    shown = [label for label in shown if label in known and label in tested][:MOST_LABELS]
+    shown = [label for label in shown if label in known and label in tested][:MAX_LABELS]
     if len(shown) > 1 and recipe.angle is None:
         singles = [
             _subnet(recipe.model_copy(update=_alone(recipe, names[label])), data, dense, statistics, snapshot)
@@ -93,26 +93,26 @@ def job_figures(
 
 
 def _calibrated(statistics: Statistics) -> set[int]:
-    """Labels that the calibration data has inputs of."""
+    """Labels that have inputs in the calibration data."""
     inputs = next(iter(statistics.records.values())).inputs
     return {label for label, count in enumerate(inputs.tolist()) if count}
 
 
 def _alone(recipe: Recipe, label: str) -> dict[str, Any]:
-    """What makes a recipe one for a single label, whose head can answer something else, too."""
+    """The changes that turn a recipe into one for a single label, with a head that can reject inputs."""
     head = "open" if recipe.effective_head == "closed" else recipe.head
     return {"labels": [label], "max_balanced_accuracy_drop": None, "confidence": None, "head": head}
 
 
 def _threshold(recipe: Recipe, activity: Tensor) -> float:
-    """Under which activity a unit is not needed by a label: zeta, or what as many pairs reach as units are to stay."""
+    """The activity below which a label does not need a unit: zeta, or the quantile that the ratio removes."""
     if recipe.zeta is not None or recipe.ratio is None:
         return ZETA if recipe.zeta is None else recipe.zeta
     return float(activity.flatten().quantile(recipe.ratio))
 
 
 def _activities(statistics: Statistics, labels: Sequence[int]) -> dict[str, Tensor]:
-    """For each observed group the relative activity of its units on each of the labels, ``[L, U]``."""
+    """For each observed group, the relative activity of its units on each label, ``[L, U]``."""
     rows: dict[str, list[Tensor]] = {}
     for label in labels:
         for name, scores in score_groups(Semantic(statistics, [label]), statistics.groups).items():

@@ -1,4 +1,4 @@
-"""The command line: tables for people, one line for mistakes, never a traceback."""
+"""The command line: tables for people, one line per mistake, never a traceback."""
 
 from __future__ import annotations
 

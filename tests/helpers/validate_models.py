@@ -1,4 +1,4 @@
-"""Small ONNX files made by hand, as other tools than ours write them, and ways to call ``nns validate`` on them."""
+"""Small handmade ONNX files, as other tools write them, and ways to call ``nns validate`` on them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def run(*arguments: object) -> int:
 
 
 def validate(baseline: Path, candidate: Path, *arguments: object) -> int:
-    """The exit code of ``nns validate``, made quick; what is given again replaces that."""
+    """The exit code of ``nns validate`` with quick settings, which later arguments override."""
     return run("validate", baseline, candidate, *QUICK, *arguments)
 
 
 def value(name: str, *shape: int | str | None, kind: int = FLOAT) -> Any:
-    """An input or output; sizes with a name or without one are free."""
+    """An input or output; a size that is a name or ``None`` is free."""
     return onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
 def node(operator: str, inputs: str, outputs: str, **attributes: Any) -> Any:
-    """A node between values whose names are separated by blanks."""
+    """A node; names of inputs and outputs are separated by spaces."""
     return onnx.helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
 
 
@@ -54,7 +54,7 @@ def save(
     opset: int = 17,
     **options: Any,
 ) -> Path:
-    """Write a file; with labels, as our own exports tell them."""
+    """Write a file; with label names in its metadata, as our own exports have them."""
     constants = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in (weights or {}).items()]
     graph = onnx.helper.make_graph(nodes, "graph", inputs, outputs, initializer=constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
@@ -65,7 +65,7 @@ def save(
 
 
 def linear(path: Path, weights: Any = WEIGHTS, *, batch: int | str = "n", output: str = "y", **options: Any) -> Path:
-    """Scores ``y`` of labels from ``x``, by one matrix product."""
+    """Scores ``y`` of labels from ``x``: one matrix product."""
     inputs, labels = np.shape(weights)
     return save(
         path,
@@ -78,7 +78,7 @@ def linear(path: Path, weights: Any = WEIGHTS, *, batch: int | str = "n", output
 
 
 def shifted(path: Path, bias: Sequence[float], **options: Any) -> Path:
-    """The scores of :func:`linear` with a number added to each label's."""
+    """The scores of :func:`linear` plus a bias per label."""
     return save(
         path,
         [value("x", "n", 4)],
@@ -90,13 +90,13 @@ def shifted(path: Path, bias: Sequence[float], **options: Any) -> Path:
 
 
 def data(path: Path, **arrays: Any) -> Path:
-    """An archive of inputs; by default those that :func:`linear` without changes answers right."""
+    """An archive of inputs; by default those that :func:`linear` classifies correctly."""
     np.savez(path, **(arrays or {"x": INPUTS, "labels": TRUTH}))
     return path
 
 
 def complaints(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What the command said on standard error, line by line."""
+    """The lines of the command on standard error."""
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err
     lines = captured.err.splitlines()
@@ -105,6 +105,6 @@ def complaints(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def complaint(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line that it said there."""
+    """The only line of the command on standard error."""
     (line,) = complaints(capsys)
     return line

@@ -26,9 +26,9 @@ def without(names: tuple[str, ...], code: str) -> str:
     ],
 )
 def test_the_missing_extra_is_named(missing: str, statement: str) -> None:
-    told = without((missing,), statement)
-    assert f"MissingExtraError: {missing!r} is not installed" in told
-    assert 'run pip install "nns-plugin[cli]"' in told
+    printed = without((missing,), statement)
+    assert f"MissingExtraError: {missing!r} is not installed" in printed
+    assert 'run pip install "nns-plugin[cli]"' in printed
 
 
 def test_datasets_models_and_training_need_no_extra() -> None:

@@ -95,7 +95,7 @@ def test_accuracy_against_size() -> None:
     assert texts(axis) == ("kept units, of 40", "mean balanced accuracy, %")
 
 
-def test_names_are_no_mathematics(tmp_path: Path) -> None:
+def test_names_are_not_read_as_mathematics(tmp_path: Path) -> None:
     names = ["$x^$", "a $5 $b_{"]
     activity_figure(torch.rand(2, 3), names, 0.4, names[0]).savefig(tmp_path / "a.png")
     steps = [{names[0]: 0.9}, dict.fromkeys(names, 0.8)]
@@ -117,7 +117,7 @@ def test_lines_differ_without_colours() -> None:
     assert len({(line.get_marker(), line.get_linestyle()) for line in found}) == 10
 
 
-def test_the_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"nns-plugin\[figures\]"):
         new_figure(1, 1)

@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is told in one line that names the field, what was found and what is allowed."""
+"""Recipes: a mistake is one line that names the field, what was found and what is allowed."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_criterion_and_compensation_by_default(
         ({"angle": {"merge": "twice"}}, "field 'angle.merge': found 'twice'"),
     ],
 )
-def test_what_does_not_go_together_is_told(change: dict[str, Any], message: str) -> None:
+def test_options_that_contradict_each_other_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(None, change)
 
 
-def test_a_selection_on_top_of_a_budget_drops_its_confidence(tmp_path: Path) -> None:
+def test_a_selection_that_overrides_a_budget_drops_its_confidence(tmp_path: Path) -> None:
     content = default_recipe()
     del content["ratio"]
     file = written(tmp_path, {**content, "max_balanced_accuracy_drop": 0.02, "confidence": 0.9})
@@ -199,7 +199,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
         ({"ratio": None, "zeta": 0.4, "global_pruning": True}, "global_pruning goes with ratio"),
     ],
 )
-def test_fields_that_contradict(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_fields_that_contradict_each_other_each_other(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(tmp_path, {**default_recipe(), **change}))
 
@@ -208,13 +208,13 @@ def test_fields_that_contradict(tmp_path: Path, change: dict[str, Any], message:
     ("text", "message"),
     [("- a\n- b", "holds a list"), ("a: [", "is no YAML"), ("model: 3", "field 'model'"), ("", "holds a NoneType")],
 )
-def test_files_that_hold_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+def test_files_without_a_recipe(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(written(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
 
@@ -248,18 +248,18 @@ def test_settings_are_overrides_read_as_yaml() -> None:
 
 
 @pytest.mark.parametrize("text", ["ratio", "=3", "a b=3", "ratio=[", "angle.=1"])
-def test_a_setting_that_is_none(text: str) -> None:
+def test_a_malformed_setting_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--set: "):
         parse_settings([text])
 
 
-def test_fine_tuning_is_slower_than_training_unless_told_otherwise() -> None:
+def test_fine_tuning_has_a_lower_learning_rate_than_training_by_default() -> None:
     recipe = load_recipe(None, {"fine_tune.epochs": 1})
     assert recipe.fine_tune.learning_rate == 0.001
     assert recipe.train.learning_rate == 0.003
 
 
-def test_half_of_the_units_go_where_nothing_is_said(tmp_path: Path) -> None:
+def test_half_of_the_units_are_removed_by_default(tmp_path: Path) -> None:
     content = default_recipe()
     del content["ratio"]
     assert load_recipe(written(tmp_path, content)).ratio == 0.5

@@ -1,4 +1,4 @@
-"""Sweeps on NNI's engine: plans, tables and pictures; a real one, killed in the middle, leaves nothing and goes on."""
+"""Sweeps on NNI's engine: plans, tables and figures; a real one, killed midway, leaves no process and resumes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Engine:
-    """In place of NNI: ends the trials of the space in order, and does their jobs only if asked to."""
+    """Replaces NNI: finishes the trials of the space in order, without running their jobs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail: set[int] = frozenset(), stop_after: int = 99) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -104,12 +104,12 @@ def test_without_matplotlib_a_sweep_finishes_and_says_how_to_install_it(
     assert not (output / "pareto.png").exists()
 
 
-def test_a_sweep_that_was_stopped_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_resumes(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Engine(monkeypatch, fail={0}, stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(recipe, tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [(trial["number"], trial["error"]) for trial in told["trials"]] == [(0, "failed, see .nni"), (1, None)]
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(trial["number"], trial["error"]) for trial in content["trials"]] == [(0, "failed, see .nni"), (1, None)]
     engine = Engine(monkeypatch)
     found = run_sweep(recipe, tmp_path / "out", {"sweep.concurrency": 2})
     assert engine.calls[0]["space"]["trial"]["_value"] == [0, 2, 3], "what failed is tried again"
@@ -144,7 +144,7 @@ def test_trials_are_bounded_and_tuners_get_distributions(
 def test_trials_of_a_tuner_are_numbered_as_their_folders(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the order in which they end, and whatever failed before."""
+    """In whatever order they finish, and whatever failed before."""
     free = {"sweep.search": {"ratio": [0.1, 0.2]}, "sweep.tuner": "Random"}
     Engine(monkeypatch, fail={0})
     run_sweep(recipe, tmp_path / "out", free | {"sweep.trials": 2})
@@ -161,17 +161,17 @@ def test_trials_of_a_tuner_are_numbered_as_their_folders(
 
 
 @pytest.mark.parametrize("tuner", ["GridSearch", "Random"])
-def test_what_a_trial_says_of_itself_counts(
+def test_what_a_trial_reports_of_itself_counts(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuner: str
 ) -> None:
-    """NNI may list the parameters of one trial with another, if several run at a time."""
+    """NNI may list the parameters of one trial for another if several run at a time."""
     ratios = [0.1, 0.2, 0.3, 0.4]
 
     def ended(command: str, folder: Path, space: Any, **options: Any) -> Any:
         for listed, number in ((0, 1), (1, 0), (2, 2)):
             parameters = {"trial": listed} if tuner == "GridSearch" else {"ratio": ratios[listed]}
-            told = {"number": number, "chosen": {"ratio": ratios[number]}, "parameters": 7, "latency_ms": number}
-            yield Ended(listed, parameters, told, "SUCCEEDED")
+            numbers = {"number": number, "chosen": {"ratio": ratios[number]}, "parameters": 7, "latency_ms": number}
+            yield Ended(listed, parameters, numbers, "SUCCEEDED")
         (folder.parent / "trials" / "003.error").write_text("it is so\n")
         yield Ended(0, {"trial": 0} if tuner == "GridSearch" else {"ratio": ratios[3]}, None, "FAILED")
 
@@ -193,7 +193,7 @@ def test_the_pareto_front_by_hand() -> None:
     assert [trial.number for trial in Sweep(tuple(trials), 9, "m").pareto] == [6, 1, 0, 5, 3]
 
 
-def test_what_is_wrong_is_told_before_anything_runs(
+def test_mistakes_are_reported_before_anything_runs(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(monkeypatch)
@@ -221,7 +221,7 @@ def test_what_is_wrong_is_told_before_anything_runs(
 
 
 def test_configs_of_nni(recipe: Path, tmp_path: Path) -> None:
-    """Of a file of NNI's own the training service counts."""
+    """Only the training service of an NNI config is used."""
     with pytest.raises(SweepError, match="is no experiment config of NNI"):
         run_sweep(recipe, tmp_path / "out", nni_config=tmp_path / "none.yaml")
     assert not (tmp_path / "out").exists()
@@ -234,15 +234,13 @@ def test_configs_of_nni(recipe: Path, tmp_path: Path) -> None:
     found = nni_experiment.experiment_config(config)
     assert found.training_service.platform == "local"
     process = start(recipe, tmp_path / "out", "--nni-config", str(config), "--trials", "1")
-    told = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=120)[0]
     assert process.returncode == 2
-    assert told.strip().startswith("nns: no trial succeeded: ")
-    assert told.strip().endswith("see .nni")
+    assert printed.strip().startswith("nns: no trial succeeded: ")
+    assert printed.strip().endswith("see .nni")
 
 
-def test_files_of_weights_are_found_from_everywhere(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_of_weights_become_absolute(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch)
     search = {"model.checkpoint": ["a.safetensors", "b.safetensors"]}
     run_sweep(recipe, tmp_path / "out", {"sweep.search": search, "model.initial": "c.safetensors"})
@@ -309,8 +307,8 @@ def ended(output: Path) -> int:
         (signal.SIGINT, "nns_plugin.jobs.trial"),
     ],
 )
-def test_stopped_at_any_time_it_leaves_no_process(tmp_path: Path, number: int, moment: str) -> None:
-    """As soon as NNI's manager appears, and as soon as a trial does."""
+def test_interrupted_at_any_time_it_leaves_no_process(tmp_path: Path, number: int, moment: str) -> None:
+    """As soon as NNI's manager starts, and as soon as a trial does."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     process = start(recipe, tmp_path / "out")
@@ -321,15 +319,15 @@ def test_stopped_at_any_time_it_leaves_no_process(tmp_path: Path, number: int, m
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
     process.send_signal(number)
-    told = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=120)[0]
     _, alive = psutil.wait_procs(list(seen.values()), timeout=60)
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
     left = [each for each in psutil.process_iter() if str(tmp_path) in " ".join(command(each))]
     assert left == []
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "rerun to resume" in told
+        assert "rerun to resume" in printed
 
 
 def command(process: Any) -> list[str]:
@@ -339,7 +337,7 @@ def command(process: Any) -> list[str]:
         return []
 
 
-def test_killed_in_the_middle_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+def test_killed_midway_it_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("[semantic, mean_weight]", "[semantic]"))
     output = tmp_path / "out"
@@ -359,8 +357,8 @@ def test_killed_in_the_middle_it_leaves_no_process_and_goes_on(tmp_path: Path) -
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     report = (output / "trials" / "000" / "report.json").stat().st_mtime
     second = start(recipe, output)
-    told = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, told
-    assert "2 of 2 trials" in told
+    printed = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, printed
+    assert "2 of 2 trials" in printed
     assert (output / "trials" / "000" / "report.json").stat().st_mtime == report, "the first is not done again"
     assert (output / "pareto.png").exists()

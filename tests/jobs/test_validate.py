@@ -1,4 +1,4 @@
-"""``nns validate`` on real files: what each failure costs, in exit codes and in one line that says what is wrong."""
+"""``nns validate`` on real files: each failure has its exit code and one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ NO_BEE = (0.0, -1e3, 0.0)
 
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sessions take is measured in processes of their own, half a second each; tests of reports do that."""
+    """Memory is measured in separate processes, half a second each; only the tests of reports do that."""
     monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
-# What is wrong with a file --------------------------------------------------------------------------------------
+# Unusable files --------------------------------------------------------------------------------------
 
 
 def several_outputs(path: Path, names: str) -> Path:
-    """Scores of labels, and something else."""
+    """Scores of labels, and another output."""
     first, second = names.split()
     outputs = [value(first, "n", 3), value(second, "n", 4)]
     nodes = [node("MatMul", "x w", first), node("Relu", "x", second)]
@@ -68,14 +68,14 @@ def of_bytes(path: Path, change: Callable[[bytes], bytes]) -> Path:
 
 
 def external(path: Path, change: Callable[[Path], object]) -> Path:
-    """A file whose weights lie beside it, where something happens to them."""
+    """A file whose external weights are changed."""
     linear(path, np.ones((4, 300)), save_as_external_data=True, location="weights.bin", size_threshold=0)
     change(path.parent / "weights.bin")
     return path
 
 
 def newer(path: Path) -> Path:
-    """A file of a version of the format that nobody knows yet."""
+    """A file of a future version of the format."""
     model = onnx.load(linear(path))
     model.ir_version = 99
     onnx.save(model, path)
@@ -83,7 +83,7 @@ def newer(path: Path) -> Path:
 
 
 def one_at_a_time(path: Path) -> Path:
-    """Says that it takes any batch, and does not."""
+    """Declares a free batch size, but takes only one input."""
     nodes = [node("Reshape", "x s", "r"), node("MatMul", "r w", "y")]
     weights = {"w": WEIGHTS, "s": np.array([1, 4])}
     return save(path, [value("x", "n", 4)], [value("y", "n", 3)], nodes, weights)
@@ -111,7 +111,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.mark.parametrize("place", ["baseline", "candidate"])
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_a_file_that_cannot_be_used_is_told_in_one_line(
+def test_an_unusable_file_is_reported_in_one_line(
     kind: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, text = UNUSABLE[kind]
@@ -122,7 +122,9 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(
     assert str(bad) in line
 
 
-def test_another_input_shape_is_told_with_both_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_different_input_shape_is_reported_with_both_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wide = linear(tmp_path / "wide.onnx", np.ones((5, 3)))
     assert validate(linear(tmp_path / "a.onnx"), wide) == 2
     assert "takes x float32[n, 5], found float32[64, 4]" in complaint(capsys)
@@ -163,7 +165,7 @@ PARITY: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Path], tuple[st
 
 
 @pytest.mark.parametrize("kind", PARITY)
-def test_a_candidate_that_answers_otherwise_fails_with_3_if_that_was_asked(
+def test_a_candidate_with_other_outputs_fails_with_3_if_a_tolerance_is_given(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline, candidate, threshold, text = PARITY[kind]
@@ -176,7 +178,7 @@ def test_a_candidate_that_answers_otherwise_fails_with_3_if_that_was_asked(
     assert complaints(capsys) == []
 
 
-def test_labels_correspond_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = linear(tmp_path / "dense.onnx", labels=NAMES)
     swapped = linear(tmp_path / "swapped.onnx", SWAPPED, labels=("bee", "ant", "cat"))
     fewer = linear(tmp_path / "fewer.onnx", WEIGHTS[:, [2, 0]], labels=("cat", "ant"))
@@ -187,13 +189,13 @@ def test_labels_correspond_by_their_names(tmp_path: Path, capsys: pytest.Capture
     assert "has the labels ['ant', 'bee', 'yak'], the baseline ['ant', 'bee', 'cat']" in complaint(capsys)
 
 
-def test_labels_that_a_file_does_not_tell_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_a_file_does_not_name_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = linear(tmp_path / "dense.onnx", labels=NAMES)
     fewer, swapped = linear(tmp_path / "few.onnx", WEIGHTS[:, [2, 0]]), linear(tmp_path / "swapped.onnx", SWAPPED)
     assert validate(dense, fewer) == 0
     assert validate(dense, fewer, "--rtol", "1e-3") == 3
-    told = "output 'y' has 3 scores of the baseline and 2 of the candidate, which does not say for which labels"
-    assert told in complaint(capsys)
+    text = "output 'y' has 3 scores of the baseline and 2 of the candidate, which does not say for which labels"
+    assert text in complaint(capsys)
     assert validate(dense, fewer, "--rtol", "1e-3", "--candidate-labels", "cat, ant") == 0
     assert validate(dense, swapped, "--rtol", "1e-3", "--candidate-labels", "bee,ant,cat") == 0
     assert validate(dense, swapped, "--rtol", "1e-3", "--candidate-labels", "ant,bee,cat") == 3
@@ -202,7 +204,7 @@ def test_labels_that_a_file_does_not_tell_are_given(tmp_path: Path, capsys: pyte
     assert "returns 2 scores, but there are 3 label names" in complaint(capsys)
 
 
-def test_our_own_exports_tell_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_own_exports_name_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, small = torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)
     with torch.no_grad():
         small.weight.copy_(dense.weight[[2, 0]])
@@ -222,7 +224,7 @@ def test_our_own_exports_tell_their_labels(tmp_path: Path, capsys: pytest.Captur
 
 
 def cast(path: Path, weights: Any, kind: int) -> Path:
-    """Takes what is no floating point number."""
+    """Takes inputs that are not floating-point numbers."""
     nodes = [node("Cast", "x", "c", to=FLOAT), node("MatMul", "c w", "y")]
     return save(path, [value("x", "n", 4, kind=kind)], [value("y", "n", 3)], nodes, {"w": weights})
 
@@ -233,7 +235,7 @@ def half(path: Path, weights: Any) -> Path:
 
 
 def two_inputs(path: Path, weights: Any) -> Path:
-    """One of them with a name that no archive or keyword could have, and one that is no part of the batch."""
+    """One with a name that no keyword could have, and one without a batch axis."""
     inputs = [value("x/1:0", "n", 4), value("scale", "n", 1), value("rows", 4, 3)]
     nodes = [node("Add", "w rows", "v"), node("MatMul", "x/1:0 v", "s"), node("Mul", "s scale", "y")]
     return save(path, inputs, [value("y", "n", 3)], nodes, {"w": 100 * weights})
@@ -250,7 +252,7 @@ FOREIGN: dict[str, tuple[Callable[[Path, Any], Path], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_from_elsewhere_is_compared(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_another_exporter_is_compared(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, options = FOREIGN[kind]
     baseline, other = make(tmp_path / "a.onnx", WEIGHTS), make(tmp_path / "b.onnx", -WEIGHTS)
     thresholds = ("--min-top1-agreement", "1", "--rtol", "1e-3")
@@ -260,14 +262,14 @@ def test_a_file_from_elsewhere_is_compared(kind: str, tmp_path: Path, capsys: py
     assert len(complaints(capsys)) == 2
 
 
-def test_a_free_size_beside_the_batch_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_free_size_besides_the_batch_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = save(tmp_path / "a.onnx", [value("x", "n", "m")], [value("y", "n", "m")], [node("Relu", "x", "y")])
     assert validate(free, free) == 2
     assert "takes x float32[n, m]: its free sizes are not known, so inputs cannot be drawn" in complaint(capsys)
     assert validate(free, free, "--data", data(tmp_path / "data.npz", x=INPUTS), "--rtol", "0") == 0
 
 
-def test_a_file_of_which_optimisation_leaves_no_node_has_its_provider(tmp_path: Path) -> None:
+def test_a_file_without_nodes_after_optimisation_has_its_provider(tmp_path: Path) -> None:
     nodes = [node("Identity", "w", "y")]
     same = save(tmp_path / "a.onnx", [value("x", "n", 4)], [value("y", 1, 3)], nodes, {"w": WEIGHTS[:1]})
     assert validate(same, same) == 0
@@ -278,7 +280,7 @@ def test_a_file_of_which_optimisation_leaves_no_node_has_its_provider(tmp_path: 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file, others that answer as it does or do not, one with far more work, and data with labels."""
+    """A file, others with the same or other outputs, one that is much slower, and data with labels."""
     folder = tmp_path_factory.mktemp("files")
     wide = np.zeros((4, 1024), np.float32)
     wide[:, :3] = WEIGHTS
@@ -368,7 +370,7 @@ def test_outputs_that_are_not_finite_have_no_accuracy(
         ("--min-speedup 1000 --max-p90-ms 1e-9 --samples 100 --batch 1,2", 5, "latency latency latency latency"),
     ],
 )
-def test_of_several_failures_the_gravest_gives_the_code(
+def test_of_several_failures_the_most_serious_gives_the_code(
     thresholds: str, code: int, subjects: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ("--data", files["data"]) if "drop" in thresholds else ()
@@ -389,7 +391,7 @@ def test_cuda_on_a_build_without_it_says_how_to_get_it(
     assert 'pip install "nns-plugin[gpu]"' in line
 
 
-def test_an_unknown_provider_is_told_before_any_file_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_provider_is_reported_before_any_file_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
     assert validate(Path("nowhere.onnx"), Path("nowhere.onnx"), "--provider", "magic") == 6
     assert "asked ONNX Runtime for magic, got nothing; this build offers " in complaint(capsys)
 

@@ -1,4 +1,4 @@
-"""What ``nns validate`` compares on: archives, recipes and options, and one line about each that cannot be used."""
+"""Inputs of ``nns validate``: archives, recipes and options, and one line about each that cannot be used."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ pytestmark = pytest.mark.host("onnxruntime")
 
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sessions take is measured in processes of their own, half a second each; tests of reports do that."""
+    """Memory is measured in separate processes, half a second each; only the tests of reports do that."""
     monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file, and data with labels that it answers right."""
+    """A file, and data with labels that it classifies correctly."""
     folder = tmp_path_factory.mktemp("files")
     return {"good": linear(folder / "good.onnx", labels=NAMES), "data": data(folder / "data.npz")}
 
@@ -114,7 +114,7 @@ def test_a_mistake_in_an_option_is_one_line(
         ({"x": INPUTS, "labels": 0 * TRUTH}, "label 'bee' is not in the test data"),
     ],
 )
-def test_data_fit_or_are_refused(
+def test_data_that_do_not_fit_are_refused(
     arrays: dict[str, Any],
     text: str | None,
     files: dict[str, Path],
@@ -127,7 +127,7 @@ def test_data_fit_or_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "cut short", "damaged", "one array", "text"])
-def test_an_archive_that_cannot_be_read_is_told(
+def test_an_unreadable_archive_is_reported(
     kind: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, path = bytearray(files["data"].read_bytes()), tmp_path / "data.npz"
@@ -152,7 +152,7 @@ def test_a_number_for_an_input_of_any_shape_is_refused(tmp_path: Path, capsys: p
     assert "found float32[]" in complaint(capsys)
 
 
-def test_inputs_are_found_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs, nodes = (
         [value("x", "n", 4), value("mask", "n", 3)],
         [node("MatMul", "x w", "s"), node("Mul", "s mask", "y")],
@@ -165,7 +165,7 @@ def test_inputs_are_found_by_their_names(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds ['x', 'z']; " in complaint(capsys)
 
 
-def test_validate_without_files_is_an_error_of_usage() -> None:
+def test_validate_without_files_is_a_usage_error() -> None:
     assert run("validate") == 2
 
 
@@ -174,7 +174,7 @@ def test_validate_without_files_is_an_error_of_usage() -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained classifier of digits, the recipe that cuts it down, and the files of that job."""
+    """A folder with a trained classifier of digits, a recipe for a subnet of it, and the files of that job."""
     folder = tmp_path_factory.mktemp("job")
     torch.manual_seed(0)
     model, found = digits_classifier(width=8), digits()
@@ -190,7 +190,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, name: str, **changes: Any) -> Path:
-    """A recipe for digits, with other sections where wanted."""
+    """A recipe for digits, with some sections replaced."""
     content = {
         "model": {
             "factory": "nns_plugin.jobs.models:digits_classifier",
@@ -208,7 +208,7 @@ def recipe(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def bare(path: Path, target: Path) -> Path:
-    """A file without what it says besides its graph."""
+    """A copy of a file without its metadata."""
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, target)
@@ -216,7 +216,7 @@ def bare(path: Path, target: Path) -> Path:
 
 
 def compared(*arguments: object, report: Path, code: int = 0) -> dict[str, Any]:
-    """What a validation by a recipe found."""
+    """The comparison of a validation by recipe."""
     assert run("validate", *arguments, "--quiet", "--json", report) == code
     found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return found["comparison"]
@@ -229,9 +229,9 @@ def test_a_recipe_gives_data_labels_and_how_to_measure(job: Path, tmp_path: Path
     assert (found["inputs"], found["random_inputs"], found["labels"]) == (540, False, ["3", "5"])
     (latency,) = found["latency"]
     assert (latency["batch"], latency["threads"], latency["samples"]) == (2, 2, 20)
-    told = json.loads((job / "report.json").read_text(encoding="utf-8"))
+    content = json.loads((job / "report.json").read_text(encoding="utf-8"))
     for ours, theirs in (("baseline", "baseline"), ("candidate", "subnet")):
-        before, after = told[theirs]["evaluation"], found["accuracy"][ours]
+        before, after = content[theirs]["evaluation"], found["accuracy"][ours]
         assert after["open_set_accuracy"] == pytest.approx(before["open_set_accuracy"])
     options = ("--batch", "3", "--threads", "1", "--samples", "30")
     found = compared(*files, "--recipe", job / "recipe.yaml", *options, report=tmp_path / "a.json")
@@ -239,7 +239,7 @@ def test_a_recipe_gives_data_labels_and_how_to_measure(job: Path, tmp_path: Path
     assert (latency["batch"], latency["threads"], latency["samples"]) == (3, 1, 30)
 
 
-def test_a_recipe_tells_the_labels_of_a_file_that_does_not(job: Path, tmp_path: Path) -> None:
+def test_a_recipe_names_the_labels_of_a_file_without_names(job: Path, tmp_path: Path) -> None:
     files = job / "baseline.onnx", bare(job / "subnet.onnx", tmp_path / "bare.onnx")
     given = ("--recipe", job / "recipe.yaml", "--max-label-drop", "0.5")
     assert compared(*files, *given, report=tmp_path / "a.json")["labels"] == ["3", "5"]
@@ -264,7 +264,7 @@ def test_a_subnet_is_compared_in_torch_as_well(checkpoint: bool, job: Path, tmp_
     )
 
 
-def test_a_file_that_is_not_the_subnets_fails_without_a_threshold(
+def test_a_file_of_another_subnet_fails_without_a_threshold(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(job / "subnet.onnx")
@@ -305,7 +305,7 @@ def test_a_subnet_may_have_been_exported_with_other_names(job: Path, tmp_path: P
         ),
     ],
 )
-def test_a_recipe_that_cannot_be_used_is_told(
+def test_an_unusable_recipe_is_reported(
     changes: dict[str, Any],
     arguments: tuple[str, ...],
     text: str,
@@ -318,7 +318,7 @@ def test_a_recipe_that_cannot_be_used_is_told(
     assert text in complaint(capsys)
 
 
-def test_a_subnet_of_another_model_is_told(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subnet_of_another_model_is_reported(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--recipe", job / "recipe.yaml", "--subnet", job / "subnet.safetensors")
     assert validate(job / "baseline.onnx", job / "baseline.onnx", *given) == 2
     assert "gives outputs [[1, 10]] for a batch of 1, Sequential gives [[1, 3]]" in complaint(capsys)

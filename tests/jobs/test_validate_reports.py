@@ -1,4 +1,4 @@
-"""Reports of ``nns validate``: what they hold, what they say of bad input, and that they are whole or as they were."""
+"""Reports of ``nns validate``: their content, how they report bad input, and that they are written atomically."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ NO_BEE = (0.0, -1e3, 0.0)
 
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sessions take is measured in processes of their own, half a second each."""
+    """Memory is measured in separate processes, half a second each."""
     monkeypatch.setattr(comparing, "session_memory", lambda *_, **__: SessionMemory(1, 2))
 
 
 def reports(folder: Path) -> tuple[object, ...]:
-    """Options that ask for all reports."""
+    """Options that request all reports."""
     return tuple(part for option, name in zip(OPTIONS, FILES, strict=True) for part in (option, folder / name))
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """The report in JSON, in which NaN and infinities are errors."""
+    """The JSON report; NaN and infinities are errors."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
@@ -68,7 +68,7 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def read_junit(folder: Path) -> ElementTree.Element:
-    """The only suite of the report in XML, whose counts must be right."""
+    """The only suite of the JUnit report, whose counts must be right."""
     root = ElementTree.parse(folder / FILES[1]).getroot()
     assert root.tag == "testsuites"
     (suite,) = root
@@ -87,12 +87,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# What they hold -------------------------------------------------------------------------------------------------
+# Content -------------------------------------------------------------------------------------------------
 
 
-def test_all_reports_tell_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_reports_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # with memory
     stored = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
     baseline = linear(tmp_path / "baseline.onnx", labels=NAMES, **stored)
@@ -133,8 +131,8 @@ def test_all_reports_tell_the_same(
     properties = {of.get("name"): of.get("value") for of in suite.findall("properties/property")}
     assert properties["candidate.sha256"] == f"candidate.onnx {digest(candidate)}"
     assert properties["versions.numpy"] == np.__version__
-    conditions_told = "2 thread(s), spinning on, inputs and outputs bound, 30 samples each in 3 pair(s) of sessions"
-    assert conditions_told in properties["latency.batch 3"]
+    conditions_text = "2 thread(s), spinning on, inputs and outputs bound, 30 samples each in 3 pair(s) of sessions"
+    assert conditions_text in properties["latency.batch 3"]
 
     lines = read_markdown(tmp_path)
     assert lines[0] == f"# FAIL: `{candidate}` against `{baseline}`"
@@ -188,7 +186,7 @@ def test_any_name_of_a_label_can_be_reported(name: str, tmp_path: Path, capsys: 
         columns = bars
 
 
-def test_the_summary_finds_its_picture_in_another_folder(tmp_path: Path) -> None:
+def test_the_summary_links_a_picture_in_another_folder(tmp_path: Path) -> None:
     path, pictures = linear(tmp_path / "a.onnx"), tmp_path / "my pictures"
     pictures.mkdir()
     figure = pictures / "latency (1).png"
@@ -214,7 +212,7 @@ def convolutions(path: Path, channels: int) -> Path:
     return save(path, [value("x", "n", 3, 8, 8)], [value("y", "n", 3)], nodes, weights)
 
 
-def test_odd_channels_are_told_once_and_below_the_table(tmp_path: Path) -> None:
+def test_odd_channels_are_reported_once_and_below_the_table(tmp_path: Path) -> None:
     odd = convolutions(tmp_path / "odd.onnx", 21)
     assert validate(odd, odd, "--batch", "1,2", *reports(tmp_path)) == 0
     lines = read_markdown(tmp_path)
@@ -259,7 +257,7 @@ def test_rounding_is_suggested_for_odd_channels_only(tmp_path: Path, capsys: pyt
         ("--recipe nowhere.yaml", 2, "RecipeError", "nowhere.yaml: cannot be read"),
     ],
 )
-def test_on_bad_input_the_reports_say_so_in_place_of_older_ones(
+def test_on_bad_input_the_error_replaces_older_reports(
     arguments: str, code: int, kind: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = linear(tmp_path / "good.onnx"), tmp_path / "bad.onnx"
@@ -278,11 +276,11 @@ def test_on_bad_input_the_reports_say_so_in_place_of_older_ones(
     assert summary[-1] == line
 
 
-# Where they go --------------------------------------------------------------------------------------------------
+# Paths --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_report_without_a_folder_is_told_before_any_work(
+def test_a_report_in_a_missing_folder_is_refused_before_any_work(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = Path("nowhere.onnx")  # is not looked at yet
@@ -305,9 +303,7 @@ def test_two_reports_in_one_file_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "b.onnx", "data.npz"])
-def test_a_report_never_replaces_what_is_compared(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_never_overwrites_an_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = linear(tmp_path / "a.onnx"), linear(tmp_path / "b.onnx")
     archive, before = data(tmp_path / "data.npz"), digest(tmp_path / name)
     code = validate(*files, "--data", archive, "--json", tmp_path / name)
@@ -357,6 +353,6 @@ def test_a_report_that_cannot_be_written_leaves_the_old_ones(
     assert sorted(tmp_path.iterdir()) == names
     if isinstance(error, OSError):
         assert [(tmp_path / name).read_bytes() for name in FILES[:3]] == [b"old"] * 3
-    else:  # what fails for any other reason is told, as nothing was found
-        told = json.loads((tmp_path / FILES[0]).read_text(encoding="utf-8"))
-        assert told == {"passed": False, "error": {"type": "RuntimeError", "text": "a fault of our own"}}
+    else:  # any other error is reported in place of results
+        content = json.loads((tmp_path / FILES[0]).read_text(encoding="utf-8"))
+        assert content == {"passed": False, "error": {"type": "RuntimeError", "text": "a fault of our own"}}

@@ -1,4 +1,4 @@
-"""What would make a verdict one not to trust: other data than the job's, other names, luck, and files that are lost."""
+"""What would make a verdict untrustworthy: other data than the job's, other names, luck, and lost files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(folder: Path, monkeypatch: pytest.MonkeyPatch, norm: bool = False, **changes: Any) -> Path:
-    """A recipe with factories of its own in a folder, carried out there."""
+    """A recipe with its own factories in a folder, and its job run there."""
     name = f"factories_{folder.name}"
     text = textwrap.dedent(FACTORIES).replace("NORM", str(norm))
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
@@ -106,7 +106,7 @@ def test_the_test_data_are_those_of_the_job(tmp_path: Path, monkeypatch: pytest.
                 assert accuracy[ours][name] == pytest.approx(report[theirs]["evaluation"][name], abs=1e-9)
 
 
-def test_a_norm_over_units_is_told_and_does_not_fail(
+def test_a_norm_over_units_is_noted_and_does_not_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = job(tmp_path, monkeypatch, norm=True)
@@ -134,7 +134,7 @@ def test_a_norm_over_units_is_told_and_does_not_fail(
     assert validate(*files, *given) == 0
 
 
-def test_the_names_in_a_file_are_its_own_whatever_the_recipe_calls_them(
+def test_the_label_names_in_a_file_take_precedence_over_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = job(tmp_path, monkeypatch)
@@ -154,7 +154,7 @@ def test_the_names_in_a_file_are_its_own_whatever_the_recipe_calls_them(
     assert "holds the label names ['cat', 'ant', 'bee'], but" in complaint(capsys)
 
 
-def test_a_few_inputs_on_which_nothing_is_lost_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_inputs_without_a_drop_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, off = linear(tmp_path / "good.onnx"), linear(tmp_path / "off.onnx", WEIGHTS * np.float32(1.5))
     few = data(tmp_path / "few.npz", x=INPUTS[:12], labels=TRUTH[:12])
     assert validate(good, off, "--data", few, "--max-accuracy-drop", "0.1") == 4
@@ -164,7 +164,7 @@ def test_a_few_inputs_on_which_nothing_is_lost_do_not_pass(tmp_path: Path, capsy
     assert validate(good, off, "--data", few, "--max-accuracy-drop", "0.1", "--confidence", "0.5") == 0
 
 
-def test_one_pair_of_sessions_judges_no_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_pair_of_sessions_is_too_few_to_judge_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = linear(tmp_path / "a.onnx")
     assert run("validate", path, path, "--samples", "10", "--min-speedup", "0.1", "--quiet") == 2
     assert "min_speedup needs two pairs of sessions and 10 samples in each, found 10 in 1" in complaint(capsys)
@@ -173,7 +173,7 @@ def test_one_pair_of_sessions_judges_no_speed(tmp_path: Path, capsys: pytest.Cap
 # Files from elsewhere -------------------------------------------------------------------------------------------
 
 
-def test_a_fixed_batch_is_what_is_measured_by_default(tmp_path: Path) -> None:
+def test_a_fixed_batch_size_is_measured_by_default(tmp_path: Path) -> None:
     path = linear(tmp_path / "a.onnx", batch=8)
     assert run("validate", path, path, "--samples", "20", "--quiet", "--json", tmp_path / "out.json") == 0
     (latency,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["comparison"]["latency"]
@@ -192,7 +192,7 @@ def test_scores_need_not_come_first(tmp_path: Path) -> None:
     assert validate(*paths, *given[:-2]) == 4
 
 
-def test_embeddings_of_other_widths_are_told_and_fail_only_what_is_asked(tmp_path: Path) -> None:
+def test_embeddings_of_other_widths_fail_only_with_a_threshold(tmp_path: Path) -> None:
     wide, narrow = linear(tmp_path / "wide.onnx"), linear(tmp_path / "narrow.onnx", WEIGHTS[:, :2])
     assert validate(wide, narrow) == 0
     assert validate(wide, narrow, "--atol", "1") == 3
@@ -211,7 +211,7 @@ def test_weights_beside_a_file_are_not_overwritten(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
-def test_what_is_no_ordinary_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_regular_files_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
     path = linear(tmp_path / "a.onnx")
     assert validate(path, path, "--json", tmp_path / "pipe") == 2
@@ -219,7 +219,7 @@ def test_what_is_no_ordinary_file_is_not_replaced(tmp_path: Path, capsys: pytest
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_link_leads_to_what_is_written(tmp_path: Path) -> None:
+def test_a_link_is_followed_when_writing(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old", encoding="utf-8")
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     path = linear(tmp_path / "a.onnx")
@@ -229,7 +229,7 @@ def test_a_link_leads_to_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_run_that_is_stopped_leaves_no_older_verdict(
+def test_an_interrupted_run_leaves_no_older_verdict(
     stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any, **__: Any) -> None:
@@ -242,8 +242,8 @@ def test_a_run_that_is_stopped_leaves_no_older_verdict(
     given = ["validate", path, path, "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png"]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main([str(part) for part in given])
-    told = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert (told["passed"], told["error"]["type"]) == (False, type(stop).__name__)
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert (content["passed"], content["error"]["type"]) == (False, type(stop).__name__)
     assert not (tmp_path / "out.png").exists()
 
 
@@ -288,7 +288,7 @@ def test_memory_is_measured_where_libraries_are_on_the_path_of_this_process_alon
     assert "-P" in seen["command"], "the adapters' folder has a module that is called onnxruntime"
 
 
-def test_several_faults_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_failures_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = linear(tmp_path / "good.onnx"), linear(tmp_path / "bad.onnx", -WEIGHTS)
     given = ("--rtol", "1e-3", "--min-top1-agreement", "1", "--max-accuracy-drop", "0", "--min-speedup", "1000")
     assert validate(good, bad, "--data", data(tmp_path / "data.npz"), *given) == 3
