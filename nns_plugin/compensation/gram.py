@@ -1,4 +1,4 @@
-"""Running sums of a least-squares problem."""
+"""Gram sums: the running sums from which a regression is solved."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nns_plugin.compensation.least_squares import solve_positive
 
 
 @dataclass
-class LeastSquares:
-    """Running sums of a multivariate regression, one a channel group.
+class RegressionSums:
+    """Running sums of one multivariate regression for each channel group.
 
     Attributes:
-        inner: ``[G, D + 1, D + 1]`` float64, of the inputs and the constant, which stands last.
-        cross: ``[G, O / G, D + 1]`` float64, of the targets with them.
+        inner: ``[G, D + 1, D + 1]`` float64: Gram matrix of the inputs and the constant 1, which is last.
+        cross: ``[G, O / G, D + 1]`` float64: products of the targets with them.
     """
 
     inner: Tensor
     cross: Tensor
 
     @classmethod
-    def empty(cls, groups: int, depth: int, outputs: int) -> LeastSquares:
-        """Sums of nothing."""
+    def empty(cls, groups: int, depth: int, outputs: int) -> RegressionSums:
+        """Sums over no samples."""
         inner = torch.zeros(groups, depth + 1, depth + 1, dtype=torch.float64)
         return cls(inner, torch.zeros(groups, outputs, depth + 1, dtype=torch.float64))
 
@@ -41,7 +41,7 @@ class LeastSquares:
         self.cross[:, :, depth] += targets.sum(2).to(device)
 
     def solve(self, prior: Tensor, constant: bool, ridge: float) -> Tensor:
-        """Weights ``[G, O / G, D + 1]``, the constant's last, drawn towards a prior of that shape by a ridge.
+        """Weights ``[G, O / G, D + 1]``, the constant's last, with a ridge that pulls them towards a prior of that shape.
 
         ``W = (Y X^T + r P) inv(X X^T + r)`` with r relative to the mean of the diagonal; without a constant its
         column is 0. W minimises the squared error plus ``r |W - P|^2`` (without the constant's column), so it never

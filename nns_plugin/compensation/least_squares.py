@@ -1,4 +1,4 @@
-"""Compensation: kept units take over in their consumers what removed ones contributed."""
+"""Mixing: how kept channels replace removed ones, from their Gram matrix."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ RIDGE = 1e-6
 
 
 def mixing(gram: Tensor, kept: Tensor, removed: Tensor, *, constant: bool = True, ridge: float = RIDGE) -> Tensor:
-    """How the kept channels stand in for the removed ones: least squares on the calibration data.
+    """How all kept channels together replace the removed ones: least squares on the calibration data.
 
     ``x_R ~ M x_K + m`` with ``[M m] = G[R, K1] inv(G[K1, K1])``, where 1 is the constant.
 
     Args:
-        gram: ``[C + 1, C + 1]`` Gram matrix of the channels and the constant 1, which stands last.
+        gram: ``[C + 1, C + 1]`` Gram matrix of the channels and the constant 1, which is last.
         kept: ``[K]`` int64 kept channels.
         removed: ``[R]`` int64 removed channels.
-        constant: Whether the constant may help; without it m is 0.
+        constant: Whether to use the constant; without it m is 0.
         ridge: Added to the diagonal of the kept channels, relative to its mean.
 
     Returns:
@@ -41,7 +41,7 @@ def mixing(gram: Tensor, kept: Tensor, removed: Tensor, *, constant: bool = True
     size = kept.numel()
     diagonal = inner.diagonal()[:size]
     mean = float(diagonal.mean()) if size else 0.0
-    # A channel that is always 0 cannot help; a unit on its diagonal keeps the system regular and its share 0.
+    # A channel that is always 0 cannot help; a 1 on its diagonal keeps the system regular and its share 0.
     boost = torch.where(diagonal > 1e-12 * max(mean, 1e-300), ridge * mean, max(mean, 1.0))
     inner.diagonal()[:size] += boost
     solved = solve_positive(inner, gram[basis][:, removed].double()).T
@@ -58,19 +58,19 @@ def means(gram: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
 def merging(
     gram: Tensor, kept: Tensor, removed: Tensor, survivor: Tensor, *, merge: Merge = "scaled", center: Center = None
 ) -> Tensor:
-    """How single kept channels stand in for the removed ones, each for itself.
+    """How single kept channels replace the removed ones, one each.
 
     ``"scaled"``: ``x_u ~ a x_v + c_u - a c_v`` with ``a = <u - c_u, v - c_v> / |v - c_v|^2``, exact for a pair whose
     centred vectors are parallel. ``"add"``: ``x_u ~ x_v`` for a pair that does the same and ``x_u ~ -x_v`` for one that
     cancels, as if their lengths were equal. ``"none"``: ``x_u ~ 0``.
 
     Args:
-        gram: ``[C + 1, C + 1]`` Gram matrix of the channels and the constant 1, which stands last.
+        gram: ``[C + 1, C + 1]`` Gram matrix of the channels and the constant 1, which is last.
         kept: ``[K]`` int64 kept channels, ascending.
         removed: ``[R]`` int64 removed channels.
-        survivor: ``[R]`` int64, for each removed channel the kept one that takes over, or -1 for none.
+        survivor: ``[R]`` int64, the kept channel that takes over from each removed one, or -1 for none.
         merge: See above.
-        center: What is taken off the channels' values: ``None``, a number, or ``"mean"`` for their means.
+        center: Subtracted from the channels' values: ``None``, a number, or ``"mean"`` for their means.
 
     Returns:
         ``[R, K + 1]`` float64, the constant's share last.
@@ -105,7 +105,7 @@ def merging(
 
 
 def nearest(gram: Tensor, kept: Tensor, removed: Tensor, center: Center) -> Tensor:
-    """For each removed channel the kept one whose vector is nearest to parallel, ``[R]`` int64; -1 if none is kept."""
+    """The kept channel whose vector is nearest to parallel to each removed one's, ``[R]`` int64; -1 if none is kept."""
     if not kept.numel():
         return torch.full_like(removed, -1)
     degrees = angles(centred(gram[:-1, :-1].double(), gram[:-1, -1].double(), float(gram[-1, -1]), center))
@@ -114,7 +114,7 @@ def nearest(gram: Tensor, kept: Tensor, removed: Tensor, center: Center) -> Tens
 
 
 def take_over(weight: Tensor, mix: Tensor, kept: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of a consumer after its removed channels have been replaced by a mixture of the kept ones.
+    """Weights of a consumer whose removed channels are replaced by a mixture of the kept ones.
 
     Args:
         weight: ``[O, K, C]`` reading matrix (see :func:`nns_plugin.models.layers.consumer_matrices`).
@@ -132,7 +132,7 @@ def take_over(weight: Tensor, mix: Tensor, kept: Tensor, removed: Tensor) -> tup
 
 
 def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve ``matrix X = right`` for a symmetric positive semi-definite matrix, raising its diagonal if it must.
+    """Solve ``matrix X = right`` for a symmetric positive semi-definite matrix; a singular one gets a raised diagonal.
 
     Raises:
         StatisticsError: If the matrix is not finite.

@@ -1,4 +1,4 @@
-"""Plans: what a consumer's weights become when some of its channels go, made before any model changes."""
+"""Plans: the new weights of a consumer that loses channels, computed before any model changes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Plan:
     """New weights of a consumer.
 
     Attributes:
-        matrices: As :func:`nns_plugin.models.layers.consumer_matrices` gives them, 0 at channels that go.
+        matrices: As :func:`nns_plugin.models.layers.consumer_matrices` gives them, 0 at removed channels.
         shift: ``[O]`` float64, to be added to the outputs.
         nothing: The matrices of plain removal.
         is_worse: Whether the outputs err more on the calibration data than after plain removal; ``None`` where a
-            kernel spans several positions, of which the statistics do not tell.
+            kernel spans several positions, because the statistics cannot tell.
     """
 
     matrices: list[Tensor]
@@ -60,18 +60,18 @@ def plan_removal(
     constant: bool,
     survivors: Survivors | None = None,
 ) -> Plan | None:
-    """Let a consumer's kept channels take over from those that go.
+    """Let a consumer's kept channels take over from the removed ones.
 
     Args:
         module: The consumer, still whole.
         record: Statistics of its input.
-        gone: ``[k]`` int64 channels that go.
+        gone: ``[k]`` int64, the removed channels.
         method: ``"least_squares"``: all kept channels together; ``"merge"``: one each; ``"mean"``: the constant alone.
-        constant: Whether the consumer can take up a shift.
+        constant: Whether the consumer can absorb a shift of its outputs.
         survivors: For ``"merge"``; by default the kept channel whose vector is nearest to parallel, scaled.
 
     Returns:
-        The plan; ``None`` if the record has no Gram matrix or the consumer's weights are not understood.
+        The plan; ``None`` if the record has no Gram matrix or the consumer is of an unknown kind.
     """
     matrices = consumer_matrices(module, record.layout)
     if matrices is None or record.gram is None:
@@ -105,13 +105,13 @@ def plan_removal(
 
 
 def apply_plan(module: nn.Module, layout: Layout, plan: Plan, norm: nn.Module | None) -> None:
-    """Write a plan into its consumer and, where that has no bias, into the batch norm that follows."""
+    """Write a plan into its consumer and, if that has no bias, into the batch norm that follows."""
     set_consumer_matrices(module, plan.matrices)
     add_shift(module, norm, plan.shift)
 
 
 def add_shift(module: nn.Module, norm: nn.Module | None, shift: Tensor) -> None:
-    """Let a consumer's outputs rise by a shift ``[O]``: in its bias, or in the batch norm that follows."""
+    """Raise a consumer's outputs by a shift ``[O]``: in its bias, or in the batch norm that follows."""
     if has_bias(module):
         add_to_bias(module, shift)
     elif norm is not None:
@@ -122,7 +122,7 @@ def add_shift(module: nn.Module, norm: nn.Module | None, shift: Tensor) -> None:
 def worse_than_nothing(
     model: nn.Module, plans: Mapping[str, Plan], statistics: Statistics, loader: Iterable[Any]
 ) -> set[str]:
-    """Consumers whose plan errs more on the data than plain removal: one pass over the data for all of them.
+    """Consumers whose plan errs more on the data than plain removal, found in one pass for all of them.
 
     Args:
         model: The model, still whole.
@@ -160,7 +160,7 @@ def _merged(
     gram: Tensor, kept: Tensor, removed: Tensor, constant: bool, survivors: Survivors | None, start: int
 ) -> Tensor:
     if survivors is None:
-        center: Center = "mean" if constant else None  # with a constant, the best stand-in that one channel can be
+        center: Center = "mean" if constant else None  # with a constant, the best replacement by one channel
         return merging(gram, kept, removed, nearest(gram, kept, removed, center), center=center)
     channel = survivors.channel[removed + start] - start
     survivor = torch.where(torch.isin(channel, kept), channel, -1)
@@ -175,7 +175,7 @@ def _errors(gram: Tensor, before: Tensor, after: Tensor, shift: Tensor, nothing:
 
 
 def _layer_like(module: nn.Module, layout: Layout, matrices: list[Tensor], shift: Tensor) -> nn.Module:
-    """A layer like another one, whose weights and bias are the given ones."""
+    """A copy of a layer with the given weights and bias."""
     layer = copy.deepcopy(module)
     set_consumer_matrices(layer, matrices)
     layer.bias = nn.Parameter(shift.to(weight_of(layer)))

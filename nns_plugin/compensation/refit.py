@@ -1,4 +1,4 @@
-"""Refitting: one consumer of a pruned model after the other learns to repeat what the dense model has there."""
+"""Refit: layer-wise reconstruction of a pruned model, one consumer after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.compensation.gram import LeastSquares
+from nns_plugin.compensation.gram import RegressionSums
 from nns_plugin.models.activations import capture_call, only_summed
 from nns_plugin.models.batches import batches
 from nns_plugin.models.layers import (
@@ -22,17 +22,19 @@ from nns_plugin.models.layers import (
     unfolded_weight,
 )
 
-# A batch norm's channel is taken for switched off under this share of the median factor.
-WEAK = 1e-3
+WEAK = 1e-3  # a batch norm counts as switching a channel off if its factor is below this share of the median factor
 
 
 @dataclass(frozen=True, eq=False)
 class Refitting:
-    """A dense model and its pruned copy, both in evaluation mode.
+    """Layer-wise reconstruction: consumer by consumer, the weights with which a pruned model best repeats the dense one.
+
+    Both models are in evaluation mode. A consumer is solved by least squares from the inputs that it has in the pruned
+    model, so it absorbs its own loss and the error of all layers before it.
 
     Attributes:
-        dense: What is to be repeated.
-        model: What is to repeat it; its consumers are changed in place.
+        dense: The dense model, whose outputs are the targets.
+        model: The pruned model; its consumers are changed in place.
         loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
         ridge: Pull towards the weights before, relative to the inputs' energy.
     """
@@ -45,14 +47,14 @@ class Refitting:
     def refit(self, name: str, norm: str | None, kept: Tensor | None) -> None:
         """Give one consumer the weights with which it best repeats the dense model's outputs.
 
-        Where its output, or that of the batch norm behind it, is read by a sum alone (with the skip connection of a
-        residual block), what is repeated is the sum: the layer then makes up for what has gone wrong beside it, too.
-        The batch norm behind it gets the dense model's statistics back, since that is what comes to it.
+        If only a sum reads its output, or that of the batch norm behind it (the sum with the skip connection of a
+        residual block), the target is the sum, so that the layer also corrects the error of the other summand. The
+        batch norm behind it gets the dense model's statistics back, because those are what the layer now produces.
 
         Args:
-            name: Of a linear or convolutional layer. What runs before it should be final.
+            name: Of a linear or convolutional layer. The layers before it should be final.
             norm: The batch norm that alone reads its output, if there is one.
-            kept: ``[k]`` int64, the dense layer's outputs that it still has; ``None`` for all.
+            kept: ``[k]`` int64, the outputs of the dense layer that it still has; ``None`` for all.
 
         Raises:
             CalibrationError: If the loader is empty.
@@ -79,14 +81,14 @@ class Refitting:
             running_mean = cast(Tensor, own.running_mean)
             running_mean.sub_(constant.to(running_mean))
 
-    def _sums(self, name: str, last: str, kept: Tensor, scale: Tensor) -> LeastSquares:
-        """Of a consumer's real inputs with its targets, over the loader."""
+    def _sums(self, name: str, last: str, kept: Tensor, scale: Tensor) -> RegressionSums:
+        """Sums of a consumer's inputs in the pruned model, and of its targets, over the loader."""
         module = self.model.get_submodule(name)
         groups, outputs, depth = unfolded_weight(module).shape
         axis = channel_axis(module)
-        sums = LeastSquares.empty(groups, depth, outputs)
+        sums = RegressionSums.empty(groups, depth, outputs)
         added: str | None = None
-        # A channel that the norm switches off, or nearly, cannot make up for anything.
+        # A channel that the norm switches off, or nearly so, cannot correct the other summand.
         weak = scale.abs() <= WEAK * scale.abs().median()
         share = torch.where(weak, 0.0, 1 / scale)
         for place, batch in enumerate(batches(self.loader, self.model)):
@@ -104,10 +106,7 @@ class Refitting:
 
 
 def _in_terms_of(weights: Tensor, own: nn.Module, whole: nn.Module, kept: Tensor) -> Tensor:
-    """Weights whose outputs mean to the dense model's statistics what the given ones mean to the norm's own.
-
-    The norm gets the dense model's statistics; together with the new weights it computes what it did.
-    """
+    """Give a norm the dense model's statistics, and return the weights with which it computes the same as before."""
     variance, mean = cast(Tensor, own.running_var), cast(Tensor, own.running_mean)
     dense_variance = cast(Tensor, whole.running_var)[kept.to(variance.device)]
     dense_mean = cast(Tensor, whole.running_mean)[kept.to(variance.device)]
@@ -122,7 +121,7 @@ def _in_terms_of(weights: Tensor, own: nn.Module, whole: nn.Module, kept: Tensor
 
 
 def _factor(norm: nn.Module) -> Tensor:
-    """By how much a batch norm in evaluation multiplies each channel, ``[O]`` float64."""
+    """The factor of each channel in a batch norm in evaluation mode, ``[O]`` float64."""
     variance = cast(Tensor, norm.running_var).double()
     factor = 1 / (variance + cast(float, norm.eps)).sqrt()
     gain = cast("Tensor | None", norm.weight)

@@ -1,4 +1,4 @@
-"""Survivors: who stands in for whom after a selection by angles, unit by unit and channel by channel."""
+"""Survivors: which kept unit replaces which removed one after a selection by angles, and the same for channels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nns_plugin.units import Port, UnitGroup
 
 @dataclass(frozen=True, eq=False)
 class Survivors:
-    """Who takes over from whom at one consumer, and how.
+    """Which channel takes over from which at one consumer, and how.
 
     Attributes:
-        channel: ``[C]`` int64, for each of the consumer's channels the one that stands for it; -1 for none.
+        channel: ``[C]`` int64, the channel that replaces each of the consumer's channels; -1 for none.
         merge: See :func:`nns_plugin.compensation.least_squares.merging`.
-        center: What is taken off the channels' values.
+        center: Subtracted from the channels' values.
     """
 
     channel: Tensor
@@ -44,7 +44,7 @@ def survivors_of(
         groups: The groups that were selected from.
         selections: By name of the group.
         merge: How survivors take over.
-        center: What is taken off the channels' values.
+        center: Subtracted from the channels' values.
     """
     channels: dict[str, Tensor] = {}
     for group in groups:
@@ -57,7 +57,7 @@ def survivors_of(
 
 
 def _stand_in(known: Tensor, port: Port, channel_of_position: Tensor, survivor: Tensor) -> None:
-    """Write into ``known`` ``[C]`` which channel stands for which: of equal rank among those of the two units."""
+    """Write into ``known`` ``[C]`` which channel replaces which: the one of equal rank among those of the two units."""
     pairs = torch.stack([port.unit, channel_of_position[port.index]], 1).unique(dim=0)
     unit, channel = pairs[:, 0].contiguous(), pairs[:, 1]
     rank = torch.arange(unit.numel()) - torch.searchsorted(unit, unit)

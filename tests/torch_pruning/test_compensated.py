@@ -105,7 +105,7 @@ def pruner_of(model: nn.Module, inputs: Tensor, importance: Any, ratio: float, w
 
 @pytest.mark.parametrize("method", ["least_squares", "refit"])
 @pytest.mark.parametrize("kind", ["mlp", "conv", "flatten", "transposed"])
-def test_a_repeated_unit_is_removed_without_a_trace(kind: str, method: str) -> None:
+def test_removing_a_duplicate_unit_changes_nothing(kind: str, method: str) -> None:
     make, inputs, producer, whole = models()[kind]
     model = make().eval()
     layer = model.get_submodule(producer)
@@ -124,7 +124,7 @@ def test_a_repeated_unit_is_removed_without_a_trace(kind: str, method: str) -> N
         torch.testing.assert_close(model(inputs), before, atol=1e-5, rtol=1e-5)
 
 
-def test_all_readers_of_a_stream_take_over() -> None:
+def test_all_consumers_of_a_stream_take_over() -> None:
     model, inputs = Residual().eval(), torch.randn(32, 1, 6, 6)
     with torch.no_grad():
         for layer in (model.stem, model.first):
@@ -187,7 +187,7 @@ CONSUMERS: dict[str, Callable[[], tuple[nn.Module, Tensor, str]]] = {
     ("method", "sequential"), [("least_squares", False), ("least_squares", True), ("refit", False)]
 )
 @pytest.mark.parametrize("kind", CONSUMERS)
-def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, method: str, sequential: bool) -> None:
+def test_removing_a_linear_combination_of_others_changes_nothing(kind: str, method: str, sequential: bool) -> None:
     torch.manual_seed(0)
     model, inputs, consumer = CONSUMERS[kind]()
     model[1] = nn.Identity()
@@ -212,7 +212,7 @@ def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, me
 
 
 @pytest.mark.filterwarnings("ignore::nns_plugin.compensation.compensated.CompensationWarning")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 5])  # seed 5: plans for "transposed" and "flatten" err more than plain removal
 @pytest.mark.parametrize("kind", CONSUMERS)
 @pytest.mark.parametrize(
     ("method", "sequential"),
@@ -224,7 +224,7 @@ def test_a_linear_combination_of_others_is_removed_without_a_trace(kind: str, me
         ("refit", False),
     ],
 )
-def test_a_reader_never_errs_more_on_the_calibration_data_than_without(
+def test_a_consumer_never_errs_more_on_the_calibration_data_than_without(
     method: str, sequential: bool, kind: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -272,7 +272,7 @@ def test_batch_norms_take_up_the_shift_of_layers_without_bias() -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "mean", "least_squares", "refit"])
-def test_iterative_steps_with_the_hosts_own_importance(method: str) -> None:
+def test_iterative_steps_with_an_importance_of_the_host(method: str) -> None:
     inputs = torch.randn(64, 5)
     model = models()["mlp"][0]()
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[4]]), gram=True)
@@ -328,7 +328,7 @@ def test_wrong_options(compensation: Any, loader: Any, message: str) -> None:
     assert model[0].out_features == 8
 
 
-def test_batch_norms_that_stay_as_they_are_are_named() -> None:
+def test_batch_norms_that_are_not_recalibrated_are_named() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     inputs = torch.randn(16, 4)
     statistics = calibrate(model, [inputs], unit_groups(model, inputs[:2], [model[3]]), gram=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.compensation.gram import LeastSquares
+from nns_plugin.compensation.gram import RegressionSums
 from nns_plugin.compensation.refit import Refitting
 from nns_plugin.errors import CalibrationError
 
@@ -17,7 +17,7 @@ from nns_plugin.errors import CalibrationError
 @pytest.mark.parametrize("constant", [True, False])
 def test_regression_is_numpys(constant: bool) -> None:
     x, y = torch.randn(1, 6, 50, dtype=torch.float64), torch.randn(1, 3, 50, dtype=torch.float64)
-    sums = LeastSquares.empty(1, 6, 3)
+    sums = RegressionSums.empty(1, 6, 3)
     for part in range(0, 50, 10):
         sums.add(x[:, :, part : part + 10], y[:, :, part : part + 10])
     solution = sums.solve(torch.zeros(1, 3, 7), constant, ridge=1e-12)[0].numpy()
@@ -27,7 +27,7 @@ def test_regression_is_numpys(constant: bool) -> None:
 
 
 def test_a_strong_ridge_gives_back_the_prior() -> None:
-    sums = LeastSquares.empty(1, 4, 2)
+    sums = RegressionSums.empty(1, 4, 2)
     sums.add(torch.randn(1, 4, 30), torch.randn(1, 2, 30))
     prior = torch.randn(1, 2, 5, dtype=torch.float64)
     torch.testing.assert_close(sums.solve(prior, True, ridge=1e9)[:, :, :4], prior[:, :, :4], atol=1e-5, rtol=1e-5)
@@ -41,7 +41,7 @@ def test_the_solution_never_errs_more_than_the_prior(rank: int, offset: float, n
     x = (torch.randn(20, rank) @ torch.randn(rank, 8) + offset).T[None]
     prior = torch.randn(1, 3, 9, dtype=torch.float64)
     y = prior[:, :, :8].float() @ x + prior[:, :, 8:].float() + noise * torch.randn(1, 3, 20)
-    sums = LeastSquares.empty(1, 8, 3)
+    sums = RegressionSums.empty(1, 8, 3)
     sums.add(x, y)
     design = torch.cat([x.double(), torch.ones(1, 1, 20)], 1)
     solution = sums.solve(prior, True, ridge=1e-4)
@@ -50,7 +50,7 @@ def test_the_solution_never_errs_more_than_the_prior(rank: int, offset: float, n
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
-    sums = LeastSquares.empty(1, 4, 2)
+    sums = RegressionSums.empty(1, 4, 2)
     sums.add(torch.zeros(1, 4, 30), torch.ones(1, 2, 30))
     solution: Tensor = sums.solve(torch.zeros(1, 2, 5, dtype=torch.float64), True, ridge=1e-4)
     assert bool(torch.isfinite(solution).all())
