@@ -41,7 +41,7 @@ class RegressionSums:
         self.cross[:, :, depth] += targets.sum(2).to(device)
 
     def solve(self, prior: Tensor, constant: bool, ridge: float) -> Tensor:
-        """Weights ``[G, O / G, D + 1]``, the constant's last, with a ridge that pulls them towards a prior of that shape.
+        """Weights ``[G, O / G, D + 1]``, the constant's last, pulled towards a prior of that shape by a ridge.
 
         ``W = (Y X^T + r P) inv(X X^T + r)`` with r relative to the mean of the diagonal; without a constant its
         column is 0. W minimises the squared error plus ``r |W - P|^2`` (without the constant's column), so it never

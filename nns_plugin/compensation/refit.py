@@ -27,7 +27,7 @@ WEAK = 1e-3  # a batch norm counts as switching a channel off if its factor is b
 
 @dataclass(frozen=True, eq=False)
 class Refitting:
-    """Layer-wise reconstruction: consumer by consumer, the weights with which a pruned model best repeats the dense one.
+    """Layer-wise reconstruction: consumer by consumer, a pruned model learns to repeat the dense one.
 
     Both models are in evaluation mode. A consumer is solved by least squares from the inputs that it has in the pruned
     model, so it absorbs its own loss and the error of all layers before it.
