@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,32 +16,34 @@ from nni.compression.pruning.tools import generate_sparsity, is_active_target
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nns_plugin.adapters.nni.global_groups import Metrics, Spaces, changed, decided_globally
+from nns_plugin.adapters.nni.block_metrics import splits_units, unit_metric
+from nns_plugin.adapters.nni.global_groups import decided_globally
 from nns_plugin.adapters.nni.masks import apply_masks, masked_units, silencing_masks
+from nns_plugin.adapters.nni.targets import Metrics, Spaces, aligned_target, check_targets
 from nns_plugin.adapters.nni.wrappers import check_config_list, check_unwrapped, held_masks, plain_copy, wrappers_of
 from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits, traced_units
-from nns_plugin.criteria.contract import Criterion, UnscoredGroupWarning, score_groups
+from nns_plugin.criteria.contract import Criterion, Needs, UnscoredGroupWarning, score_groups
 from nns_plugin.criteria.ties import separate_ties
 from nns_plugin.errors import CriterionError, PruningError
-from nns_plugin.models.inputs import run_model
-from nns_plugin.models.layers import axis_length, broadcast_to_weight, by_output, out_axis
+from nns_plugin.models.inputs import device_of, run_model
+from nns_plugin.models.layers import out_axis
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
 
-ADVICE = "pass calibration=loader, so that they are collected anew whenever masks are made"
+ADVICE = "pass calibration=loader to collect them anew whenever masks are made"
 
 
 class CriterionPruner(_NormPruner):
     """An NNI pruner whose metrics are the scores of a criterion.
 
-    It is used as NNI's norm pruners are: ``compress()`` makes masks at once, and schedulers such as ``LinearPruner``
-    and ``AGPPruner`` make them again and again while an evaluator trains. Units that are masked by then stay masked.
+    Use it like NNI's norm pruners: ``compress()`` makes masks at once, and schedulers such as ``LinearPruner`` and
+    ``AGPPruner`` make them repeatedly while an evaluator trains. Masked units stay masked.
 
     Layers whose units the criterion cannot score, such as the one that writes the model's output, are named in a
-    warning and stay whole. Whole units are scored, so that layers that share units get the same mask; ``granularity``
-    may be any that leaves units whole, or joins some of them.
+    warning and stay whole. Whole units are scored, so layers that share units get the same mask; ``granularity`` may
+    be any that leaves units whole, or joins some of them.
 
     Args:
         model: As for NNI's pruners.
@@ -51,20 +52,18 @@ class CriterionPruner(_NormPruner):
         existed_wrappers: As for NNI's pruners.
         example_inputs: Inputs that the model can run on: a tensor, or a tuple or mapping of tensors.
         calibration: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
-        statistics: Of :func:`nns_plugin.calibrate` in place of a loader; good for as long as weights stay.
-        calibration_options: Of :func:`nns_plugin.calibrate`.
-        labels: To keep, where the criterion is about labels.
+        statistics: From :func:`nns_plugin.calibrate`, in place of a loader; valid until weights change.
+        calibration_options: Options of :func:`nns_plugin.calibrate`.
+        labels: The labels to keep, for a criterion that takes a label set.
 
     Raises:
         PruningError: If the config list is wrong or selects nothing, or the model is wrapped already.
-        CriterionError: If something that the criterion needs is missing, or it does not need what is given.
+        CriterionError: If the criterion misses something that it needs, or is given something that it does not.
         GroupError: If the model cannot be traced.
         StaleStatisticsError: If the statistics belong to other weights.
     """
 
-    _observes: ClassVar[bool] = False
-    _labelled: ClassVar[bool] = False
-    _gram: ClassVar[bool] = False
+    _needs: ClassVar[Needs] = Needs()
 
     def __init__(
         self,
@@ -87,7 +86,7 @@ class CriterionPruner(_NormPruner):
         self._units = self._trace(model, example_inputs)
         self._example_inputs = example_inputs
         self._calibration, self._statistics, self._labels = calibration, statistics, labels
-        self._options = {"gram": True} if self._gram else {}
+        self._options = {"gram": True} if self._needs.gram else {}
         self._options.update(calibration_options or {})
         try:
             super().__init__(model, config_list, evaluator, existed_wrappers)
@@ -96,7 +95,7 @@ class CriterionPruner(_NormPruner):
                 wrapper.unwrap()
             raise PruningError(f"NNI refuses the config list: {_first_line(error)}") from error
         try:
-            self._check_targets()
+            check_targets(self._target_spaces)
         except PruningError:
             self.unwrap_model()
             raise
@@ -141,7 +140,7 @@ class CriterionPruner(_NormPruner):
 
     def _criterion_now(self) -> Criterion:
         model = plain_copy(self.bound_model)
-        if not self._observes:
+        if not self._observes():
             return self._criterion(model, None)
         if self._statistics is not None:
             self._statistics.check_current(model, advice=ADVICE)
@@ -172,13 +171,19 @@ class CriterionPruner(_NormPruner):
         floor = min([*lowest, *(threshold for threshold in wanted if threshold is not None), 0.0]) - 1
         exact = {name: values.masked_fill(masked[name], floor) for name, values in data.items()}
         apart = {name: separate_ties(values, ordinal) for ordinal, (name, values) in enumerate(exact.items())}
+        device = device_of(self.bound_model)
         metrics: Metrics = defaultdict(dict)
         left: dict[str, None] = {}
         for name, spaces in self._target_spaces.items():
             for target, space in spaces.items():
                 if not is_active_target(space) or (space.type is TargetType.PARAMETER and space.target is None):
                     continue
-                metric = self._metric(name, target, space, exact if space.sparse_ratio is None else apart)
+                module, shape = self.bound_model.get_submodule(name), self._shape(name, space)
+                if splits_units(space, shape):
+                    metric: Tensor | None = self._weight_metric(name, space)
+                else:
+                    scores = exact if space.sparse_ratio is None else apart
+                    metric = unit_metric(module, space, shape, self._units, scores, device)
                 if metric is None:
                     left[name] = None
                 else:
@@ -187,25 +192,6 @@ class CriterionPruner(_NormPruner):
             _warn_left(left)
         return metrics
 
-    def _metric(self, name: str, target: str, space: PruningTargetSpace, scores: Mapping[str, Tensor]) -> Tensor | None:
-        """The metric of one target; ``None`` if none of its units is scored."""
-        module = self.bound_model.get_submodule(name)
-        shape = self._shape(name, space)
-        if space.type is TargetType.PARAMETER:
-            varying = _varying_axis(space, shape)
-            if varying is None:
-                return self._weight_metric(name, space)
-            out = varying == out_axis(module) if len(shape) > 1 else True
-            positions = self._positions(name, module, "out" if out else "in", scores)
-            full = None if positions is None else broadcast_to_weight(module, positions, "out" if out else "in", shape)
-        else:
-            positions = self._positions(name, module, "in" if space.type is TargetType.INPUT else "out", scores)
-            length = -1 if positions is None else len(positions)
-            if positions is not None and shape[1] != length:
-                raise PruningError(f"{target!r} of {name!r} is {shape}; expected {length} channels at axis 1")
-            full = None if positions is None else positions.reshape(1, -1, *[1] * (len(shape) - 2)).expand(*shape)
-        return None if full is None else self._shrunk(full, space)
-
     def _weight_metric(self, name: str, space: PruningTargetSpace) -> Tensor:
         """The metric of a target whose granularity splits units."""
         raise PruningError(
@@ -213,44 +199,15 @@ class CriterionPruner(_NormPruner):
             "whole units; use 'default', or WSFPruner, which scores weights as well"
         )
 
-    def _shrunk(self, full: Tensor, space: PruningTargetSpace) -> Tensor:
-        """Means over the blocks of a target, where NNI expects them."""
-        device = next(self.bound_model.parameters()).device
-        full = full.to(device, torch.float32 if device.type == "mps" else torch.float64)
-        if space._scaler is None:
-            return full
-        try:
-            shrunk: Tensor = space._scaler.shrink(full, keepdim=True)
-        except (AssertionError, RuntimeError) as error:
-            raise PruningError(
-                f"granularity {space.granularity} does not divide a weight of {list(full.shape)}"
-            ) from error
-        return shrunk
-
     def _shape(self, name: str, space: PruningTargetSpace) -> list[int]:
         if space.shape is None:
             with preserved(self.bound_model), torch.no_grad():
                 run_model(self.bound_model, self._example_inputs)
         if space.shape is None:
-            raise PruningError(f"{name!r} did not run on the example inputs, so that its outputs are not known")
+            raise PruningError(
+                f"{name!r} did not run on the example inputs, so its outputs are unknown; pass inputs that reach it"
+            )
         return list(space.shape)
-
-    def _positions(self, name: str, module: nn.Module, side: str, scores: Mapping[str, Tensor]) -> Tensor | None:
-        """Scores of a layer's positions; infinite where no unit is scored, ``None`` if none is."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for group in self._units.groups:
-            ports = self._units.carriers.get(group.name, ()) if side == "out" else group.consumers
-            found += [
-                (port.index, scores[group.name][port.unit])
-                for port in ports
-                if port.name == name and group.name in scores
-            ]
-        if not found:
-            return None
-        values = torch.full((_axis(module, side),), torch.inf, dtype=torch.float64)
-        for index, score in found:
-            values[index] = score
-        return values
 
     def _generate_sparsity(self, metrics: Metrics) -> dict[str, dict[str, Tensor]]:
         """Masks by NNI's own rules, of targets that are scored and of those aligned with them.
@@ -265,7 +222,7 @@ class CriterionPruner(_NormPruner):
                 if target in metrics.get(name, {}):
                     spaces[name][target] = space
                 elif not is_active_target(space) and space.align is not None:
-                    found = self._aligned(name, target, space)
+                    found = aligned_target(self._target_spaces, name, target)
                     if found.align["target_name"] in metrics.get(found.align["module_name"], {}):
                         spaces[name][target] = found
         try:
@@ -292,43 +249,6 @@ class CriterionPruner(_NormPruner):
                     )
         return {name: {t: mask.float() for t, mask in targets.items()} for name, targets in masks.items()}
 
-    def _aligned(self, name: str, target: str, space: PruningTargetSpace) -> PruningTargetSpace:
-        """An aligned target as aligned with one that has a mask of its own: those between have the same."""
-        passed = [(name, target)]
-        align = {**space.align, "module_name": space.align["module_name"] or name}
-        while True:
-            source = self._target_spaces.get(align["module_name"], {}).get(align["target_name"])
-            if source is None:
-                raise PruningError(
-                    f"{target!r} of {name!r} is aligned with {align['target_name']!r} of {align['module_name']!r}, "
-                    "which the config list does not select"
-                )
-            here = align["module_name"], align["target_name"]
-            if is_active_target(source) or source.align is None or here in passed:
-                return changed(space, align=align)
-            passed.append(here)
-            align = {**source.align, "module_name": source.align["module_name"] or align["module_name"]}
-
-    def _check_targets(self) -> None:
-        """Refuse sparsity that is out of range, and a list that asks for none."""
-        active = []
-        for name, targets in self._target_spaces.items():
-            for target, space in targets.items():
-                active += [space] if is_active_target(space) else []
-                for rule in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio"):
-                    value = getattr(space, rule)
-                    if value is not None and not 0 <= value <= 1:
-                        raise PruningError(f"{rule} of {target!r} of {name!r} is {value}; expected a share in [0, 1]")
-                if space.sparse_threshold is not None and not math.isfinite(space.sparse_threshold):
-                    raise PruningError(f"sparse_threshold of {target!r} of {name!r} is {space.sparse_threshold}")
-                least, most = space.min_sparse_ratio or 0.0, space.max_sparse_ratio or 1.0
-                if least > most:
-                    raise PruningError(
-                        f"{name!r} has a min_sparse_ratio of {least} over its max_sparse_ratio of {most}"
-                    )
-        if not active:
-            raise PruningError("the config list asks for no sparsity; give a sparse_ratio or a sparse_threshold")
-
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> str | None:
         # NNI means axis 0 by "out_channel", and axis 1 by "in_channel".
         if target_space.type is TargetType.PARAMETER:
@@ -336,40 +256,26 @@ class CriterionPruner(_NormPruner):
         return "per_channel"
 
     @classmethod
+    def _observes(cls) -> bool:
+        return "statistics" in cls._needs.requires
+
+    @classmethod
     def _check_given(
         cls, calibration: Iterable[Any] | None, statistics: Statistics | None, labels: Sequence[int | str] | None
     ) -> None:
-        if labels is not None and not cls._labelled:
-            raise CriterionError(f"{cls.__name__} knows no labels; leave labels out, or use SemanticPruner")
+        if labels is not None and not cls._needs.labels:
+            raise CriterionError(f"{cls.__name__} takes no labels; leave labels out, or use SemanticPruner")
         given = [calibration is not None, statistics is not None]
-        if cls._observes and sum(given) != 1:
+        if cls._observes() and sum(given) != 1:
             found = "both" if all(given) else "neither"
             raise CriterionError(
-                f"{cls.__name__} scores what units do on data, and {found} of calibration and statistics is given; "
+                f"{cls.__name__} scores activations, and {found} of calibration and statistics is given; "
                 "pass calibration=loader, or statistics of nns_plugin.calibrate"
             )
-        if not cls._observes and any(given):
+        if not cls._observes() and any(given):
             raise CriterionError(f"{cls.__name__} scores weights; leave calibration and statistics out")
         if calibration is not None and (not isinstance(calibration, Iterable) or isinstance(calibration, Iterator)):
-            raise CriterionError("calibration has to yield batches anew each time; pass a loader or a list of batches")
-
-
-def _varying_axis(space: PruningTargetSpace, shape: Sequence[int]) -> int | None:
-    """The axis of a weight along which blocks of a granularity lie; ``None`` if they split units."""
-    scaler = space._scaler
-    if scaler is None:
-        return None if len(shape) > 1 else 0
-    steps = scaler._padding(scaler.kernel_size, len(shape), scaler.kernel_padding_val, scaler.kernel_padding_mode)
-    varying = [axis for axis, step in enumerate(steps) if step != -1 and step < shape[axis]]
-    return (varying or [0])[0] if len(varying) < 2 and varying in ([], [0], [1]) else None
-
-
-def _axis(module: nn.Module, side: str) -> int:
-    """Number of positions that a layer reads, or writes or passes on."""
-    weight = getattr(module, "weight", None)
-    if side == "out" and isinstance(weight, Tensor):
-        return len(by_output(module, weight))
-    return axis_length(module, side, type(module).__name__)
+            raise CriterionError("calibration must yield batches anew each time; pass a loader or a list of batches")
 
 
 def _warn_left(names: Iterable[str]) -> None:

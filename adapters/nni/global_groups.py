@@ -1,8 +1,7 @@
-"""Rules of config lists that NNI's own mask generation does not keep: ranking across layers, and limits."""
+"""Rules of config lists that NNI's own mask generation does not keep: global ranking, and limits of sparsity."""
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,7 @@ import torch
 from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor
 
-Spaces = dict[str, dict[str, PruningTargetSpace]]
-Metrics = dict[str, dict[str, Tensor]]
+from nns_plugin.adapters.nni.targets import Metrics, Spaces, changed
 
 
 def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]:
@@ -30,24 +28,24 @@ def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]
         Metrics and targets, in which a group's decisions are metrics of 0 and 1 with a threshold between them.
     """
     decided: Metrics = {name: dict(targets) for name, targets in metrics.items()}
-    told: Spaces = {name: dict(targets) for name, targets in spaces.items()}
+    settled: Spaces = {name: dict(targets) for name, targets in spaces.items()}
     ranked: dict[Any, list[tuple[str, str]]] = defaultdict(list)
     for name, targets in metrics.items():
         for target in targets:
             space = spaces[name][target]
             if space.sparse_ratio is None:
-                told[name][target] = changed(space, dependency_group_id=None, global_group_id=None)
+                settled[name][target] = changed(space, dependency_group_id=None, global_group_id=None)
                 continue
             if space.dependency_group_id is not None:
                 ratio = min(_most(space), max(_least(space), space.sparse_ratio))
-                told[name][target] = changed(space, sparse_ratio=ratio)
+                settled[name][target] = changed(space, sparse_ratio=ratio)
             elif space.global_group_id is not None:
                 ranked[space.global_group_id].append((name, target))
     for places in ranked.values():
         found = [(metrics[name][target], spaces[name][target]) for name, target in places]
         for (name, target), kept in zip(places, _kept(found), strict=True):
             decided[name][target] = kept
-            told[name][target] = changed(
+            settled[name][target] = changed(
                 spaces[name][target],
                 sparse_threshold=0.5,
                 sparse_ratio=None,
@@ -55,7 +53,7 @@ def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]
                 min_sparse_ratio=None,
                 max_sparse_ratio=None,
             )
-    return decided, told
+    return decided, settled
 
 
 def _kept(found: Sequence[tuple[Tensor, PruningTargetSpace]]) -> list[Tensor]:
@@ -88,10 +86,3 @@ def _least(space: PruningTargetSpace) -> float:
 
 def _most(space: PruningTargetSpace) -> float:
     return space.max_sparse_ratio or 1.0
-
-
-def changed(space: PruningTargetSpace, **settings: Any) -> PruningTargetSpace:
-    """The same target with other settings."""
-    other = copy.copy(space)
-    other._setting = {**space.setting, **settings}
-    return other

@@ -1,25 +1,27 @@
-"""Our criteria as NNI pruners, put where NNI's own would be."""
+"""The built-in criteria as NNI pruners, used where NNI's own would be."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from nni.compression.base.target_space import PruningTargetSpace
-from nni.compression.base.wrapper import ModuleWrapper
-from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from nns_plugin.adapters.nni.block_metrics import block_means
 from nns_plugin.adapters.nni.criterion_pruner import CriterionPruner
 from nns_plugin.adapters.nni.wrappers import held_masks, plain_copy
+from nns_plugin.adapters.torch_pruning.traced_units import TracedUnits
 from nns_plugin.compensation.least_squares import RIDGE
-from nns_plugin.criteria.contract import Criterion
+from nns_plugin.criteria.contract import Criterion, needs_of
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.mean_weight import MeanWeight, Weights
 from nns_plugin.criteria.semantic import Contrast, Measure, Semantic
 from nns_plugin.criteria.switcher import Switcher
 from nns_plugin.criteria.wsf import WSF, Reduction
 from nns_plugin.errors import PruningError
+from nns_plugin.models.inputs import device_of
+from nns_plugin.statistics.angles import Center
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.switcher.network import SwitcherNetwork
 from nns_plugin.switcher.scaling_factors import ScalingFactors
@@ -30,10 +32,11 @@ from nns_plugin.synapses.snapshot import WeightSnapshot
 class SemanticPruner(CriterionPruner):
     """Label-driven activity of units, as an NNI pruner.
 
-    ``sparse_threshold`` is the zeta of the source: units that are less active than that, relative to the most active
-    unit of their layer, go.
+    ``sparse_threshold`` is the zeta of the source: units that are less active, relative to the most active unit of
+    their layer, are masked.
 
     Args:
+        *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         measure: ``"mean"`` or ``"frequency"``.
         contrast: ``None`` or ``"rest"``.
         **options: Of :class:`CriterionPruner`; ``labels`` are the labels to keep, all of them by default.
@@ -42,23 +45,14 @@ class SemanticPruner(CriterionPruner):
         See :class:`nns_plugin.criteria.Semantic`.
     """
 
-    _observes = True
-    _labelled = True
+    _needs = needs_of(Semantic)
 
     def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
-        measure: Measure = "mean",
-        contrast: Contrast | None = None,
-        **options: Any,
+        self, *arguments: Any, measure: Measure = "mean", contrast: Contrast | None = None, **options: Any
     ) -> None:
         self._measure: Measure = measure
         self._contrast: Contrast | None = contrast
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         assert statistics is not None
@@ -69,6 +63,7 @@ class DistinctivenessPruner(CriterionPruner):
     """Units that others can stand in for go first, as an NNI pruner.
 
     Args:
+        *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         mode: ``"pairwise"`` or ``"span"``.
         center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
         vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
@@ -79,24 +74,19 @@ class DistinctivenessPruner(CriterionPruner):
         See :class:`nns_plugin.criteria.Distinctiveness`.
     """
 
-    _observes = True
-    _gram = True
+    _needs = needs_of(Distinctiveness)
 
     def __init__(
         self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
+        *arguments: Any,
         mode: Mode = "pairwise",
-        center: float | Literal["mean"] | None = None,
+        center: Center = None,
         vectors: Vectors = "activations",
         ridge: float = RIDGE,
         **options: Any,
     ) -> None:
         self._how = (mode, center, vectors, ridge)
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         assert statistics is not None
@@ -104,9 +94,10 @@ class DistinctivenessPruner(CriterionPruner):
 
 
 class MeanWeightPruner(CriterionPruner):
-    """Units whose incoming weights sum up to little go first, as an NNI pruner.
+    """Units with the lowest sums of incoming weights go first, as an NNI pruner.
 
     Args:
+        *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         weights: Sum of ``"magnitudes"`` or of ``"values"``.
         **options: Of :class:`CriterionPruner`.
 
@@ -114,18 +105,9 @@ class MeanWeightPruner(CriterionPruner):
         See :class:`nns_plugin.criteria.MeanWeight`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
-        weights: Weights = "magnitudes",
-        **options: Any,
-    ) -> None:
+    def __init__(self, *arguments: Any, weights: Weights = "magnitudes", **options: Any) -> None:
         self._weights: Weights = weights
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         return MeanWeight(model, self._weights)
@@ -135,8 +117,9 @@ class WSFPruner(CriterionPruner):
     """Units, or single weights, that training hardly moved go first, as an NNI pruner.
 
     Args:
+        *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         snapshot: The model's weights before training, or at any earlier checkpoint.
-        reduction: Over the layers that write and read a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
+        reduction: Over the producers and consumers of a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
         single_weights: Whether the default granularity is single weights, as with NNI's ``LevelPruner``. A
             ``granularity`` that splits units, such as ``[1, 1]`` in a linear layer, asks for them as well.
         **options: Of :class:`CriterionPruner`.
@@ -147,11 +130,7 @@ class WSFPruner(CriterionPruner):
 
     def __init__(
         self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
+        *arguments: Any,
         snapshot: WeightSnapshot,
         reduction: Reduction = "mean",
         single_weights: bool = False,
@@ -159,8 +138,11 @@ class WSFPruner(CriterionPruner):
     ) -> None:
         self._snapshot, self._reduction = snapshot, reduction
         self._single_weights = single_weights
-        snapshot.movement(model)  # refuses another architecture, before anything changes
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
+
+    def _trace(self, model: nn.Module, example_inputs: Any) -> TracedUnits:
+        self._snapshot.movement(model)  # refuses another architecture, before anything changes
+        return super()._trace(model, example_inputs)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         return WSF(model, self._snapshot, self._reduction)
@@ -168,38 +150,35 @@ class WSFPruner(CriterionPruner):
     def _weight_metric(self, name: str, space: PruningTargetSpace) -> Tensor:
         moved = significance(plain_copy(self.bound_model), self._snapshot)
         if name not in moved or space._target_name != "weight":
-            raise PruningError(f"{space._target_name!r} of {name!r} has no synapses, so that none can be masked alone")
+            raise PruningError(
+                f"{space._target_name!r} of {name!r} has no synapses, so none can be masked alone; use the default "
+                "granularity, or exclude it"
+            )
         there = held_masks(self.bound_model)[name]["weight"].broadcast_to(moved[name].shape).bool()
-        return self._shrunk(moved[name].masked_fill(~there, -1.0), space)
+        return block_means(moved[name].masked_fill(~there, -1.0), space, device_of(self.bound_model))
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> str | None:
         return None if self._single_weights else super()._set_default_sparse_granularity(target_space)
 
 
 class SwitcherPruner(CriterionPruner):
-    """Units with the lowest factors go first, as an NNI pruner; ``sparse_threshold`` is the least factor that stays.
+    """Units with the lowest scaling factors go first, as an NNI pruner.
+
+    ``sparse_threshold`` is the lowest factor that stays.
 
     Args:
-        factors: What a switcher network gives for the model; or the network itself, which is then asked again whenever
-            masks are made.
+        *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
+        factors: The factors of a switcher network for the model; or the network itself, which then computes them anew
+            whenever masks are made.
         **options: Of :class:`CriterionPruner`.
 
     Source:
         See :class:`nns_plugin.criteria.Switcher`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict[str, Any]],
-        evaluator: Evaluator | None = None,
-        existed_wrappers: dict[str, ModuleWrapper] | None = None,
-        *,
-        factors: ScalingFactors | SwitcherNetwork,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *arguments: Any, factors: ScalingFactors | SwitcherNetwork, **options: Any) -> None:
         self._factors = factors
-        super().__init__(model, config_list, evaluator, existed_wrappers, **options)
+        super().__init__(*arguments, **options)
 
     def _criterion(self, model: nn.Module, statistics: Statistics | None) -> Criterion:
         if isinstance(self._factors, ScalingFactors):

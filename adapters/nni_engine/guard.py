@@ -1,7 +1,7 @@
-"""A process that waits for another to end, and then ends what NNI has left running.
+"""A process that waits for its parent to end, and then ends what NNI has left running.
 
-``python -m nns_plugin.adapters.nni_engine.guard FOLDER``: NNI's managers are known by their folder of experiments; who
-starts them holds the other end of standard input.
+``python -m nns_plugin.adapters.nni_engine.guard FOLDER``: NNI's managers are recognised by their folder of experiments;
+the parent holds the other end of standard input. It must not import NNI, which takes seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ GONE = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 
 
 def main(folder: str) -> None:
-    """Remember what NNI runs for a folder until standard input ends; then end what is left of it."""
+    """Follow the processes that NNI runs for a folder until standard input closes; then end those that are left."""
     known: dict[int, psutil.Process] = {}
     while True:
         _look(folder, known)
         if select.select([sys.stdin], [], [], INTERVAL_SECONDS)[0]:
-            break  # nothing is ever written: it has ended
+            break  # nothing is ever written, so it was closed
     for _ in range(LAST_LOOKS):
         _look(folder, known)
         _end(known)
@@ -33,7 +33,7 @@ def main(folder: str) -> None:
 
 
 def _look(folder: str, known: dict[int, psutil.Process]) -> None:
-    """Add managers, and the descendants of all that are known."""
+    """Add managers, and the descendants of all known processes."""
     for process in psutil.process_iter():
         with contextlib.suppress(*GONE):
             words = process.cmdline()
@@ -45,7 +45,7 @@ def _look(folder: str, known: dict[int, psutil.Process]) -> None:
 
 
 def _end(known: dict[int, psutil.Process]) -> None:
-    """Stop all, so that they start no others; look once more; end all."""
+    """Suspend all, so that they start no others; look once more; kill all."""
     ended: set[int] = set()
     while left := [process for pid, process in known.items() if pid not in ended]:
         for process in left:
@@ -56,7 +56,7 @@ def _end(known: dict[int, psutil.Process]) -> None:
                 known.update({child.pid: child for child in process.children(recursive=True)})
         for process in left:
             ended.add(process.pid)
-            with contextlib.suppress(*GONE):  # which also tells other processes of the same number
+            with contextlib.suppress(*GONE):  # psutil refuses a process that took over the number
                 process.kill()
     known.clear()
 

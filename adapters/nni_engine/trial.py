@@ -1,4 +1,4 @@
-"""What a trial asks of NNI, and tells it."""
+"""A trial's side of NNI: the parameters that it receives, and the numbers that it reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ except ImportError as error:
 
 
 def next_trial() -> tuple[dict[str, Any], int]:
-    """What the tuner chose, and the number of the trial."""
+    """The tuner's choice, and the number of the trial."""
     parameters = nni.get_next_parameter()
     return dict(parameters), int(nni.get_sequence_id())
 
 
 def report(numbers: Mapping[str, Any]) -> None:
-    """Give back numbers, of which the tuner goes by ``"default"``."""
+    """Report numbers to the tuner, which optimises ``"default"``."""
     nni.report_final_result(dict(numbers))

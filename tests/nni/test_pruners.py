@@ -682,8 +682,8 @@ def test_what_is_missing_or_too_much_is_told() -> None:
         (ours.SemanticPruner, {}, "neither of calibration and statistics is given"),
         (ours.SemanticPruner, {"calibration": BATCHES, "statistics": statistics}, "both of calibration and"),
         (ours.SemanticPruner, {"calibration": iter(BATCHES)}, "anew each time"),
-        (ours.MeanWeightPruner, {"labels": [1]}, "MeanWeightPruner knows no labels"),
-        (ours.DistinctivenessPruner, {"labels": [1], "calibration": BATCHES}, "knows no labels"),
+        (ours.MeanWeightPruner, {"labels": [1]}, "MeanWeightPruner takes no labels"),
+        (ours.DistinctivenessPruner, {"labels": [1], "calibration": BATCHES}, "takes no labels"),
         (ours.MeanWeightPruner, {"calibration": BATCHES}, "scores weights; leave calibration and statistics out"),
     ):
         with pytest.raises(CriterionError, match=message):
