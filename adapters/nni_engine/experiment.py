@@ -99,7 +99,9 @@ def experiment_config(file: Path) -> ExperimentConfig:
     try:
         found: ExperimentConfig = ExperimentConfig.load(file)
     except Exception as error:  # the host fails in any way
-        raise SweepError(f"{str(file)!r} is not an experiment config of NNI: {type(error).__name__}: {error}") from error
+        raise SweepError(
+            f"{str(file)!r} is not an experiment config of NNI: {type(error).__name__}: {error}"
+        ) from error
     return found
 
 

@@ -107,7 +107,7 @@ def run_sweep(
         NNSError: If the recipe is invalid, the folder holds another sweep, no trial succeeds or NNI fails.
         KeyboardInterrupt: On Ctrl-C; finished trials are in the folder, and no process is left running.
     """
-    from nns_plugin.adapters.nni_engine.experiment import ended_trials, experiment_config
+    from nns_plugin.adapters.nni_engine.experiment import ExperimentOptions, ended_trials, experiment_config
 
     if nni_config is not None:
         experiment_config(nni_config)
@@ -130,18 +130,16 @@ def run_sweep(
         python = "python3" if nni_config is not None else sys.executable
         bar = tqdm(total=count, initial=len(done), desc="sweep", disable=not progress, leave=False)
         with bar:
-            for ended in ended_trials(
-                f"{python} -m nns_plugin.jobs.trial",
-                folder,
-                space,
+            options = ExperimentOptions(
                 tuner=section.tuner,
                 seed=section.seed + len(done),  # a resumed sweep must not repeat the first trials
                 trials=left,
                 concurrency=section.concurrency,
-                working_folder=state.working_folder,
                 max_minutes=section.max_minutes,
                 config_file=nni_config,
-            ):
+            )
+            command = f"{python} -m nns_plugin.jobs.trial"
+            for ended in ended_trials(command, folder, space, options, working_folder=state.working_folder):
                 state.add(ended, planned)
                 bar.update()
     sweep = Sweep(tuple(state.all_trials()), count, section.metric)

@@ -53,11 +53,11 @@ class Engine:
         self.fail, self.stop_after = fail, stop_after
         monkeypatch.setattr(nni_experiment, "ended_trials", self)
 
-    def __call__(self, command: str, folder: Path, space: Any, **options: Any) -> Any:
-        self.calls.append({"command": command, "space": space, **options})
+    def __call__(self, command: str, folder: Path, space: Any, options: Any, *, working_folder: Path) -> Any:
+        self.calls.append({"command": command, "space": space, **vars(options)})
         plan = json.loads((folder / "plan.json").read_text())
         self.calls[-1]["plan"] = plan
-        for place, number in enumerate(space["trial"]["_value"] if "trial" in space else range(options["trials"])):
+        for place, number in enumerate(space["trial"]["_value"] if "trial" in space else range(options.trials)):
             if place == self.stop_after:
                 raise KeyboardInterrupt
             parameters = {"trial": number} if "trial" in space else {"ratio": 0.1 * (number + 1)}
@@ -149,7 +149,7 @@ def test_trials_of_a_tuner_are_numbered_as_their_folders(
     Engine(monkeypatch, fail={0})
     run_sweep(recipe, tmp_path / "out", free | {"sweep.trials": 2})
 
-    def ended(command: str, folder: Path, space: Any, **options: Any) -> Any:
+    def ended(command: str, folder: Path, *args: Any, **options: Any) -> Any:
         plan = json.loads((folder / "plan.json").read_text())
         for number in (1, 0):  # as with two at a time
             yield Ended(number, {"ratio": 0.3}, {"balanced_accuracy": 0.5, "latency_ms": plan["first"] + number}, "")
@@ -167,7 +167,7 @@ def test_what_a_trial_reports_of_itself_counts(
     """NNI may list the parameters of one trial for another if several run at a time."""
     ratios = [0.1, 0.2, 0.3, 0.4]
 
-    def ended(command: str, folder: Path, space: Any, **options: Any) -> Any:
+    def ended(command: str, folder: Path, *args: Any, **options: Any) -> Any:
         for listed, number in ((0, 1), (1, 0), (2, 2)):
             parameters = {"trial": listed} if tuner == "GridSearch" else {"ratio": ratios[listed]}
             numbers = {"number": number, "chosen": {"ratio": ratios[number]}, "parameters": 7, "latency_ms": number}
@@ -222,7 +222,7 @@ def test_mistakes_are_reported_before_anything_runs(
 
 def test_configs_of_nni(recipe: Path, tmp_path: Path) -> None:
     """Only the training service of an NNI config is used."""
-    with pytest.raises(SweepError, match="is no experiment config of NNI"):
+    with pytest.raises(SweepError, match="is not an experiment config of NNI"):
         run_sweep(recipe, tmp_path / "out", nni_config=tmp_path / "none.yaml")
     assert not (tmp_path / "out").exists()
     config = tmp_path / "nni.yaml"
