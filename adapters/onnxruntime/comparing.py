@@ -20,7 +20,7 @@ from nns_plugin.adapters.onnxruntime.answers import answers_of
 from nns_plugin.adapters.onnxruntime.comparison import CompareOptions, Comparison
 from nns_plugin.adapters.onnxruntime.exporting import export
 from nns_plugin.adapters.onnxruntime.feeds import Feeds, feeds_of, random_values, values_of
-from nns_plugin.adapters.onnxruntime.file import read_file
+from nns_plugin.adapters.onnxruntime.file import OnnxFile, read_file
 from nns_plugin.adapters.onnxruntime.latency import FeedPair, measure_latency
 from nns_plugin.adapters.onnxruntime.layers import read_layers
 from nns_plugin.adapters.onnxruntime.memory import SessionMemory, session_memory
@@ -32,7 +32,7 @@ from nns_plugin.errors import ExportError
 from nns_plugin.evaluation.metrics import Array
 from nns_plugin.evaluation.parity import ParityReport
 
-Model: TypeAlias = str | os.PathLike[str] | nn.Module
+Model: TypeAlias = str | os.PathLike[str] | OnnxFile | nn.Module
 RANDOM_INPUTS = 64
 _PARITY_INPUTS = 64  # inputs on which torch models are compared
 
@@ -70,7 +70,8 @@ def compare(
     """Compare a candidate with its baseline.
 
     Args:
-        baseline: An ONNX file; or a torch model, which is exported for the comparison and must agree with its file.
+        baseline: An ONNX file, or what :func:`read_file` returned for it; or a torch model, which is exported for the
+            comparison and must agree with its file.
         candidate: Another; its labels may be a subset of the baseline's, with or without an output "other".
         inputs: Tensors or arrays ``[N, ...]``: one, several in order, or by name; random ones by default. Torch models
             need some.
@@ -104,8 +105,8 @@ def compare(
     )
     if references.masked is not None and references.candidate is None:
         raise ExportError("masked is compared with a candidate in torch, found only its file; pass its torch model too")
-    with _as_files(models, inputs, (label_names, candidate_labels), options.opset) as paths:
-        files = [read_file(path) for path in paths]
+    with _as_files(models, inputs, (label_names, candidate_labels), options.opset) as files:
+        paths = [Path(file.path) for file in files]
         fixed = next((file.fixed_batch for file in files if file.fixed_batch is not None), 1)
         sizes = (fixed,) if options.batches is None else tuple(dict.fromkeys(options.batches))
         count = max((RANDOM_INPUTS, *sizes))
@@ -200,20 +201,20 @@ def _memory(path: Path, feed: dict[str, Array], options: CompareOptions) -> Sess
 @contextmanager
 def _as_files(
     models: Mapping[str, Model], inputs: Any, names: tuple[Sequence[str] | None, ...], opset: int | None
-) -> Iterator[list[Path]]:
+) -> Iterator[list[OnnxFile]]:
     """The models as ONNX files; those exported here are deleted on exit."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = []
+        files = []
         for (name, model), label_names in zip(models.items(), names, strict=True):
             if isinstance(model, nn.Module):
                 if inputs is None:
                     raise ExportError(f"the {name} is a torch model, which needs inputs to be exported; pass some")
                 path = Path(folder, f"{name}.onnx")
                 export(model, _first_tensors(inputs, 2), path, label_names=label_names, opset=opset)
-                paths.append(path)
+                files.append(read_file(path))
             else:
-                paths.append(Path(model))
-        yield paths
+                files.append(model if isinstance(model, OnnxFile) else read_file(model))
+        yield files
 
 
 def _first_tensors(inputs: Any, count: int) -> Any:

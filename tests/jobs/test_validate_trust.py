@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -217,6 +218,13 @@ def test_only_regular_files_are_replaced(tmp_path: Path, capsys: pytest.CaptureF
     assert validate(path, path, "--json", tmp_path / "pipe") == 2
     assert "is not a regular file" in complaint(capsys)
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_each_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, real = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: hashed.append(content) or real(*content))
+    assert validate(linear(tmp_path / "a.onnx"), linear(tmp_path / "b.onnx")) == 0
+    assert len(hashed) == 2
 
 
 def test_a_link_is_followed_when_writing(tmp_path: Path) -> None:

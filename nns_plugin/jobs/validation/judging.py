@@ -72,8 +72,7 @@ def _judged(baseline: Path, candidate: Path, options: ValidationOptions, paths: 
             "recipe"
         )
     comparison = compare(
-        baseline,
-        candidate,
+        *files,
         evidence.inputs,
         evidence.labels,
         CompareOptions(**measured),
