@@ -1,14 +1,15 @@
-"""The source paper's tables on switchers: accuracy, and what is left, against the same network trained plainly.
+"""The paper's tables on switchers: accuracy and remaining size, against the same network trained plainly.
 
 MLP 784-300-100-10 and LeNet5-Caffe 20-50-800-500 on MNIST, VGG-cov2 64-64-16384-256-256 on the CIFAR-10 images. Each
 network is trained plainly, together with its switcher (alternate), and plainly with the switcher learning afterwards
-(separate, for the MLP), under one optimizer, schedule, number of epochs and seed; judged on test data that decide
-nothing. Weights start as in the paper: N(0, 0.01) in fully connected layers, Kaiming in convolutions.
+(separate, for the MLP), with the same optimizer, schedule, number of epochs and seed. Results are measured on test
+data that influence no decision. Initial weights are the paper's: N(0, 0.01) in fully connected layers, Kaiming in
+convolutions.
 
-``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by a pixel in a share of the batches
-(``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule, no
-images moved. ``--form literal``: the paper's switcher, with neither norms nor budget, and a step of each in turn.
-``--parts tried``: what changes to the default do to the MLP.
+``--setting ours``: Adam at 1e-3 with a cosine schedule; MNIST images moved by one pixel in a share of the batches
+(``--moved``). The switcher removes a budget of the weights. ``--setting paper``: SGD at 0.1 with the same schedule,
+without moved images. ``--form literal``: the paper's switcher, without norms and budget, one step of each in turn.
+``--parts tried``: how changes to the defaults affect the MLP.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from nns_plugin.switcher.removal import switch_off
 from nns_plugin.switcher.training import Epoch, train_switched
 
 BATCH, SWITCHER_RATE, TASK_STEPS = 64, 3e-3, 20
-SEPARATE_RATE = 1e-3  # with 3e-3 one of three trainings collapses
-SEPARATE_EPOCHS = 2  # with a step of the switcher for each batch, about as many as in alternate training
+SEPARATE_RATE = 1e-3  # with 3e-3, one of three trainings collapses
+SEPARATE_EPOCHS = 2  # with one step per batch, about as many steps of the switcher as in alternate training
 MOVED = 0.7
 GOAL, GOAL_REMOVED = 98.4, 0.75
 LITERAL: dict[str, Any] = {"task_steps": 1, "gather_gradients": False, "max_second_term": float("inf")}
-# What else was tried, on the MLP: changes to the default, and whether weights start as PyTorch's do.
+# What else was tried on the MLP: changes to the defaults, and whether to use PyTorch's initial weights.
 TRIED: dict[str, tuple[dict[str, Any], bool]] = {
     "default": ({}, False),
     "no second term": ({"max_second_term": 0.0}, False),
@@ -130,7 +131,7 @@ TASKS = {
 
 
 class Batches:
-    """Shuffled batches; of MNIST, some are moved by a pixel."""
+    """Shuffled batches; some MNIST batches are moved by one pixel."""
 
     def __init__(self, inputs: Tensor, labels: Tensor, moved: float) -> None:
         self.inputs, self.labels, self.moved = inputs, labels, moved
@@ -144,7 +145,7 @@ class Batches:
 
 
 def started(task: Task, seed: int, device: torch.device) -> nn.Module:
-    """The network with the paper's first weights."""
+    """Build the network with the paper's initial weights."""
     torch.manual_seed(seed)
     model = task.make()
     for layer in model.modules():
@@ -183,7 +184,7 @@ def switched(
     alternate: bool,
     **changes: Any,
 ) -> tuple[nn.Module, tuple[Epoch, ...], Tensor]:
-    """The small network, the epochs, and the factors of the first layer's inputs."""
+    """Return the small network, the epochs, and the factors of the first layer's inputs."""
     form = changes.pop("form", options.form)
     literal = form == "literal"
     budget = changes.pop("budget", None if literal else task.budget)
@@ -215,7 +216,7 @@ def switched(
 
 
 def widths(model: nn.Module) -> str:
-    """Units and positions that each layer but the last writes or reads, as the paper writes them."""
+    """Return the remaining units and positions of each layer but the last, in the paper's notation."""
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     return "-".join(str(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.in_features) for layer in layers)
 
@@ -234,11 +235,11 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 Row = tuple[float, float, str, float]
-"""Accuracy, removed share, what is left, seconds."""
+"""Accuracy, removed share, remaining widths, seconds."""
 
 
 def run(name: str, options: argparse.Namespace, seed: int, alternate: bool) -> dict[str, Row]:
-    """One training together with the switcher; or a plain one, and the switcher after it."""
+    """Train together with the switcher, or plainly with the switcher afterwards."""
     task, device = TASKS[name], torch.device(options.device)
     warnings.simplefilter("ignore", AllOffWarning)
     train, test = (tuple(part.to(device) for part in half) for half in task.data(options.data_dir))
@@ -282,7 +283,7 @@ def show(name: str, options: argparse.Namespace, pool: Executor) -> None:
 
 
 def attempt(name: str, options: argparse.Namespace) -> tuple[str, str, str, str]:
-    """Accuracy, removed share, what is left, and the share of inputs pruned where images are always or often black."""
+    """Return accuracy, removed share, widths, and the pruned shares of inputs that are always black and often lit."""
     changes, default_start = TRIED[name]
     task = TASKS["mlp"]
     warnings.simplefilter("ignore", AllOffWarning)
@@ -306,7 +307,7 @@ def attempt(name: str, options: argparse.Namespace) -> tuple[str, str, str, str]
 
 def show_tried(options: argparse.Namespace, pool: Executor) -> None:
     jobs = {name: pool.submit(attempt, name, options) for name in TRIED}
-    table = Table(title=f"mlp, what was tried: {options.epochs or 10} epochs, seed {options.seeds[0]}")
+    table = Table(title=f"mlp, alternatives: {options.epochs or 10} epochs, seed {options.seeds[0]}")
     for column in ("switcher", "accuracy", "weights removed", "left", "pruned inputs: always black, and often lit"):
         table.add_column(column)
     for name, job in tqdm(jobs.items(), desc="tried", leave=False):
@@ -366,11 +367,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--setting", choices=["ours", "paper"], default="ours")
     parser.add_argument("--form", choices=["competing", "literal"], default="competing")
-    parser.add_argument("--moved", type=float, default=MOVED, help="share of MNIST's batches that are moved by a pixel")
-    parser.add_argument("--epochs", type=int, help="instead of those of each part")
+    parser.add_argument("--moved", type=float, default=MOVED, help="share of the MNIST batches moved by one pixel")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of the default of each part")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--figures", type=Path, help="folder for the pictures of the first seed")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, each with one thread")
+    parser.add_argument("--figures", type=Path, help="folder for the figures of the first seed")
+    parser.add_argument("--processes", type=int, default=2, help="number of parallel trainings, each with one thread")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:

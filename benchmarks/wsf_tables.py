@@ -1,18 +1,17 @@
-"""The seed's tables on synapses: how small a net that solves XOR gets, and digits with ever fewer synapses.
+"""The seed's tables on synapses: the smallest network that solves XOR, and digits with fewer and fewer synapses.
 
-XOR: a net 2-100-1 is trained, and ``minimal_network`` removes its synapses as long as it answers all four inputs right.
-The known minimum is 2-2-1 with 6 synapses. Synapses are ranked by their significance (WSF), by magnitude and at random,
-in each case by what the weakest hidden unit at their ends counts in total (``by_unit``); and by plain WSF beside that.
-Before each training, synapses of hidden units that lack the other side do nothing, and are exchanged for masked ones of
-other units, those with the largest gradient first: without that, some nets end at 2-3-1 with 7 synapses, of which none
-can go by itself.
+XOR: a network 2-100-1 is trained, and ``minimal_network`` removes its synapses as long as it answers all four inputs
+correctly. The known minimum is 2-2-1 with 6 synapses. Synapses are ranked by significance (WSF), by magnitude and at
+random, each time by the total of the weakest hidden unit at their ends (``by_unit``), and also by plain WSF. Before
+each training, the idle synapses of dead hidden units are exchanged for masked ones of other units, those with the
+largest gradient first: without that, some networks end at 2-3-1 with 7 synapses, none of which can be removed alone.
 
-MNIST: a net 784-20-10 with its 15 880 synapses is trained on the 60 000 training images, and pruned in stages. In each
-stage the lowest synapses go, and between epochs of training some of those that are left are exchanged for masked ones
-with a large gradient; at 1 259 synapses, no more than 465 inputs may stay in use. WSF, magnitude and random get the
-same schedule (random exchanges for random ones); "no exchange" is WSF on the same schedule without exchanges. Judged on
-the 10 000 test images, which decide nothing. Training is plain SGD: Adam moves the synapses of pixels that are hardly
-ever there as far as any, so that the border of the image looks significant.
+MNIST: a network 784-20-10 with 15 880 synapses is trained on the 60 000 training images and pruned in stages. In each
+stage the lowest-scoring synapses are removed, and between training epochs some of the remaining ones are exchanged
+for masked ones with a large gradient; at 1 259 synapses, at most 465 inputs may be in use. WSF, magnitude and random
+follow the same schedule (random exchanges at random); "no exchange" is WSF on the same schedule without exchanges.
+Results are measured on the 10 000 test images, which influence no decision. Training is plain SGD: Adam moves the
+synapses of pixels that are hardly ever set as far as any others, so that the border of the image looks significant.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ STAGES = (7940, 3970, 2382, 1588, 1259, 600, 300, 150, 76, 38)
 SHOWN = (7940, 3970, 2382, 1588, 1259, 38)
 PAPER = {1259: "97 on 465 inputs", 38: "50 on 20 inputs"}
 GOALS = {1259: 94.0, 38: 50.0}
-MOST_INPUTS = {1259: 465}
+MAX_INPUTS = {1259: 465}
 BATCH, RATE, DECAY, DENSE_EPOCHS = 128, 0.1, 1e-4, 60
-SHIFTED = 0.7  # of the batches are moved by a pixel, down to 1 259 synapses
+SHIFTED = 0.7  # share of the batches moved by one pixel, down to 1 259 synapses
 EXCHANGED = 0.3
 GRADIENT_IMAGES = 4096
 
@@ -124,7 +123,7 @@ def xor_loss(model: nn.Module) -> Tensor:
 
 
 def exchange_idle(model: nn.Module) -> None:
-    """Exchange synapses of hidden units that read no input or that nothing reads."""
+    """Exchange the synapses of dead hidden units."""
     (first, producer), (second, consumer) = linear(model).items()
     written, read = synapse_mask(producer), synapse_mask(consumer)
     whole = written.any(1) & read[0]
@@ -143,7 +142,7 @@ def judge_xor(model: nn.Module) -> float:
 
 
 def solve_xor(score: str, by_unit: bool, seed: int) -> tuple[int, int, int, int]:
-    """Inputs, hidden units, synapses, and steps; hidden units is 0 if the net is not right."""
+    """Return inputs, hidden units, synapses and steps; hidden units is 0 if an answer is wrong."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(2, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
     snapshot = WeightSnapshot(model)
@@ -168,7 +167,7 @@ def show_xor(pool: ProcessPoolExecutor, seeds: int) -> None:
     jobs = {(row, seed): pool.submit(solve_xor, *row, seed) for row in rows for seed in range(seeds)}
     found = {key: job.result() for key, job in tqdm(jobs.items(), desc="XOR", leave=False)}
     table = Table(title=f"XOR from 2-{HIDDEN}-1, {seeds} seeds; known minimum 2-2-1 with 6 synapses")
-    for column in ("scores", "reached 2-2-1 with 6", "synapses, mean", "most", "hidden units, mean", "steps, mean"):
+    for column in ("scores", "reached 2-2-1 with 6", "synapses, mean", "maximum", "hidden units, mean", "steps, mean"):
         table.add_column(column, justify="left" if column == "scores" else "right")
     reached = {}
     for row in rows:
@@ -194,7 +193,7 @@ def show_xor(pool: ProcessPoolExecutor, seeds: int) -> None:
 
 
 def prune_digits(score: str, exchanges: bool, seed: int, data_dir: Path) -> dict[int, tuple[float, int, int]]:
-    """For each number of synapses: test accuracy in percent, inputs and hidden units in use; 0 for the dense net."""
+    """Return, by number of synapses (0: dense), test accuracy in percent and the inputs and hidden units in use."""
     torch.manual_seed(seed)
     images, labels = read_mnist(data_dir, "train")
     test = read_mnist(data_dir, "t10k")
@@ -221,7 +220,7 @@ def stage(
     exchanges: bool,
     blind: bool,
 ) -> None:
-    """Come to a number of synapses in steps, exchange some between epochs, and train on."""
+    """Prune to a number of synapses in steps, exchange some between epochs, and continue training."""
     steps, rounds, final = {1259: (1, 30, 80)}.get(left, (2, 0, 0) if left > 1259 else (4, 10, 5))
     epochs, shifted = (2, SHIFTED) if left >= 1259 else (1, 0.0)  # of training after each removal and each exchange
     before = synapses_left(model)
@@ -233,7 +232,7 @@ def stage(
     for turn in range(rounds):
         if exchanges:
             share = EXCHANGED * (1 + math.cos(math.pi * turn / rounds)) / 2
-            exchange(model, images, labels, scores, share, MOST_INPUTS.get(left), snapshot, blind)
+            exchange(model, images, labels, scores, share, MAX_INPUTS.get(left), snapshot, blind)
         train(model, images, labels, epochs, shifted)
     if final:
         train(model, images, labels, final, shifted)
@@ -249,7 +248,7 @@ def exchange(
     snapshot: WeightSnapshot | None,
     blind: bool,
 ) -> None:
-    """Exchange a share of the synapses; with a limit, no other inputs than the best so many stay in use."""
+    """Exchange a share of the synapses; with a limit, only that many of the best inputs stay in use."""
     rows = torch.randint(len(images), (GRADIENT_IMAGES,))
     loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
     ranked, growth = dict(scores(model)), at_random(model) if blind else synapse_gradients(model, loss)
@@ -310,8 +309,8 @@ def show_mnist(pool: ProcessPoolExecutor, data_dir: Path, seeds: Sequence[int]) 
     Console(width=150).print(table)
     for left, goal in GOALS.items():
         values = np.array([found[rows[0], seed][left] for seed in seeds])
-        holds = values[:, 0].mean() >= goal and values[:, 1].max() <= MOST_INPUTS.get(left, 784)
-        inputs = f", at most {MOST_INPUTS[left]} inputs" if left in MOST_INPUTS else ""
+        holds = values[:, 0].mean() >= goal and values[:, 1].max() <= MAX_INPUTS.get(left, 784)
+        inputs = f", at most {MAX_INPUTS[left]} inputs" if left in MAX_INPUTS else ""
         best = max(np.mean([found[row, seed][left][0] for seed in seeds]) for row in rows[1:3])
         verdict = "holds" if holds else "MISSED"
         print(

@@ -118,9 +118,8 @@ def _of_group(model: nn.Module, group: UnitGroup) -> Switch:
 
 def _features(model: nn.Module, example_inputs: Any) -> list[str]:
     """Return the linear layers that read one of the model's inputs, flattened or not."""
-    inputs = inputs_like(
-        kinds_of(example_inputs), device_of(model)
-    )  # the examples may be zeros, which cannot be told apart
+    # Random inputs: the examples may be all zeros, which would match every layer that reads zeros.
+    inputs = inputs_like(kinds_of(example_inputs), device_of(model))
     features = [value for value in tensors_of(inputs) if value.dim() > 1 and value.is_floating_point()]
     found = {module for value in features for module, _, _ in input_consumers(model, inputs, value)}
     return [name for name, module in model.named_modules() if module in found and isinstance(module, nn.Linear)]

@@ -45,7 +45,7 @@ class InputSelection:
 
 
 def narrowed_to_used(model: nn.Module, inputs: Any) -> tuple[nn.Module, InputSelection] | None:
-    """Remove the inputs that no synapse reads from a copy of a model.
+    """Remove the unused inputs, which no synapse reads, from a copy of a model.
 
     Inputs are features if linear layers read the model's single input tensor, flattened or not, and channels if
     convolutions do. At least one is kept.

@@ -29,7 +29,7 @@ def mask_of(model: nn.Module) -> torch.Tensor:
 
 
 def needing(positions: list[int]) -> Callable[[nn.Module], float]:
-    """Right with exactly the network that has all of some synapses."""
+    """Return 1 for networks that have all of these synapses, 0 for others."""
     return lambda model: float(mask_of(model)[positions].all())
 
 

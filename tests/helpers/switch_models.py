@@ -1,4 +1,4 @@
-"""What the tests of factors, of the switcher network and of its training share."""
+"""Models and factors shared by the tests of the switcher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def perceptron(seed: int = 0) -> nn.Sequential:
 
 
 class Flat(nn.Module):
-    """Convolutions, then linear layers behind a flatten."""
+    """Convolutions, then a flatten and linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def random_factors(switches: tuple[Switch, ...], seed: int, off: float = 0.4) ->
 
 
 def scaled_by_hooks(model: nn.Module, factors: ScalingFactors, inputs: Any) -> Any:
-    """What the model gives if what its layers read is multiplied, unit by unit: no weight is touched."""
+    """Run the model with the inputs of its layers multiplied unit by unit; no weight is changed."""
     handles = []
     for switch in factors.switches:
         for port in switch.consumers:

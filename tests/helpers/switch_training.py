@@ -1,4 +1,4 @@
-"""A small problem, and its switched training, for the tests of it."""
+"""A small problem for the tests of switched training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switcher network: what its rows read, thresholds, budgets, gradients, and what it cannot be built for."""
+"""The switcher network: rows, thresholds, budgets, gradients, and models for which it cannot be built."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_rea
     form: Any, make: Any, inputs: Tensor
 ) -> None:
     reached: dict[str, bool] = {}
-    for seed in range(5):  # a ReLU may be closed for one drawing
+    for seed in range(5):  # a ReLU may be off for one seed
         torch.manual_seed(seed)
         model = make()
         switcher = SwitcherNetwork(model, inputs, form=form, architecture=SwitcherArchitecture(4, 2, 8), budget=None)
@@ -78,8 +78,8 @@ def test_gradients_reach_every_parameter_of_the_switcher_and_every_weight_it_rea
     assert [key for key in missing if key not in heads and "norm" not in key] == []
 
 
-def test_rows_depend_on_the_weights_that_they_stand_for() -> None:
-    """Permuting nothing else but values: a switch of chosen layers reads only what it must."""
+def test_factors_depend_on_the_weights_of_their_rows() -> None:
+    """A switcher for chosen layers reads only the weights of those layers."""
     model = perceptron()
     switcher = switcher_for(model, ROWS, layers=["4"])
     assert [switch.name for switch in switcher.switches] == ["2"]
@@ -94,7 +94,7 @@ def test_rows_depend_on_the_weights_that_they_stand_for() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (13, 3), (37, 50), (64, 32)])
-def test_widths_that_are_no_power_of_two(height: int, width: int) -> None:
+def test_sizes_that_are_not_powers_of_two(height: int, width: int) -> None:
     for normed in (True, False):
         network = RowNetwork(2, height, width, SwitcherArchitecture(3, 4), normed)
         assert network(torch.randn(2, height, width)).shape == (2, height)
@@ -111,11 +111,11 @@ def test_all_off_keeps_the_strongest(form: Any) -> None:
         source.fill_(on)
         strongest = {name: int(values.argmax()) for name, values in switcher(model).items()}
         source.fill_(off)
-    with pytest.warns(AllOffWarning) as told:
+    with pytest.warns(AllOffWarning) as caught:
         factors = switcher(model)
-    names = [str(warning.message).split("'")[1] for warning in told]
+    names = [str(warning.message).split("'")[1] for warning in caught]
     assert sorted(names) == ["0", "2", "inputs of 0"]
-    assert "are 0; the strongest one is kept" in str(told[0].message)
+    assert "are 0; the strongest one is kept" in str(caught[0].message)
     for name, values in factors.items():
         assert values.nonzero().flatten().tolist() == [strongest[name]]
         assert float(values.sum().detach()) == 1.0
@@ -124,14 +124,14 @@ def test_all_off_keeps_the_strongest(form: Any) -> None:
     assert bool(source.grad.any())  # it can come back
 
 
-def test_one_unit_is_on_without_a_word() -> None:
+def test_a_single_unit_is_on_without_a_warning() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 3))
     assert switcher_for(model, ROWS)(model)["0"].tolist() == [1.0]
 
 
 class Sums(nn.Module):
-    """In place of a row network: the sum of each row."""
+    """Replaces a row network: computes the sum of each row."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Sums(nn.Module):
         return image.sum(2)
 
 
-def test_each_unit_gets_what_its_own_rows_say() -> None:
+def test_each_unit_gets_the_output_of_its_own_rows() -> None:
     """With row networks that sum: columns of linear layers, and reduced filters."""
     torch.manual_seed(2)
     model = Flat()
@@ -166,7 +166,7 @@ def test_each_unit_gets_what_its_own_rows_say() -> None:
         assert torch.allclose(factors[name], expected.relu(), rtol=1e-4, atol=1e-6), name
 
 
-def test_a_unit_with_several_readers_gets_their_mean() -> None:
+def test_a_unit_with_several_consumers_gets_their_mean() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -225,14 +225,14 @@ def test_filters_of_tied_convolutions_are_not_read() -> None:
         SwitcherNetwork(Tied(), x, budget=None)
 
 
-def test_a_budget_is_kept() -> None:
+def test_a_budget_is_met() -> None:
     for model, inputs in ((perceptron(), ROWS), (Flat(), IMAGES)):
         for budget in (0.3, 0.7, 0.9):
             switcher = switcher_for(model, inputs, budget=budget)
             assert switcher.removed(switcher(model)) >= budget
 
 
-def test_thresholds_raise_and_lower_what_is_kept() -> None:
+def test_higher_thresholds_prune_more() -> None:
     model = perceptron()
     switcher = switcher_for(model, ROWS)
     assert switcher.thresholds is not None
@@ -245,7 +245,7 @@ def test_thresholds_raise_and_lower_what_is_kept() -> None:
     assert counts[0] < counts[-1]
 
 
-def test_wrong_networks_are_told() -> None:
+def test_invalid_options_weights_and_factors() -> None:
     model = perceptron()
     for options, message in (
         ({"form": "other"}, "form is 'other'"),

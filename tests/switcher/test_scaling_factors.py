@@ -1,4 +1,4 @@
-"""Factors of units: against activations multiplied by hand, folded, removed, counted, and in files."""
+"""Scaling factors: against activations multiplied by hand, folded, removed, counted, and in files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOPOLOGIES = ["mlp", "conv_norm", "grouped", "depthwise", "residual", "concat", 
 
 @pytest.mark.parametrize("case", TOPOLOGIES)
 def test_factors_act_where_units_are_read_and_fold_and_remove_exactly(zoo: Any, case: str) -> None:
-    """Multiplied activations, scaled columns, folded weights and the small model are all the same function."""
+    """Multiplied activations, scaled columns, folded weights and the small model compute the same function."""
     made = zoo.CASES[case]
     torch.manual_seed(0)
     model, inputs = made.make().eval(), made.inputs(4)
@@ -58,7 +58,7 @@ def test_factors_act_where_units_are_read_and_fold_and_remove_exactly(zoo: Any, 
     assert count < sum(value.numel() for value in model.parameters())
 
 
-def test_input_features_and_flattened_positions_get_factors_beside_the_units() -> None:
+def test_input_features_and_flattened_positions_also_get_factors() -> None:
     model = Flat().eval()
     switches = {switch.name: switch for switch in find_switches(model, IMAGES)}
     assert {name: switch.size for name, switch in switches.items()} == {
@@ -70,7 +70,7 @@ def test_input_features_and_flattened_positions_get_factors_beside_the_units() -
     assert [switch.name for switch in find_switches(perceptron(), ROWS, ["0", "4"])] == ["2", "inputs of 0"]
 
 
-def test_what_factors_at_0_turn_off_is_gone(tmp_path: Path) -> None:
+def test_units_and_positions_at_0_are_removed(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Flat().eval()
     factors = random_factors(find_switches(model, IMAGES), 2)
@@ -78,7 +78,7 @@ def test_what_factors_at_0_turn_off_is_gone(tmp_path: Path) -> None:
     network: Any = small.model
     channels = int((factors["second"] > 0).sum())
     positions = (factors["inputs of wide"].reshape(5, 4) > 0)[factors["second"] > 0]
-    if bool((~positions.any(1)).any()):  # a channel of which no position is read is gone as well
+    if bool((~positions.any(1)).any()):  # a channel of which no position is read is also removed
         pytest.fail("choose another seed")
     assert network.first.out_channels == int((factors["first"] > 0).sum())
     assert network.second.out_channels == channels
@@ -102,7 +102,7 @@ def test_a_selection_is_exported_with_the_model(tmp_path: Path) -> None:
     small = switch_off(model, factors, ROWS)
     assert isinstance(small.model[0], Selected)
     session = onnxruntime.InferenceSession(export(small.model, ROWS, tmp_path / "small.onnx"))
-    assert session.get_inputs()[0].shape[1] == 6  # the inputs of the wide model
+    assert session.get_inputs()[0].shape[1] == 6  # the inputs of the original model
     found = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})[0]
     assert np.allclose(found, scaled_by_hooks(model, factors, ROWS).numpy(), atol=1e-5)
 
@@ -134,7 +134,7 @@ def weights_between(on: Mapping[str, Tensor]) -> int:
 
 
 @given(seed=st.integers(0, 100), share=st.floats(0.1, 0.95), budget=st.floats(0.05, 0.9))
-def test_weights_are_counted_and_a_budget_is_just_kept(seed: int, share: float, budget: float) -> None:
+def test_weights_are_counted_and_a_budget_is_just_met(seed: int, share: float, budget: float) -> None:
     model = Flat()
     switches = find_switches(model, IMAGES)
     count = WeightCount(model, switches)
@@ -193,7 +193,7 @@ def test_counts_and_files(tmp_path: Path) -> None:
             ScalingFactors.load(tmp_path / name)
 
 
-def test_tied_and_unread_units_are_told(zoo: Any) -> None:
+def test_tied_and_unread_units_get_no_factor(zoo: Any) -> None:
     model = perceptron()
     tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     tied[2].weight = tied[0].weight
@@ -219,7 +219,7 @@ def test_the_criterion_and_its_importance(zoo: Any) -> None:
         found = score(Switcher(factors), groups[name])
         assert found is not None
         assert np.allclose(found.numpy(), factors[name].numpy())
-    counts = {"0": 4, "2": 3}  # what torch-pruning leaves of 7 and of 5 at a ratio of 0.4
+    counts = {"0": 4, "2": 3}  # what torch-pruning keeps of 7 and of 5 at a ratio of 0.4
     kept = {name: factors[name].topk(count).indices.sort().values for name, count in counts.items()}
     assert all(float(factors[name].sort(descending=True).values[count - 1]) > 0 for name, count in counts.items())
     start = copied(model)

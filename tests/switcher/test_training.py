@@ -1,4 +1,4 @@
-"""Switched training: what it trains and leaves alone, when it stops, and wrong options and data."""
+"""Switched training: what it changes, when it stops, and invalid options and data."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_mixed_precision_reaches_the_model_and_not_the_switcher() -> None:
     assert set(seen) == {torch.bfloat16}
 
 
-def test_what_is_frozen_or_foreign_stays_whatever_gradients_it_has() -> None:
+def test_frozen_and_foreign_parameters_do_not_change_whatever_their_gradients() -> None:
     model, batches = task()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -147,7 +147,7 @@ def test_what_is_frozen_or_foreign_stays_whatever_gradients_it_has() -> None:
         trained(model, batches, switcher_for(model, ROWS).requires_grad_(False), alternate=False)
 
 
-def test_an_exception_puts_the_budget_back_and_the_next_training_starts_anew() -> None:
+def test_an_exception_restores_the_budget_and_the_next_training_starts_anew() -> None:
     model, batches = task()
     switcher = switcher_for(model, ROWS, budget=0.6)
 
@@ -163,7 +163,7 @@ def test_an_exception_puts_the_budget_back_and_the_next_training_starts_anew() -
     assert result.epochs[0].removed >= 0.6
 
 
-def test_modes_of_a_training_model_stay() -> None:
+def test_modes_of_a_model_in_training_mode_are_kept() -> None:
     model, batches = task()
     model.train()
     model[1].eval()  # a frozen norm
@@ -177,20 +177,20 @@ def test_modes_of_a_training_model_stay() -> None:
 def test_it_stops_when_the_loss_no_longer_falls_and_keeps_the_best() -> None:
     model, batches = task()
     switcher = switcher_for(model, ROWS)
-    told: list[Epoch] = []
+    seen: list[Epoch] = []
     states: list[dict[str, Tensor]] = []
 
     def note(epoch: Epoch) -> None:
-        told.append(epoch)
+        seen.append(epoch)
         states.append({name: value.clone() for name, value in model.state_dict().items()})
 
     x, y = batches[0]
     result = trained(
         model, batches, switcher, epochs=60, validation=[(x, 2 - y)], patience=3, callbacks=[note]
-    )  # wrong answers: it soon rises
-    losses = [epoch.validation for epoch in told]
+    )  # wrong targets: the loss soon rises
+    losses = [epoch.validation for epoch in seen]
     best = int(np.argmin(losses))
-    assert list(result.epochs) == told
+    assert list(result.epochs) == seen
     assert 3 < len(losses) < 60
     assert len(losses) == best + 1 + 3
     assert all(torch.equal(value, states[best][name]) for name, value in model.state_dict().items())
@@ -239,13 +239,13 @@ def test_models_with_several_inputs_by_name() -> None:
         ({"amp": torch.float64}, "amp is torch.float64"),
     ],
 )
-def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     model, batches = task()
     with pytest.raises(PruningError, match=message):
         trained(model, batches, switcher_for(model, ROWS), **options)
 
 
-def test_wrong_data_is_told() -> None:
+def test_invalid_data() -> None:
     model, batches = task()
     switcher = switcher_for(model, ROWS)
     for loader, message in (
@@ -261,7 +261,7 @@ def test_wrong_data_is_told() -> None:
         trained(model, batches, switcher, validation=[])
 
 
-def test_loaders_that_do_not_know_their_length() -> None:
+def test_loaders_of_unknown_length() -> None:
     class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             x, y = (torch.cat(part) for part in zip(*task()[1], strict=True))
@@ -272,12 +272,12 @@ def test_loaders_that_do_not_know_their_length() -> None:
         switcher = switcher_for(model, ROWS)
         own = [value.detach().clone() for value in switcher.parameters()]
         loader = torch.utils.data.DataLoader(Stream(), 12)
-        result = trained(model, loader, switcher, epochs=4, task_steps=7, amp=amp)  # all of it is less than a turn
+        result = trained(model, loader, switcher, epochs=4, task_steps=7, amp=amp)  # an epoch is less than a turn
         assert result.epochs[-1].loss < result.epochs[0].loss
         assert any(not torch.equal(left, right) for left, right in zip(own, switcher.parameters(), strict=True))
 
 
-def test_wrong_losses_and_optimizers_are_told(tmp_path: Path) -> None:
+def test_invalid_losses_and_optimizers(tmp_path: Path) -> None:
     model, batches = task()
     switcher = switcher_for(model, ROWS)
     sgd = torch.optim.SGD(model.parameters(), 0.1)

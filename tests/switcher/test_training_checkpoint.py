@@ -1,4 +1,4 @@
-"""Checkpoints of switched training: it resumes bit for bit, and files of other trainings are refused."""
+"""Checkpoints of switched training: training resumes bit for bit, and files of other trainings are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Halved:
 
 @pytest.mark.parametrize("kind", ["global", "generator", "batches"])
 @pytest.mark.parametrize("stop", [1, 3])
-def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Path, stop: int, kind: str) -> None:
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path, stop: int, kind: str) -> None:
     def run(checkpoint: Path | None, stop_after: int | None) -> tuple[nn.Module, SwitcherNetwork, Switched]:
         model, batches = task(2, dropout=0.3)
         loader: Any = Halved(batches)
@@ -85,7 +85,7 @@ def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Pa
     assert all(torch.equal(values, again[2].factors[name]) for name, values in whole[2].factors.items())
 
 
-def test_a_checkpoint_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_not_changed(tmp_path: Path) -> None:
     model, batches = task()
     switcher = switcher_for(model, ROWS)
     file = tmp_path / "training.safetensors"
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_as_it_is(tmp_path: Path) -> None
     assert same_state(before, model)
 
 
-def test_buffers_that_are_not_in_the_state_dictionary_resume(tmp_path: Path) -> None:
+def test_buffers_outside_the_state_dictionary_resume(tmp_path: Path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()

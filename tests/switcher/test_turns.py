@@ -69,7 +69,7 @@ def test_frozen_at_1_it_is_plain_training(dropout: float) -> None:
 
 
 class OneWeight(nn.Module):
-    """The analysis of the source: one factor, of the one input, out of K weights."""
+    """The paper's analysis: one factor, of one input, computed from K weights."""
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ def softmax(values: np.ndarray) -> np.ndarray:
 def test_a_turn_is_equations_5_and_6(task_steps: int, gather: bool) -> None:
     """K = 3 outputs of one input, a switcher with one layer; gradients by hand, in double precision.
 
-    Not gathering, the switcher takes its step on the first batch of a turn, and sees the factors change by it;
-    gathering, it takes the mean over the turn's batches afterwards. The last turn is cut short by the end of the data.
+    Without gathered gradients, the switcher steps on the first batch of a turn, before the factors are computed; with
+    them, it steps along the mean over the turn's batches afterwards. The end of the data shortens the last turn.
     """
     rate, own_rate = 0.05, 0.03
     w, s = np.array([0.5, -0.3, 0.8]), np.array([0.7, 0.2, 0.9])
@@ -142,7 +142,7 @@ def test_a_turn_is_equations_5_and_6(task_steps: int, gather: bool) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.25, 1.0])
-def test_the_second_term_is_no_longer_than_it_may_be(limit: float) -> None:
+def test_the_norm_of_the_second_term_is_limited(limit: float) -> None:
     found = {}
     for second in (0.0, limit):
         model, batches = task(3)
@@ -168,8 +168,8 @@ def test_the_second_term_is_no_longer_than_it_may_be(limit: float) -> None:
     assert more > 0 or limit == 0
 
 
-def test_a_budget_rises_and_only_what_comes_after_counts() -> None:
-    """In turns of two steps, of which the data give five an epoch, it is at 0, 2/5 and 4/5 of an epoch."""
+def test_a_budget_rises_and_only_later_epochs_count() -> None:
+    """With five batches per epoch and turns of two steps, it rises at 0, 2/5 and 4/5 of an epoch."""
     rising = [0, 0.4, 0.8, 1, 1.4, 1.8, 2, 2.4, 2.8, *[3] * 9]
     for options, expected in (({"ramp_epochs": 3}, rising), ({}, rising), ({"ramp_epochs": 0}, [3] * 18)):
         model, batches = task()
@@ -231,7 +231,7 @@ def test_a_budget_rises_batch_by_batch_in_the_separate_mode_and_epoch_by_epoch_w
 
 @pytest.mark.parametrize("second_term", [0.0, 1.0, math.inf])
 def test_half_precision_takes_the_same_steps(second_term: float) -> None:
-    """One turn with tiny rates in float16, with its scaled gradients, against the same in float32."""
+    """One turn at low learning rates in float16, with scaled gradients, against the same turn in float32."""
     moved: dict[Any, list[Tensor]] = {}
     for amp in (None, torch.float16):
         model, batches = task(4)

@@ -13,8 +13,8 @@ from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.synapses.by_unit import scores_by_unit  # noqa: E402
 
 
-def test_convolutions_go_by_unit_along_their_own_axes() -> None:
-    """As many in- as out-positions, so that an axis taken for the other would not be told by a shape."""
+def test_convolutions_are_scored_along_their_own_axes() -> None:
+    """Equally many in- and out-positions, so that no shape would reveal swapped axes."""
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
     groups = unit_groups(model, torch.zeros(1, 2, 3, 3))
     scores = {
@@ -36,7 +36,7 @@ def test_convolutions_go_by_unit_along_their_own_axes() -> None:
 
 
 def test_scores_by_unit_by_hand() -> None:
-    """3 - 2 - 2: hidden unit totals are sums over what writes and what reads them; a masked synapse does not count."""
+    """3-2-2: the total of a hidden unit sums the unmasked synapses that write and read it."""
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
     groups = unit_groups(model, torch.zeros(1, 3))
     scores = {

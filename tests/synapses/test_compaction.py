@@ -1,4 +1,4 @@
-"""Compaction: a masked model without what no synapse reaches gives the same outputs, and is as small as can be."""
+"""Compaction: the compact model gives the outputs of the masked one, and is as small as possible."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reached_widths(masks: list[np.ndarray]) -> tuple[list[int], int]:
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 1000), deep=st.booleans())
-def test_a_perceptron_loses_all_that_is_not_reached_and_answers_alike(share: float, seed: int, deep: bool) -> None:
+def test_a_perceptron_loses_all_dead_units_and_computes_the_same(share: float, seed: int, deep: bool) -> None:
     torch.manual_seed(seed)
     widths = [7, 6, 5, 4, 3] if deep else [9, 8, 2]
     model = sparse(perceptron(widths), share, seed)
@@ -78,7 +78,7 @@ def test_a_perceptron_loses_all_that_is_not_reached_and_answers_alike(share: flo
     assert [module.weight.dtype for module in made] == [torch.float32] * len(made)
 
 
-def test_inputs_are_told_by_their_indices() -> None:
+def test_kept_inputs_are_reported_by_index() -> None:
     torch.manual_seed(0)
     model = perceptron([5, 4, 2])
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_inputs_are_told_by_their_indices() -> None:
     assert torch.allclose(whole.model(x), model(x), atol=1e-6)
 
 
-def test_a_constant_unit_goes_into_the_biases_of_its_readers() -> None:
+def test_a_constant_unit_is_absorbed_by_the_biases_of_its_consumers() -> None:
     model = perceptron([2, 2, 1])
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
@@ -121,8 +121,8 @@ def convolutional(padding: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-def test_constant_maps_go_where_a_bias_can_take_them_up_exactly(padding: int) -> None:
-    """What is constant inside is not so at the border of a padded map: a zero-padded consumer keeps the unit."""
+def test_constant_maps_are_removed_if_a_bias_absorbs_them_exactly(padding: int) -> None:
+    """A constant map is not constant at the border after zero padding: a padded consumer keeps the unit."""
     torch.manual_seed(1)
     model = convolutional(padding).eval()
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_constant_maps_go_where_a_bias_can_take_them_up_exactly(padding: int) ->
         model[1].bias.fill_(1.0)  # constants that the ReLU passes
         model[0].weight[2] = 0  # constant
         model[3].weight[:, 4] = 0  # not read
-        model[3].weight[1] = 0  # constant, behind it a pooling and a flatten
+        model[3].weight[1] = 0  # constant, followed by a pooling and a flatten
         model[3].bias.fill_(0.5)
         model[0].weight[:, 1] = 0  # a channel that is not used
     small = compact(model, torch.randn(2, 2, 6, 6))
@@ -143,7 +143,7 @@ def test_constant_maps_go_where_a_bias_can_take_them_up_exactly(padding: int) ->
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-def test_all_kinds_of_models_answer_alike(zoo: Any, share: float) -> None:
+def test_all_kinds_of_models_compute_the_same(zoo: Any, share: float) -> None:
     for case, made in zoo.CASES.items():
         torch.manual_seed(0)
         model = sparse(made.make(), share, 0)
@@ -156,7 +156,7 @@ def test_all_kinds_of_models_answer_alike(zoo: Any, share: float) -> None:
         assert small.synapses <= count_synapses(permanent(copied(model))), case
 
 
-def test_what_a_norm_over_units_sees_stays_and_is_told() -> None:
+def test_dead_units_before_a_norm_over_units_are_kept_with_a_warning() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_what_a_norm_over_units_sees_stays_and_is_told() -> None:
 
 
 class Reading(nn.Module):
-    """Reads its input in more than one place."""
+    """A model that reads its input in more than one place."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -181,23 +181,23 @@ class Reading(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "left"), [("both", [0, 2]), ("scaled", None), ("added", None)])
-def test_inputs_are_narrowed_only_where_all_that_reads_them_can_be(kind: str, left: list[int] | None) -> None:
+def test_inputs_are_narrowed_only_if_every_consumer_can_be(kind: str, left: list[int] | None) -> None:
     torch.manual_seed(0)
     model = Reading(kind).eval()
     with torch.no_grad():
         model.left.weight[:, 1:] = 0
         model.right.weight[:, [1, 3]] = 0
-    told = (
+    warned = (
         nullcontext() if left else pytest.warns(UnusedInputsWarning, match="1 of the 1 layers .* else also reads them")
     )
-    with told:
+    with warned:
         small = compact(model, torch.randn(2, 4))
     assert (None if small.inputs is None else small.inputs.indices.tolist()) == left
     x = torch.randn(3, 4)
     assert torch.allclose(small(x), model(x), atol=1e-6)
 
 
-def test_flattened_images_lose_pixels_and_shaped_ones_do_not() -> None:
+def test_pixels_are_removed_from_flattened_images_only() -> None:
     torch.manual_seed(0)
     flat = nn.Sequential(nn.Flatten(), *perceptron([9, 4, 2]))
     shaped = nn.Sequential(nn.Unflatten(1, (1, 3, 3)), nn.Flatten(), *perceptron([9, 4, 2]))
@@ -213,7 +213,7 @@ def test_flattened_images_lose_pixels_and_shaped_ones_do_not() -> None:
         assert compact(shaped, x.flatten(1)).inputs is None
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_the_model_is_not_changed() -> None:
     torch.manual_seed(0)
     model = sparse(convolutional(0), 0.6, 0).train()
     state = copy.deepcopy(model.state_dict())
@@ -227,14 +227,14 @@ def test_the_model_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("seed", [81, 142])
-def test_what_is_left_does_not_depend_on_the_order_of_the_cuts(seed: int) -> None:
-    """Nets with layers that lose all their units."""
+def test_the_result_does_not_depend_on_the_order_of_removals(seed: int) -> None:
+    """For networks with layers that lose all their units."""
     for deep in (True, False):
-        test_a_perceptron_loses_all_that_is_not_reached_and_answers_alike.hypothesis.inner_test(0.875, seed, deep)
+        test_a_perceptron_loses_all_dead_units_and_computes_the_same.hypothesis.inner_test(0.875, seed, deep)
 
 
 class Odd(nn.Module):
-    """What a unit that nothing writes is multiplied or weighted with differs from input to input."""
+    """A unit that nothing writes is multiplied or weighted by something that differs between inputs."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -257,13 +257,13 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("kind", ["gated", "masked", "scaled"])
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_only_what_is_the_same_for_all_inputs_counts_as_constant(kind: str, batch: int) -> None:
+def test_only_values_equal_for_all_inputs_count_as_constant(kind: str, batch: int) -> None:
     torch.manual_seed(0)
     model = Odd(kind).eval()
     shape = (3, 4) if kind == "masked" else (4,)
     examples: tuple[torch.Tensor, ...] = (torch.randn(batch, *shape),)
     others: tuple[torch.Tensor, ...] = (torch.randn(50, *shape),)
-    if kind == "masked":  # a mask of ones at the examples, of anything elsewhere
+    if kind == "masked":  # the mask is 1 for the examples and random elsewhere
         examples, others = (*examples, torch.ones(batch, 3).long()), (*others, torch.randint(0, 2, (50, 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -301,7 +301,7 @@ def test_a_branch_that_nothing_reads_uses_no_inputs() -> None:
     assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
-def test_constants_of_zero_go_whatever_reads_them() -> None:
+def test_units_that_are_constantly_zero_are_removed_whatever_reads_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).eval()
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_constants_of_zero_go_whatever_reads_them() -> None:
     assert torch.allclose(small(x), model(x), atol=1e-6)
 
 
-def test_tied_weights_are_no_obstacle() -> None:
+def test_models_with_tied_weights_are_compacted() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     model[2].weight = model[0].weight
@@ -325,7 +325,7 @@ def test_tied_weights_are_no_obstacle() -> None:
     assert torch.allclose(small(x), model(x), atol=1e-6)
 
 
-def test_a_forward_that_draws_leaves_the_random_state_alone() -> None:
+def test_a_forward_with_random_numbers_leaves_the_random_state_unchanged() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -343,7 +343,7 @@ def test_a_forward_that_draws_leaves_the_random_state_alone() -> None:
     assert small.model.body[0].out_features == 1
 
 
-def test_a_model_in_training_mode_is_made_compact_as_it_evaluates() -> None:
+def test_a_model_in_training_mode_is_compacted_as_in_evaluation_mode() -> None:
     torch.manual_seed(1)
     model = convolutional(0)
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_a_model_in_training_mode_is_made_compact_as_it_evaluates() -> None:
     assert torch.allclose(small(x), model.eval()(x), atol=1e-5)
 
 
-def test_inputs_that_are_read_in_groups_stay() -> None:
+def test_inputs_read_in_channel_groups_are_kept() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
     with torch.no_grad():
@@ -377,7 +377,7 @@ def test_frozen_weights_stay_frozen() -> None:
     assert [parameter.requires_grad for parameter in small.parameters()] == [False, True, True, True]
 
 
-def test_layers_that_read_inputs_in_different_forms_keep_them() -> None:
+def test_inputs_read_in_different_layouts_are_kept() -> None:
     class Forms(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Masks on single weights: those with the lowest scores go, those that went stay gone."""
+"""Masks on single weights: the lowest scores are pruned, and pruned weights stay pruned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
 
 
-def test_significance_is_the_movement_of_weights_and_of_nothing_else() -> None:
+def test_significance_is_the_movement_of_the_weights_only() -> None:
     model = net()
     before = WeightSnapshot(model)
     start = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
@@ -49,7 +49,7 @@ def random_scores(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
 @given(amount=st.floats(0, 1), seed=st.integers(0, 50))
 def test_a_share_of_each_layer(amount: float, seed: int) -> None:
     model = net()
-    scores = random_scores(model, seed)  # some are negative: the lowest go, not the nearest to 0
+    scores = random_scores(model, seed)  # some are negative: the lowest are pruned, not those nearest to 0
     removed = prune_synapses(model, scores, amount=amount)
     for name, score in scores.items():
         kept = synapse_mask(model.get_submodule(name)).numpy().ravel()
@@ -112,7 +112,7 @@ def test_pruned_synapses_stay_zero_through_training() -> None:
         ({"amount": 73, "global_pruning": True}, "at most the 72 remaining"),
     ],
 )
-def test_amounts_that_make_no_sense(options: dict[str, float], message: str) -> None:
+def test_invalid_amounts(options: dict[str, float], message: str) -> None:
     model = net()
     with pytest.raises(PruningError, match=message):
         prune_synapses(model, random_scores(model, 0), **options)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_scores_that_do_not_fit() -> None:
 
 
 @given(seed=st.integers(0, 200), share=st.floats(0, 1))
-def test_an_exchange_takes_the_lowest_and_brings_back_the_most_promising(seed: int, share: float) -> None:
+def test_an_exchange_masks_the_lowest_and_restores_the_most_promising(seed: int, share: float) -> None:
     model = net()
     before = WeightSnapshot(net())
     prune_synapses(model, random_scores(model, seed), amount=0.6, global_pruning=True)
@@ -191,8 +191,8 @@ def test_gradients_reach_masked_synapses_and_leave_none_behind() -> None:
     loss.backward()  # the graph is still there
 
 
-def test_attention_keeps_its_output_layer_out_of_it() -> None:
-    """Its pre-forward hook never runs, so that a mask would not be renewed in training."""
+def test_the_output_layer_of_attention_is_left_out() -> None:
+    """Its forward pre-hook never runs, so a mask would not be applied again in training."""
     model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2, batch_first=True), "h": nn.Linear(4, 2)})
     assert set(significance(model, WeightSnapshot(model))) == {"h"}
     with pytest.raises(PruningError, match="threshold is nan"):
@@ -201,7 +201,7 @@ def test_attention_keeps_its_output_layer_out_of_it() -> None:
         prune_synapses(model, {}, amount=0.5)
 
 
-def test_weights_that_were_tied_since_are_told() -> None:
+def test_weights_tied_after_the_snapshot_are_rejected() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     before = WeightSnapshot(model)
     model[1].weight = model[0].weight
@@ -210,7 +210,7 @@ def test_weights_that_were_tied_since_are_told() -> None:
     assert not any(bool(moved.any()) for moved in significance(model, WeightSnapshot(model)).values())
 
 
-def test_a_weight_that_is_computed_is_told() -> None:
+def test_a_computed_weight_is_rejected() -> None:
     for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
         model = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 2)))
         with pytest.raises(PruningError, match="the weights of 1 are computed from other parameters"):

@@ -39,7 +39,7 @@ def at_random(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("global_pruning", [True, False])
 @pytest.mark.parametrize("by_unit", [True, False])
 @pytest.mark.parametrize("schedule", [(0.5, 0.2, 0.05), (0.9,), ()])
-def test_just_what_is_needed_is_left_whatever_the_scores(
+def test_exactly_the_needed_synapses_remain_whatever_the_scores(
     scores: Any, global_pruning: bool, by_unit: bool, schedule: tuple[float, ...]
 ) -> None:
     needed = [1, 6, 14, 20, 23]
@@ -70,7 +70,7 @@ def test_equal_shares_of_each_layer() -> None:
     assert [int(synapse_mask(layer).sum()) for layer in (found.masked[0], found.masked[2])] == [10, 5]
 
 
-def test_the_lowest_go_first_and_masked_ones_stay_masked() -> None:
+def test_the_lowest_are_removed_first_and_masked_ones_stay_masked() -> None:
     model = net()
     prune.l1_unstructured(model[0], "weight", 6)
     before = synapse_mask(model[0]).clone()
@@ -101,7 +101,7 @@ def test_it_stops_at_a_number_of_synapses() -> None:
 
 
 def test_a_drop_may_be_allowed() -> None:
-    """Accuracy is the share of synapses that are left."""
+    """Accuracy is the share of remaining synapses."""
     found = searched(net(), lambda model: float(mask_of(model).double().mean()), max_drop=0.31, schedule=(0.5, 0.1))
     assert int(mask_of(found.masked).sum()) == 21
     assert (found.reference, found.value) == (1.0, 0.7)
@@ -118,13 +118,13 @@ def test_pruned_synapses_stay_at_zero_through_training_and_runs_repeat() -> None
     weights = torch.cat([layer.weight.flatten() for layer in further if isinstance(layer, nn.Linear)])
     assert bool((weights[~kept] == 0).all())
     assert bool((weights[kept] != 0).all())
-    torch.manual_seed(99)  # the state of the generators outside does not matter
+    torch.manual_seed(99)  # the global random state does not matter
     assert same(found, minimal_network(model, before, train, evaluate, example_inputs=INPUTS, options=OPTIONS))
     other = minimal_network(model, before, train, evaluate, example_inputs=INPUTS, options=replace(OPTIONS, seed=1))
     assert [step.value for step in other.steps] != [step.value for step in found.steps]
 
 
-def test_what_is_an_error_later_is_one_of_the_search(tmp_path: Path) -> None:
+def test_errors_in_later_steps_are_errors_of_the_search(tmp_path: Path) -> None:
     calls = 0
 
     def forgetful(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -144,7 +144,7 @@ def test_what_is_an_error_later_is_one_of_the_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("culprit", ["train", "nan", "text", "evaluate", "masks"])
-def test_what_fails_leaves_the_last_accepted_network(culprit: str, tmp_path: Path) -> None:
+def test_a_failure_returns_the_last_accepted_network(culprit: str, tmp_path: Path) -> None:
     calls = 0
 
     def counted() -> bool:
@@ -204,12 +204,12 @@ def test_what_fails_leaves_the_last_accepted_network(culprit: str, tmp_path: Pat
         ({"scores": lambda model: {}}, "expected scores by name of the layer"),
     ],
 )
-def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(NNSError, match=message):
         searched(net(), lambda model: 1.0, **options)
 
 
-def test_the_model_and_the_random_states_are_left_as_they_are() -> None:
+def test_the_model_and_the_random_states_are_not_changed() -> None:
     model, before, train, evaluate = task()
     model.train()
     state = copy.deepcopy(model.state_dict())
@@ -224,7 +224,7 @@ def test_the_model_and_the_random_states_are_left_as_they_are() -> None:
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
 
 
-def test_the_compact_model_answers_as_the_masked_one() -> None:
+def test_the_compact_model_computes_what_the_masked_one_does() -> None:
     needed = [1, 6, 20, 23]  # unit 0 reads input 1, unit 1 reads input 2; outputs read units 0 and 3
     found = searched(net(), needing(needed))
     x = torch.randn(20, 4)
@@ -235,7 +235,7 @@ def test_the_compact_model_answers_as_the_masked_one() -> None:
     assert found.synapses == 2  # unit 1 is not read, and unit 3 is a constant
 
 
-def test_units_of_layers_that_are_to_stay_whole_stay() -> None:
+def test_units_of_ignored_layers_are_kept() -> None:
     found = searched(net(), needing([1, 20]), ignored_layers=["0"])
     assert found.model[0].weight.shape == (5, 1)
     assert found.synapses == 2

@@ -67,7 +67,7 @@ def test_a_residual_stream(zoo: Any) -> None:
     assert all(not bool(paths[0].any()) and bool(paths[1:].any()) for paths in extraction.values())
 
 
-def test_convolutions_are_walked_along_their_own_axes() -> None:
+def test_paths_follow_the_axes_of_convolutions() -> None:
     """Input 0 leads to output 1 through units 1 and 0, and nothing else leads anywhere."""
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_convolutions_are_walked_along_their_own_axes() -> None:
 
 
 class Sequence(nn.Module):
-    """Something that has no unit groups stands between two layers."""
+    """A layer without unit groups between two other layers."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -93,13 +93,13 @@ class Sequence(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["attention", "recurrent"])
-def test_what_no_group_tells_of_is_no_input(kind: str) -> None:
+def test_positions_outside_all_groups_are_not_taken_for_inputs(kind: str) -> None:
     middle = nn.MultiheadAttention(4, 2, batch_first=True) if kind == "attention" else nn.LSTM(4, 4, batch_first=True)
     with pytest.raises(PruningError, match="'head' reads outputs of other layers that belong to no unit group"):
         synapse_paths(Sequence(middle), torch.zeros(2, 3, 4))
 
 
-def test_inputs_may_be_scaled_or_stand_beside_units() -> None:
+def test_inputs_may_be_scaled_or_concatenated_with_units() -> None:
     class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +119,7 @@ def test_inputs_may_be_scaled_or_stand_beside_units() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_cannot_be_walked_is_told() -> None:
+def test_models_whose_paths_cannot_be_followed() -> None:
     grouped = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(PruningError, match="'0' reads its channels in 2 groups"):
         synapse_paths(grouped, torch.zeros(1, 4, 2, 2))

@@ -1,4 +1,4 @@
-"""The checkpoint of the search: interrupted searches resume, and files of other searches are refused."""
+"""The checkpoint of the search: interrupted searches resume, and files of other searches are rejected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = MinimalNetworkOptions(schedule=(0.5, 0.2, 0.05), max_drop=0.05, max_st
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 6])
-def test_a_search_that_was_interrupted_ends_as_if_it_had_not_been(fails_at: int, tmp_path: Path) -> None:
+def test_an_interrupted_search_ends_as_an_uninterrupted_one(fails_at: int, tmp_path: Path) -> None:
     model, before, train, evaluate = task()
     whole = minimal_network(model, before, train, evaluate, example_inputs=INPUTS, options=OPTIONS)
     file = tmp_path / "search.safetensors"
@@ -61,7 +61,7 @@ def test_a_search_that_was_interrupted_ends_as_if_it_had_not_been(fails_at: int,
     )
 
 
-def test_modes_that_evaluate_leaves_behind_do_not_matter(tmp_path: Path) -> None:
+def test_modes_left_behind_by_evaluate_do_not_matter(tmp_path: Path) -> None:
     """With batch norm and dropout, an evaluation in evaluation mode, and a training that sets no mode."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 2))
@@ -93,7 +93,7 @@ def test_modes_that_evaluate_leaves_behind_do_not_matter(tmp_path: Path) -> None
 
 
 def forge(file: Path, change: dict[str, Any]) -> None:
-    """Change the progress that a checkpoint tells of."""
+    """Change the progress in a checkpoint."""
     with safe_open(file, "pt") as content:
         metadata, tensors = dict(content.metadata()), {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     header = json.loads(metadata["nns"])
@@ -101,7 +101,7 @@ def forge(file: Path, change: dict[str, Any]) -> None:
     save_file(tensors, file, metadata={**metadata, "nns": json.dumps(header)})
 
 
-def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_search_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "search.safetensors"
     options: dict[str, Any] = {"schedule": (0.5,), "max_steps": 1, "checkpoint": file}
     searched(net(), lambda model: 1.0, **options)
