@@ -1,4 +1,4 @@
-"""Loading a recipe: read YAML, apply overrides, validate, call factories; every error is one line."""
+"""Loads a recipe: reads YAML, applies overrides, checks fields and calls factories; every error is one line."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def default_recipe() -> dict[str, Any]:
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe, or take the default one, and apply overrides.
+    """Read a recipe, or take the default one, apply overrides and check it.
 
     Args:
-        path: A YAML file; relative paths of weights in it are relative to its folder.
+        path: A YAML file; paths of weights in it are relative to its folder. The default recipe if ``None``.
         overrides: Values by dotted field name, such as ``{"measure.threads": 2}``; an override of ``ratio``,
             ``zeta``, ``angle`` or ``max_balanced_accuracy_drop`` replaces the others.
 
@@ -79,10 +79,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Overrides out of texts such as ``angle.similar=20``; the value is read as YAML.
+    """Parse overrides such as ``angle.similar=20``; the value is read as YAML.
 
     Raises:
-        RecipeError: If a text is no such setting.
+        RecipeError: If a text is malformed.
     """
     found: dict[str, Any] = {}
     for text in settings:
@@ -92,7 +92,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set: the value of {text!r} is no YAML: {' '.join(str(error).split())}") from error
+            raise RecipeError(
+                f"--set: the value of {text!r} is not valid YAML: {' '.join(str(error).split())}"
+            ) from error
     return found
 
 
@@ -107,7 +109,7 @@ def call_factory(field: str, reference: str, arguments: Mapping[str, Any]) -> An
         found: Any = importlib.import_module(module_name)
         for name in path.split("."):
             found = getattr(found, name)
-    except (Exception, SystemExit) as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs user code
         raise RecipeError(f"{field}: {reference!r} cannot be imported: {_one_line(error)}") from error
     if not isinstance(found, Callable):  # type: ignore[arg-type]
         raise RecipeError(f"{field}: {reference!r} is a {type(found).__name__}; expected a callable")
@@ -125,9 +127,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: holds a {type(content).__name__}; expected fields such as model, data, labels")
+        raise RecipeError(f"{path}: contains a {type(content).__name__}; expected fields such as model, data, labels")
     return content
 
 

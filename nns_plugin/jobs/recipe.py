@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 CONFIDENCE = 0.95
 ROUNDINGS = (1, 8, 16)
-WEIGHTS = ("checkpoint", "initial")  # fields of the section model that name files
+WEIGHTS = ("checkpoint", "initial")  # fields of the section model that are paths
 TARGETS = ("target_latency_ms", "target_speedup")
 SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list", *TARGETS)
 TOGETHER = frozenset({"max_balanced_accuracy_drop", "confidence", "roundings", *TARGETS})  # others exclude each other
@@ -35,7 +35,7 @@ Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown fields are errors."""
+    """A section of the recipe; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -57,7 +57,7 @@ class DataSection(Section):
 
 
 class CriterionSection(Section):
-    """Which criterion scores the units, and its options."""
+    """The criterion that scores the units, and its options."""
 
     name: str | None = None
     options: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class CriterionSection(Section):
 
 
 class CompensationSection(Section):
-    """How kept units take over from removed ones; see :class:`nns_plugin.compensation.options.Compensation`."""
+    """How kept units compensate for removed ones; see :class:`nns_plugin.compensation.options.Compensation`."""
 
     method: Method | None = None
     sequential: bool = False
@@ -81,7 +81,7 @@ class CompensationSection(Section):
 
 
 class AngleSection(Section):
-    """Selection by the angles between units' vectors, in degrees, and how the survivors of pairs take over."""
+    """Selection by angles between units' vectors, in degrees, and how survivors compensate for removed units."""
 
     similar: float = Field(default=15.0, ge=0, le=180)
     complementary: float = Field(default=165.0, ge=0, le=180)
@@ -98,33 +98,33 @@ class TrainingSection(Section):
 
 
 class FineTuningSection(TrainingSection):
-    """Training after removal, at a lower rate."""
+    """Training after removal, with a lower learning rate."""
 
     learning_rate: float = Field(default=0.001, gt=0)
 
 
 class IterativeSection(Section):
-    """Prune and fine-tune in turn until the mean balanced accuracy on validation data falls."""
+    """Iterative pruning: prune and fine-tune in turns until the mean balanced accuracy on validation data drops."""
 
     max_rounds: int = Field(default=10, ge=1)
     max_drop: float = Field(default=0.0, ge=0, le=1)
 
 
 class SynapsesSection(Section):
-    """Single weights of linear layers that are masked after removal; all but the head's by default."""
+    """Masks of single weights after removal, in the given linear layers; in all but the head by default."""
 
     rule: Literal["mean_weight"] = "mean_weight"
     layers: list[str] | None = Field(default=None, min_length=1)
 
 
 class ExportSection(Section):
-    """How the models become ONNX files."""
+    """How models are exported to ONNX."""
 
     opset: int | None = Field(default=None, ge=18)
 
 
 class MeasureSection(Section):
-    """How parity and latency are measured, and how often accuracies are resampled for their intervals."""
+    """How parity and latency are measured, and how many bootstrap resamples the intervals of accuracies take."""
 
     provider: str = "cpu"
     threads: int = Field(default=1, ge=1)
@@ -278,10 +278,10 @@ class ExtractionSection(Section):
 
 
 class SweepSection(Section):
-    """Which fields ``nns sweep`` tries, and what it goes by.
+    """Which fields ``nns sweep`` varies, and which metric it optimises.
 
-    ``search`` has for each field of the recipe a list of values, or, with the tuners that sample, a distribution as
-    NNI writes it: ``{_type: uniform, _value: [0.2, 0.8]}``.
+    ``search`` gives, for each varied field of the recipe, a list of values or, for the tuners that sample, a
+    distribution in NNI's notation: ``{_type: uniform, _value: [0.2, 0.8]}``.
     """
 
     search: dict[str, list[Any] | dict[str, Any]] = Field(min_length=1)
@@ -298,7 +298,7 @@ class SweepSection(Section):
     def _values(cls, search: dict[str, list[Any] | dict[str, Any]]) -> dict[str, list[Any] | dict[str, Any]]:
         for name, values in search.items():
             if not all(part.isidentifier() for part in name.split(".")) or name.partition(".")[0] == "sweep":
-                raise ValueError(f"{name!r} is no field of the recipe that can be searched")
+                raise ValueError(f"{name!r} is not a field of the recipe that can be searched")
             if not values or (isinstance(values, dict) and values.keys() != {"_type", "_value"}):
                 raise ValueError(f"{name} is {values}; expected a list of values, or {{_type: ..., _value: ...}}")
         return search
@@ -307,11 +307,11 @@ class SweepSection(Section):
     def _lists(self) -> SweepSection:
         ranges = [name for name, values in self.search.items() if isinstance(values, dict)]
         if ranges and self.tuner == "GridSearch":
-            raise ValueError(f"{ranges[0]} is a distribution; it goes with tuner Random or TPE, not with GridSearch")
+            raise ValueError(f"{ranges[0]} is a distribution, which needs tuner Random or TPE, not GridSearch")
         return self
 
     def space(self) -> dict[str, Any]:
-        """NNI's search space."""
+        """The search space in NNI's notation."""
         return {
             name: values if isinstance(values, dict) else {"_type": "choice", "_value": values}
             for name, values in self.search.items()

@@ -206,7 +206,12 @@ def test_fields_that_contradict_each_other_each_other(tmp_path: Path, change: di
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b", "holds a list"), ("a: [", "is no YAML"), ("model: 3", "field 'model'"), ("", "holds a NoneType")],
+    [
+        ("- a\n- b", "contains a list"),
+        ("a: [", "is not valid YAML"),
+        ("model: 3", "field 'model'"),
+        ("", "contains a NoneType"),
+    ],
 )
 def test_files_without_a_recipe(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
