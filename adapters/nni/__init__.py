@@ -21,7 +21,7 @@ from nns_plugin.adapters.nni.pruners import (
     SwitcherPruner,
     WSFPruner,
 )
-from nns_plugin.adapters.torch_pruning.installation import put, take
+from nns_plugin.adapters.torch_pruning.installation import add_classes, remove_classes
 
 __all__ = [
     "CriterionPruner",
@@ -57,9 +57,9 @@ def install() -> None:
     Raises:
         CriterionError: If something else has one of the names already; nothing is added then.
     """
-    put(host, "nni.compression.pruning", PRUNERS)
+    add_classes(host, "nni.compression.pruning", PRUNERS)
 
 
 def uninstall() -> None:
     """Undo :func:`install`; does nothing where it was not called."""
-    take(host, PRUNERS)
+    remove_classes(host, PRUNERS)

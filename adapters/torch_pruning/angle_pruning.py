@@ -1,4 +1,4 @@
-"""Pruning by angles: one unit of each pair that does the same goes, and one or both of each pair that cancels."""
+"""Pruning by angles: remove one unit of each pair that does the same, and one or both of each pair that cancels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from nns_plugin.statistics.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class AnglePruning:
-    """What was pruned.
+    """The result of pruning by angles.
 
     Attributes:
-        kept: By name of the group its kept units, ``[k]`` int64; groups without angles are left out.
-        removed: Number of units that went.
-        pairs: Number of pairs that were acted on.
+        kept: The kept units of each group, ``[k]`` int64, by name; groups without angles are left out.
+        removed: Number of removed units.
+        pairs: Number of pairs that lost a unit.
         statistics: Of the pruned model, narrowed.
     """
 
@@ -57,9 +57,9 @@ def prune_by_angle(
         model: Pruned in place.
         example_inputs: As for torch-pruning.
         statistics: Of the model, with ``gram=True``.
-        rule: Which pairs are redundant.
+        rule: Decides which pairs are redundant.
         vectors: ``"activations"``, or ``"weights"`` for the incoming weights.
-        center: What is taken off the activations: ``None``, a number (0.5 for sigmoid units) or ``"mean"``.
+        center: Subtracted from the activations: ``None``, a number (0.5 for sigmoid units) or ``"mean"``.
         merge: How a survivor takes over: ``"none"``, ``"add"`` (the removed unit's outgoing weights are added to its
             own) or ``"scaled"`` (exact for a pair whose centred vectors are parallel).
         groups: Names of the groups to prune; all of the statistics' by default.

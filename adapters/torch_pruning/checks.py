@@ -1,8 +1,8 @@
-"""Check by gradients that units are read where a dependency graph says so.
+"""Check by gradients that consumers read units where the dependency graph says.
 
-torch-pruning follows positions through splits, concatenations and reshapes by rules that have gaps: a shuffle of
-channels, a padded channel axis, a concatenation with the model's input, or the halves of a chunk that are used in
-another order give positions that look sound and are wrong.
+torch-pruning follows positions through splits, concatenations and reshapes by rules with gaps: for a channel shuffle, a
+padded channel axis, a concatenation with the model's input, or the halves of a chunk used in another order, it reports
+positions that look sound and are wrong.
 """
 
 from __future__ import annotations

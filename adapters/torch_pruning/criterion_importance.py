@@ -30,7 +30,7 @@ class Evidence(Protocol):
         ...
 
     def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
-        """Remember how the positions of a group hang together; the pruning history speaks of its root alone."""
+        """Remember how the positions of a group hang together; the pruning history lists root positions alone."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Keep statistics in step with what torch-pruning has removed from the model: never silently stale."""
+"""Statistics that follow a model through torch-pruning's removals, and are never silently stale."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Recalibration:
 class FollowedStatistics:
     """Statistics that follow a model through torch-pruning's removals.
 
-    Before a group is scored, :meth:`current` looks whether the model is still the one the statistics describe.
-    If units were removed since, the statistics are collected again (where a way to do so was given) or narrowed
-    by the graph's pruning history. If anything else changed - weights were trained, removals cannot be read from
-    the history - they are collected again or a :class:`StaleStatisticsError` is raised.
+    Before a group is scored, :meth:`current` checks whether the statistics still describe the model. If units were
+    removed, the statistics are collected again (with a ``recalibration``) or narrowed by the graph's pruning history.
+    If anything else changed (weights were trained, or the history does not explain the removals), they are collected
+    again or a :class:`StaleStatisticsError` is raised.
 
-    Training is noticed by the version counters of parameters and buffers, which optimisers, batch norms and
-    ``load_state_dict`` advance; writing to a parameter's ``.data`` is not noticed.
+    Training is detected by the version counters of parameters and buffers, which optimisers, batch norms and
+    ``load_state_dict`` advance; writing to a parameter's ``.data`` is not detected.
     """
 
     _graph: weakref.ref[Any] | None
@@ -85,12 +85,12 @@ class FollowedStatistics:
         return self._statistics
 
     def accept(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
-        """Go on with statistics that the caller vouches for: they describe the graph's model as it is now."""
+        """Go on with these statistics; the caller guarantees that they describe the graph's model as it is now."""
         self._statistics = statistics
         self._mark(graph)
 
     def saw(self, host_group: tp.dependency.Group, traced: TracedGroup) -> None:
-        """Remember how a group's root numbers its units; the pruning history speaks of roots."""
+        """Remember how a group's root numbers its units; the pruning history lists root positions."""
         graph = host_group._DG
         root = host_group[0].dep
         key = (str(graph._module2name[root.target.module]), graph.is_out_channel_pruning_fn(root.handler))
@@ -99,7 +99,7 @@ class FollowedStatistics:
     def _begin(self, graph: tp.DependencyGraph) -> None:
         former = None if self._graph is None else self._graph()
         if former is not None and former.model is graph.model and self._changed(former):
-            self._update(former)  # another pruner goes on; the former one's history tells what happened
+            self._update(former)  # another pruner takes over; the former one's history explains the removals
         try:
             self._statistics.check_current(graph.model, advice=ADVICE)
         except StaleStatisticsError:
@@ -110,7 +110,7 @@ class FollowedStatistics:
             if misfit := self._misfit(graph):
                 self._again(graph, f"the statistics do not fit the model: {misfit}")
             elif self._marks and self._written(graph.model):
-                self._again(graph, "weights have changed since a former pruner was at work")
+                self._again(graph, "weights have changed since an earlier pruner scored it")
         self._mark(graph)
 
     def _changed(self, graph: tp.DependencyGraph) -> bool:
@@ -127,7 +127,7 @@ class FollowedStatistics:
             kept = kept_by_history(graph.pruning_history()[self._seen :], self._statistics.groups, self._roots)
             self._statistics = self._statistics.narrow(kept)
             if misfit := self._misfit(graph):
-                self._again(graph, f"the model lost units that its pruning history does not tell of: {misfit}")
+                self._again(graph, f"the model lost units that its pruning history does not list: {misfit}")
         self._mark(graph)
 
     def _written(self, model: nn.Module) -> bool:
@@ -139,12 +139,12 @@ class FollowedStatistics:
         )
 
     def _trained(self, graph: tp.DependencyGraph) -> bool:
-        """Whether a parameter or buffer was written to: removals replace them, by tensors that start at version 0."""
+        """Whether a parameter or buffer was written to; removals replace them by tensors of version 0."""
         known = {id(tensor): version for mark, version in self._marks if (tensor := mark()) is not None}
         return any(tensor._version != known.get(id(tensor), 0) for tensor in _state(graph.model))
 
     def _misfit(self, graph: tp.DependencyGraph) -> str:
-        """Which observed axis has another length than its record; empty if all fit."""
+        """The first observed axis whose length differs from its record; empty if all fit."""
         modules = dict(graph.model.named_modules())
         for (side, name), record in self._statistics.records.items():
             covered = record.layout.channel.numel()

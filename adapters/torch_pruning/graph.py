@@ -30,14 +30,14 @@ def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:
     """
     graph = TracedGraph()
     with preserved(model), no_hooks_left(model), torch.inference_mode(False), torch.enable_grad():
-        # A frozen parameter would cut the graph that torch-pruning reads.
+        # torch-pruning follows gradients, which frozen parameters would stop.
         for parameter in model.parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(True)
         try:
-            # Tensors of inference mode, which clone() makes ordinary, have no gradients.
+            # Tensors of inference mode have no gradients; clone() turns them into ordinary ones.
             graph.example_inputs = map_tensors(example_inputs, lambda value: value.to(device_of(model)).clone())
-            # Without forward_fn, the host takes a batch apart and calls the model on its inputs as if they were many.
+            # Without forward_fn, the host unpacks a batch and passes its rows to the model as separate arguments.
             graph.build_dependency(
                 model,
                 graph.example_inputs,

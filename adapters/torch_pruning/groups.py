@@ -32,7 +32,7 @@ class UnusableGroupWarning(UserWarning):
 
 
 class UncheckedGroupsWarning(UserWarning):
-    """Gradients could not tell whether units are read where the host says."""
+    """Gradients could not check whether consumers read units where torch-pruning says."""
 
 
 def unit_groups(
@@ -40,12 +40,12 @@ def unit_groups(
 ) -> tuple[UnitGroup, ...]:
     """Find the units of a model that can be removed.
 
-    Groups that write the model's output (the labels) are no units and are left out. A group whose ports are
-    malformed, or that is read elsewhere than torch-pruning thinks, is left out and named in an
+    Groups that write the model's output (the labels) are left out. A group whose ports are malformed, or whose
+    consumers read it at other positions than torch-pruning says, is left out and named in an
     :class:`UnusableGroupWarning`. The model is left as it was found.
 
     Args:
-        model: The model; frozen parameters are no obstacle.
+        model: The model; its parameters may be frozen.
         example_inputs: A tensor, or a tuple or mapping of tensors, that the model can run on.
         ignored_layers: Modules, or names of modules, whose outputs must stay whole.
 
@@ -65,12 +65,12 @@ def graph_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -
 
 
 def sound_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -> tuple[UnitGroup, ...]:
-    """The same, without a check of where units are read."""
+    """The unit groups of a graph, without a check of where units are read."""
     return tuple(traced.group for _, traced in followed_groups(graph, ignored))
 
 
 def checked_groups(graph: tp.DependencyGraph, groups: tuple[UnitGroup, ...]) -> tuple[UnitGroup, ...]:
-    """Those groups whose units are read where the host says; the others are named in a warning."""
+    """The groups whose consumers read them where torch-pruning says; the others are named in a warning."""
     if isinstance(graph, TracedGraph):
         for name, reason in _misread(graph, groups).items():
             _leave_out(f"group of {name!r}: {reason}")
@@ -86,12 +86,12 @@ def followed_groups(
     Groups that the host cannot follow are named in a warning; those that write the model's output are left out.
     """
     found = []
-    with torch.inference_mode(False):  # no tensors of inference mode in what is kept
+    with torch.inference_mode(False):  # the groups must not hold tensors of inference mode
         for host_group in _host_groups(graph, ignored):
             if writes_output(host_group):
                 if any(is_consumer(graph, item.dep) for item in host_group):
                     name = name_of(graph, host_group[0].dep)
-                    _leave_out(f"group of {name!r}: its units are an output of the model, besides being read in it")
+                    _leave_out(f"group of {name!r}: its units are an output of the model and read inside it")
                 continue
             try:
                 found.append((host_group, trace_group(host_group)))
@@ -102,20 +102,19 @@ def followed_groups(
 
 
 def groups_again(graph: tp.DependencyGraph, former: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
-    """Those groups of a host's graph that were found before, as they are now.
+    """The groups of a host's graph that were found before, as they are now.
 
-    Where units are read was checked when the former groups were found; a host's own graph keeps no inputs to check
-    new ones with.
+    Where they are read was checked when they were found; a host's own graph keeps no inputs to check it again.
     """
     known = {group.name for group in former}
     return tuple(group for group in graph_groups(graph) if group.name in known)
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
-    """Modules of a model given as such or by name, with everything inside them.
+    """Modules of a model, given as such or by name, with all their submodules.
 
     Raises:
-        GroupError: If one is not in the model; types are no layers.
+        GroupError: If one is not a module of the model; types are not accepted.
     """
     modules = dict(model.named_modules())
     present = set(modules.values())
@@ -126,7 +125,7 @@ def resolve_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[
         module = modules.get(layer) if isinstance(layer, str) else layer
         if not isinstance(module, nn.Module) or module not in present:
             raise GroupError(
-                f"ignored layer {layer!r} is not in the model; expected a module of it or one of its names, such as "
+                f"ignored layer {layer!r} is not in the model; expected one of its modules or their names, such as "
                 f"{', '.join([name for name in modules if name][:5])}"
             )
         found.extend(module.modules())
@@ -138,7 +137,7 @@ def writes_output(host_group: tp.dependency.Group) -> bool:
     positions = len(host_group[0].idxs)
     shapes = [item.dep.target.module.shape for item in host_group if item.dep.target.type == tp.ops.OPTYPE.OUTPUT]
     if shapes:
-        # A flattened map has them many times over; a product of two embeddings has contracted them.
+        # A flattened map repeats each unit; a product of two embeddings has contracted the units.
         return any(length and length % positions == 0 for shape in shapes for length in shape)
     if any(is_consumer(host_group._DG, item.dep) for item in host_group):
         return False
@@ -146,7 +145,7 @@ def writes_output(host_group: tp.dependency.Group) -> bool:
 
 
 def output_layers(graph: tp.DependencyGraph) -> tuple[str, ...]:
-    """Names of the layers whose positions are the model's outputs."""
+    """Names of the layers that write the model's outputs."""
     return tuple(
         port.name
         for host_group in _host_groups(graph)
@@ -162,7 +161,7 @@ def _host_groups(graph: tp.DependencyGraph, ignored: Sequence[nn.Module] = ()) -
     ignored = list(ignored)
     try:
         return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(ROOTS)))
-    except Exception:  # the host fails in any way on operations that it does not know
+    except Exception:  # the host fails in various ways on operations that it does not know
         pass
     for module in [module for module in graph.module2node if isinstance(module, ROOTS) and module not in ignored]:
         pruner = graph.get_pruner_of_module(module)
@@ -183,8 +182,7 @@ def _misread(graph: TracedGraph, groups: Sequence[UnitGroup]) -> dict[str, str]:
             return misread(model, graph.example_inputs, groups)
         except RuntimeError as error:  # operations without gradients, or that overwrite what gradients need
             warnings.warn(
-                "where units are read could not be checked, torch-pruning's word is taken for it: "
-                f"{str(error).splitlines()[0]}",
+                f"could not check where units are read, so torch-pruning is trusted: {str(error).splitlines()[0]}",
                 UncheckedGroupsWarning,
                 stacklevel=4,
             )

@@ -12,7 +12,7 @@ from nns_plugin.adapters.torch_pruning.criterion_importance import CriterionImpo
 from nns_plugin.adapters.torch_pruning.followed_snapshot import FollowedSnapshot
 from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics
 from nns_plugin.adapters.torch_pruning.groups import unit_groups
-from nns_plugin.adapters.torch_pruning.installation import put, take
+from nns_plugin.adapters.torch_pruning.installation import add_classes, remove_classes
 from nns_plugin.compensation.least_squares import RIDGE
 from nns_plugin.criteria.distinctiveness import Distinctiveness, Mode, Vectors
 from nns_plugin.criteria.mean_weight import MeanWeight, Weights
@@ -185,7 +185,7 @@ class WSFImportance(CriterionImportance):
         """The snapshot as wide as the model is now, such as for :func:`nns_plugin.synapses.significance.significance`.
 
         Raises:
-            SnapshotError: If units went in a way that the pruning history does not tell.
+            SnapshotError: If units were removed in a way that the pruning history does not list.
         """
         return self._snapshot.latest()
 
@@ -222,9 +222,9 @@ def install() -> None:
     Raises:
         CriterionError: If something else has one of the names already; nothing is added then.
     """
-    put(tp.importance, "torch_pruning.importance", IMPORTANCES)
+    add_classes(tp.importance, "torch_pruning.importance", IMPORTANCES)
 
 
 def uninstall() -> None:
     """Undo :func:`install`; does nothing where it was not called."""
-    take(tp.importance, IMPORTANCES)
+    remove_classes(tp.importance, IMPORTANCES)

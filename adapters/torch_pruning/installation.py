@@ -1,4 +1,4 @@
-"""Our classes put by name into a module of a host, and taken out again."""
+"""Add our classes by name to a module of a host, and remove them again."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from types import ModuleType
 from nns_plugin.errors import CriterionError
 
 
-def put(place: ModuleType, called: str, classes: Mapping[str, type]) -> None:
-    """Put classes into a module.
+def add_classes(module: ModuleType, title: str, classes: Mapping[str, type]) -> None:
+    """Add classes to a module.
 
     Args:
-        place: The module.
-        called: What its users call it.
+        module: The module.
+        title: The name by which users know it.
         classes: By name.
 
     Raises:
-        CriterionError: If something else has one of the names already; nothing is put then.
+        CriterionError: If something else has one of the names already; nothing is added then.
     """
     for name, ours in classes.items():
-        if getattr(place, name, ours) is not ours:
-            raise CriterionError(f"{called} has a {name!r} of its own already; it is left alone")
+        if getattr(module, name, ours) is not ours:
+            raise CriterionError(f"{title} has a {name!r} of its own already; it is left alone")
     for name, ours in classes.items():
-        setattr(place, name, ours)
+        setattr(module, name, ours)
 
 
-def take(place: ModuleType, classes: Mapping[str, type]) -> None:
-    """Undo :func:`put`; what is not ours stays."""
+def remove_classes(module: ModuleType, classes: Mapping[str, type]) -> None:
+    """Undo :func:`add_classes`; classes of others stay."""
     for name, ours in classes.items():
-        if getattr(place, name, None) is ours:
-            delattr(place, name)
+        if getattr(module, name, None) is ours:
+            delattr(module, name)

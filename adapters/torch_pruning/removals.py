@@ -50,7 +50,7 @@ class PrunableGraph:
     def carry_out(self, removal: Removal) -> None:
         """See the protocol."""
         graph = self._graph
-        if isinstance(removal, HostRemoval):  # rebuilt at its turn: positions on a concatenation move with each removal
+        if isinstance(removal, HostRemoval):  # built anew: positions on a concatenation move with each removal
             prune_group(graph.get_pruning_group(*removal.host))
         elif removal.group is not None:
             remove_units(graph, removal.group, removal.units)
@@ -72,11 +72,11 @@ class PrunableGraph:
 
 
 def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:
-    """What a step of the pruner removes, in the order of the groups' first producers; nothing is removed yet."""
+    """The removals of the pruner's next step, in the order of the groups' first producers; nothing is removed yet."""
     graph = pruner.DG
     removals = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MisprunedNormWarning)  # prune_group removes their channels right
+        warnings.simplefilter("ignore", MisprunedNormWarning)  # prune_group handles them
         host_groups = list(pruner.step(interactive=True))
     for host_group in host_groups:
         dep, positions = host_group[0]
@@ -96,7 +96,7 @@ def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:
 
 
 def removals_of(graph: tp.DependencyGraph, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> list[Removal]:
-    """What has to go so that of each named group the given units are kept, in the order of planned removals."""
+    """The removals that leave each named group its given units, in the order of planned removals."""
     removals = [
         Removal(group, gone)
         for group in groups
@@ -106,7 +106,7 @@ def removals_of(graph: tp.DependencyGraph, groups: Sequence[UnitGroup], kept: Ma
 
 
 def _in_forward_order(graph: tp.DependencyGraph, removals: Sequence[R]) -> list[R]:
-    """Removals in the order of their groups' first producers in the model; those that cannot be followed first."""
+    """Removals in the order of their groups' first producers in the model; those without a group come first."""
     order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
     return sorted(removals, key=lambda removal: order[removal.group.name] if removal.group else -1)
 

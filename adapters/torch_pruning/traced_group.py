@@ -1,4 +1,4 @@
-"""Translate a group of torch-pruning's dependency graph into a unit group: ports, and which positions are one unit."""
+"""Translate a group of torch-pruning into a unit group: its ports, and which positions form one unit."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TracedGroup:
     """A unit group as found in a dependency graph.
 
     Attributes:
-        group: The unit group, named by its first producer (that it does not share with other groups); units are
-            numbered by their first position on it, then on the others, whatever root the host chose.
-        unit_of_root: ``[n]`` int64, the unit that each position of the host's root belongs to.
+        group: The unit group, named after its first producer (the first that it does not share with other groups);
+            units are numbered by their first position on it, then on the others, whatever root the host chose.
+        unit_of_root: ``[n]`` int64, the unit of each position of the host's root.
     """
 
     group: UnitGroup
@@ -49,24 +49,24 @@ def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
     graph = host_group._DG
     roots = len(host_group[0].idxs)
     if any(index is None for item in host_group for index in (*item.idxs, *(item.root_idxs or ()))):
-        raise GroupError("some positions have no root; heads that several queries share cannot be followed")
+        raise GroupError("some positions have no root; key/value heads that several queries share are not supported")
     if sorted(host_group[0].idxs) != list(range(roots)):
         raise GroupError(f"the root lists {roots} positions, but not 0..{roots - 1}; pass a full group")
     for item in host_group:
         module = item.dep.target.module
         if isinstance(module, TransposedConvolution) and module.groups > 1 and not is_depthwise(module):
             raise GroupError(
-                f"torch-pruning cuts {name_of(graph, item.dep)!r} wrongly, a grouped transposed convolution"
+                f"torch-pruning prunes {name_of(graph, item.dep)!r} wrongly, a grouped transposed convolution"
             )
         if _is_parametrized(item.dep.target.module):
-            raise GroupError(f"{name_of(graph, item.dep)!r} computes its weight from others, which cannot be cut")
+            raise GroupError(f"{name_of(graph, item.dep)!r} computes its weight from others and cannot be pruned")
     ports = [port for item in host_group for port in ports_of(graph, item)]
     if not any(role == "out" for role, _ in ports):
-        raise GroupError("nothing writes its units; they are inputs of the model")
+        raise GroupError("no layer writes its units; they are inputs of the model")
     links = [link for item in host_group for link in _offset_links(graph, item)]
     unit_of_root = _components(roots, links)
     if any(role == "in" for role, _ in ports) and _unread(ports, unit_of_root):
-        # Only V of a fused q/k/v projection is read: seen from its consumer, the triples hang together.
+        # Only V of a fused q/k/v projection has a reader; seen from there, each q/k/v triple is connected.
         links += [
             link for item in host_group if is_consumer(graph, item.dep) for link in _consumer_links(host_group, item)
         ]
@@ -75,7 +75,7 @@ def _trace_group(host_group: tp.dependency.Group) -> TracedGroup:
 
 
 def ports_of(graph: tp.DependencyGraph, item: Any) -> list[tuple[str, Port]]:
-    """The ports of one item of a host's group: none for a pass-through, an attention layer writes and reads."""
+    """The ports of one item of a host's group: none for a pass-through, two for an attention layer."""
     dep = item.dep
     module = dep.target.module
     reads, writes = is_consumer(graph, dep), _is_producer(graph, dep)
@@ -107,7 +107,7 @@ def _components(count: int, links: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions: equal offsets in groups, heads or chunks are one unit."""
+    """Links between root positions: equal offsets in groups, heads or chunks form one unit."""
     module = item.dep.target.module
     coupled = _coupled_groups(graph, item.dep)
     if coupled == 1:
@@ -120,14 +120,14 @@ def _offset_links(graph: tp.DependencyGraph, item: Any) -> list[tuple[Tensor, Te
     if index.numel() != whole:
         raise GroupError(
             f"it owns {index.numel()} of {whole} positions of {name_of(graph, item.dep)!r}, whose {coupled} groups "
-            "must stay equal; units of several groups would have to go together"
+            "must stay equally large; units of several groups would have to be removed together"
         )
     by_offset = root[index.argsort()].reshape(coupled, -1)
     return [(by_offset[0].repeat(coupled - 1), by_offset[1:].flatten())]
 
 
 def _consumer_links(host_group: tp.dependency.Group, consumer: Any) -> list[tuple[Tensor, Tensor]]:
-    """Links between root positions that belong to one position of a consumer."""
+    """Links between the root positions that reach one position of a consumer."""
     root = host_group[0].dep.target
     again = host_group._DG.get_pruning_group(consumer.dep.target.module, consumer.dep.handler, sorted(consumer.idxs))
     links = []
@@ -156,22 +156,22 @@ def _coupled_groups(graph: tp.DependencyGraph, dep: Any) -> int:
         return channel_groups(module)
     if isinstance(module, tp.ops._SplitOp) and module.split_sizes:
         if "sizes" in dep.target.grad_fn.name().lower():
-            raise GroupError(f"it is split into sizes {module.split_sizes}, which the forward would not change")
+            raise GroupError(f"it is split into fixed sizes {module.split_sizes}, which removal would not change")
         return len(module.split_sizes)
     if isinstance(module, tp.ops._SliceOp) and any(isinstance(each, _SliceIndexMapping) for each in dep.index_mapping):
-        raise GroupError("it is sliced at positions that the forward would not change")
+        raise GroupError("it is sliced at fixed positions, which removal would not change")
     return 1
 
 
 def _canonical(
     graph: tp.DependencyGraph, ports: list[tuple[str, Port]], unit_of_root: Tensor, attends: bool
 ) -> TracedGroup:
-    """Name and number a group by its first producer, and check it."""
+    """Name a group and number its units by its first producer, and check it."""
     order = {name: place for place, (name, _) in enumerate(graph.model.named_modules())}
     units = [(role, Port(port.name, port.index, unit_of_root[port.unit])) for role, port in ports]
     units.sort(key=lambda item: order[item[1].name])
     producers = [port for role, port in units if role == "out"]
-    # Several groups may share a producer, but one that a group owns whole is its own.
+    # Several groups may share a producer; the group is named after one that it owns completely.
     name = next((port.name for port in producers if owns(graph, port)), producers[0].name)
     size = int(unit_of_root.max()) + 1
     producers.sort(key=lambda port: port.name != name)
@@ -183,20 +183,20 @@ def _canonical(
     for role, port in units:
         position, place = port.index.sort()
         roles[role].append(Port(port.name, position, number[port.unit[place]]))
-    # What nn.MultiheadAttention reads cannot be observed: its units are observed where they are written.
+    # The inputs of nn.MultiheadAttention cannot be observed; its units are observed where they are written.
     group = UnitGroup(name, size, tuple(roles["out"]), () if attends else tuple(roles["in"]))
     check_group(group)
     return TracedGroup(group, number[unit_of_root])
 
 
 def owns(graph: tp.DependencyGraph, port: Port) -> bool:
-    """Whether a port has all positions that its module writes."""
+    """Whether a port covers all positions that its module writes."""
     module = dict(graph.model.named_modules()).get(port.name)
     return module is not None and graph.get_out_channels(module) == port.index.numel()
 
 
 def _is_parametrized(module: Any) -> bool:
-    """Whether a layer's weight is no parameter of its own: weight or spectral norm, or a mask of torch's pruning."""
+    """Whether a layer computes its weight from others: weight norm, spectral norm or a mask of torch's pruning."""
     return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
@@ -205,7 +205,7 @@ def _is_attention(dep: Any) -> bool:
 
 
 def is_consumer(graph: tp.DependencyGraph, dep: Any) -> bool:
-    """Whether the target of a dependency loses in positions only."""
+    """Whether the target of a dependency loses input positions only."""
     module = dep.target.module
     passes = graph.is_out_channel_pruning_fn(dep.handler)
     return isinstance(module, CONSUMERS) and graph.is_in_channel_pruning_fn(dep.handler) and not passes
@@ -219,5 +219,5 @@ def _is_producer(graph: tp.DependencyGraph, dep: Any) -> bool:
 
 
 def name_of(graph: tp.DependencyGraph, dep: Any) -> str:
-    """Name of a dependency's target: in the model, or the host's for an operation."""
+    """Name of a dependency's target: that of a module in the model, or the host's name of an operation."""
     return str(graph._module2name.get(dep.target.module, dep.target.name))

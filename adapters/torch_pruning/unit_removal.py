@@ -22,12 +22,12 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
     Args:
         graph: Dependency graph of the model, up to date with all earlier removals.
         group: The group as it is now, see :func:`nns_plugin.units.narrow_groups`; removals from other groups do not
-            matter.
+            affect it.
         units: ``[k]`` int64 units to remove.
 
     Raises:
-        PruningError: If the host would remove something else, or would leave a layer empty. The model is
-            untouched then.
+        PruningError: If torch-pruning would remove something else, or would leave a layer empty; the model is then
+            unchanged.
     """
     units = units.unique()
     if units.numel() == 0:
@@ -58,7 +58,7 @@ def remove_units(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> 
 
 
 def _parts(group: UnitGroup, units: Tensor) -> list[Tensor]:
-    """The units, apart where no producer writes all of them (branches side by side in a concatenation)."""
+    """The units in parts that one producer each writes, if no producer writes all (branches of a concatenation)."""
     if any(bool(torch.isin(units, port.unit).all()) for port in group.producers):
         return [units]
     parts = []
@@ -71,10 +71,10 @@ def _parts(group: UnitGroup, units: Tensor) -> list[Tensor]:
 
 
 def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.dependency.Group:
-    """The host's group that removes units which one producer writes, checked."""
+    """The host's group that removes the units of one producer, checked."""
     ports = [port for port in group.producers if bool(torch.isin(units, port.unit).all())]
     try:
-        # A layer that several groups share may have moved since the group was found, one of its own has not.
+        # On a layer that several groups share, positions may have moved since the group was found.
         port = max(ports, key=lambda port: owns(graph, port))
         module = graph.model.get_submodule(port.name)
         pruner = graph.get_pruner_of_module(module)
@@ -84,12 +84,12 @@ def _removal(graph: tp.DependencyGraph, group: UnitGroup, units: Tensor) -> tp.d
         }
     except (AttributeError, ValueError) as error:
         raise PruningError(
-            f"units of group {group.name!r} cannot be removed, the model is not the one that was traced: {error}"
+            f"units of group {group.name!r} cannot be removed, the model is no longer the one that was traced: {error}"
         ) from error
     expected = {(role, port.name): port.positions(units) for role, port in role_ports(group)}
     for (role, name), positions in expected.items():
         there = found.get((role, name), positions[:0])
-        # Other groups' removals may have moved the positions on a shared layer, but not their number.
+        # Removals from other groups may have moved the positions on a shared layer, but not changed their number.
         if there.numel() != positions.numel():
             raise PruningError(
                 f"removing {units.numel()} units of group {group.name!r} should take {positions.numel()} positions of "

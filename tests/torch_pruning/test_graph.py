@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
     "sizes of a split": (
         lambda: Free(swapped, a=conv(2, 8), low=conv(4, 3), high=conv(4, 2), head=nn.Linear(5, 3)),
         lambda: torch.randn(3, 2, 4, 4),
-        r"'a': it is split into sizes \[4, 4\]",
+        r"'a': it is split into fixed sizes \[4, 4\]",
     ),
     "slices": (
         lambda: Free(
@@ -172,7 +172,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
             head=nn.Linear(2, 3),
         ),
         lambda: torch.randn(3, 2, 4, 4),
-        "'a': it is sliced at positions that the forward would not change",
+        "'a': it is sliced at fixed positions, which removal would not change",
     ),
     "one gate for all units": (
         lambda: Free(
@@ -222,14 +222,14 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
     "a depthwise convolution of the input": (
         lambda: Free(lambda m, x: m.head(pooled(m.d(x))), d=nn.Conv2d(2, 2, 3, groups=2), head=nn.Linear(2, 3)),
         lambda: torch.randn(3, 2, 4, 4),
-        "'d': nothing writes its units; they are inputs of the model",
+        "'d': no layer writes its units; they are inputs of the model",
     ),
     "an output that is read as well": (
         lambda: Free(
             lambda m, x: (lambda y: (m.head(y), y))(torch.relu(m.a(x))), a=nn.Linear(4, 6), head=nn.Linear(6, 3)
         ),
         lambda: torch.randn(3, 4),
-        "'a': its units are an output of the model, besides being read in it",
+        "'a': its units are an output of the model and read inside it",
     ),
 }
 
@@ -320,7 +320,9 @@ def test_what_gradients_cannot_check_is_said() -> None:
         return m.head(y.mean((2, 3)))
 
     model = Free(overwrites, a=conv(2, 8), b=conv(8, 8), head=nn.Linear(8, 3))
-    with pytest.warns(UncheckedGroupsWarning, match="where units are read could not be checked"):
+    with pytest.warns(
+        UncheckedGroupsWarning, match="could not check where units are read, so torch-pruning is trusted"
+    ):
         (group,) = unit_groups(model, torch.randn(2, 2, 4, 4))
     assert group.size == 8
 
