@@ -103,9 +103,9 @@ class FollowedStatistics:
         try:
             self._statistics.check_current(graph.model, advice=ADVICE)
         except StaleStatisticsError:
-            if self._recollect is None:
+            if self._recalibration is None:
                 raise
-            self._statistics = self._recollect(graph)
+            self._statistics = self._recalibration.again(graph)
         if not self._statistics.fingerprint:  # narrowed: they do not record which weights they belong to
             if misfit := self._misfit(graph):
                 self._again(graph, f"the statistics do not fit the model: {misfit}")
