@@ -50,6 +50,37 @@ def test_errors_against_numbers_by_hand() -> None:
     assert found.atol == pytest.approx(0.5)  # 1 - 0.125 * 4
 
 
+@pytest.mark.parametrize(
+    ("expected", "found", "absolute", "relative", "excess"),
+    [
+        (2.0, 2.0, 0, 0, 0),
+        (2.0, 2.5, 0.5, 0.25, 0.5 / 0.21),
+        (-2.0, -2.1, 0.1, 0.05, 0.1 / 0.21),
+        (0.0, 0.005, 0.005, 0, 0.5),
+        (0.01, 0.02, 0.01, 0, 0.01 / 0.011),
+        (INF, INF, 0, 0, 0),
+        (INF, 1.0, INF, NAN, INF),
+        (1.0, INF, INF, INF, INF),
+        (INF, -INF, INF, NAN, INF),
+        (NAN, NAN, NAN, NAN, INF),
+        (NAN, 1.0, NAN, NAN, INF),
+        (1.0, NAN, NAN, NAN, INF),
+    ],
+)
+def test_errors_by_hand(expected: float, found: float, absolute: float, relative: float, excess: float) -> None:
+    of = output_errors(np.array([expected]), np.array([found]), rtol=0.1, atol=0.01)
+    np.testing.assert_allclose(of.absolute, [absolute], atol=1e-12)
+    np.testing.assert_allclose(of.relative, [relative], atol=1e-12)
+    np.testing.assert_allclose(of.excess, excess, atol=1e-12)
+
+
+def test_errors_without_tolerance() -> None:
+    same, other = np.array([0.0, 3.0]), np.array([0.0, 3.0 + 1e-9])
+    assert output_errors(same, same, rtol=0, atol=0).excess == 0
+    assert output_errors(same, other, rtol=0, atol=0).excess == INF
+    assert output_errors(np.array([True, False]), np.array([True, True]), rtol=0, atol=0).excess == INF
+
+
 def test_the_tolerances_that_pass_come_from_different_values() -> None:
     found = output_errors(array(100, 0.5), array(110, 0.75), rtol=0.05, atol=0.125)
     assert found.rtol == pytest.approx(0.25)  # (0.25 - 0.125) / 0.5, and (10 - 0.125) / 100 is less

@@ -277,25 +277,6 @@ def test_memory_that_cannot_be_measured_is_a_note(
     assert found["baseline_memory"] is found["candidate_memory"] is None
 
 
-def test_memory_is_measured_where_libraries_are_on_the_path_of_this_process_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, Any] = {}
-    real = subprocess.run
-
-    def record(command: list[str], **options: Any) -> Any:
-        seen.update(options, command=command)
-        return real(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", record)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "libraries")])
-    found = session_memory(linear(tmp_path / "a.onnx"), {"x": INPUTS})
-    assert found.running_bytes >= found.session_bytes
-    assert str(tmp_path / "libraries") in seen["env"]["PYTHONPATH"].split(os.pathsep)
-    assert "-I" not in seen["command"], "it drops the user's site and PYTHONPATH"
-    assert "-P" in seen["command"], "the adapters' folder has a module that is called onnxruntime"
-
-
 def test_several_failures_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = linear(tmp_path / "good.onnx"), linear(tmp_path / "bad.onnx", -WEIGHTS)
     given = ("--rtol", "1e-3", "--min-top1-agreement", "1", "--max-accuracy-drop", "0", "--min-speedup", "1000")

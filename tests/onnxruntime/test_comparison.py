@@ -20,7 +20,6 @@ from onnx_graphs import NAMES, TYPES, W, X, linear, parity, quick_compare, tenso
 from nns_plugin.adapters.onnxruntime.comparing import TorchModels  # noqa: E402
 from nns_plugin.adapters.onnxruntime.file import FEATURES_KEY, SELECTION_KEY  # noqa: E402
 from nns_plugin.errors import ExportError, LabelError  # noqa: E402
-from nns_plugin.evaluation.agreement import label_agreement  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -322,27 +321,6 @@ def test_torch_models_of_files_must_answer_as_they_do(dense: Path) -> None:
         quick_compare(dense, dense, X, torch_models=TorchModels(baseline=model, masked=model))
     report, _ = quick_compare(dense, dense, torch_models=TorchModels(candidate=model)).parity
     assert (report.kind, report.passed) == ("torch against ONNX", True)
-
-
-# Agreement ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("columns", "pruned", "expected"),
-    [
-        ([0, 1, 2], [[3, 1, 2], [1, 2, 3], [1, 3, 2], [9, 0, 0]], 1),
-        ([0, 1, 2], [[3, 1, 2], [1, 2, 3], [1, 3, 2], [0, 9, 0]], 0.75),
-        ([2, 0, 1], [[2, 3, 1], [3, 1, 2], [2, 1, 3], [0, 9, 0]], 1),
-        ([0, None], [[9, 0], [0, 9], [9, 0], [9, 0]], 0.75),  # dense: 0, other, other, 0
-        ([None, 1, 2], [[9, 0, 0], [9, 0, 0], [0, 9, 0], [0, 9, 0]], 0.5),
-        ([2, 0], [[0, 9], [0, 9], [9, 0], [0, 9]], 2 / 3),  # the third input is answered with 1, and does not count
-        ([1], [[0], [0], [0], [0]], None),
-    ],
-)
-def test_agreement_by_hand(columns: list[int | None], pruned: Any, expected: float | None) -> None:
-    dense = np.array([[3.0, 1, 2], [1, 2, 3], [1, 3, 2], [5, 0, 0]])
-    found = label_agreement(dense, np.array(pruned, float), columns)
-    assert found == (expected if expected is None else pytest.approx(expected))
 
 
 # Options --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""Profiles of ONNX files: operators, channels, kernels, providers; and what a session takes in memory."""
+"""Profiles of ONNX files: operators, channels, kernels and providers."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,14 @@ pytest.importorskip("onnxscript")
 
 from onnx_graphs import W, X, linear, tensor, write  # noqa: E402
 
+from nns_plugin.adapters.onnxruntime import profiling  # noqa: E402
 from nns_plugin.adapters.onnxruntime.feeds import feeds_of, random_values  # noqa: E402
 from nns_plugin.adapters.onnxruntime.file import read_file  # noqa: E402
 from nns_plugin.adapters.onnxruntime.layers import OnnxLayer, odd_layers, read_layers  # noqa: E402
-from nns_plugin.adapters.onnxruntime.memory import session_memory  # noqa: E402
 from nns_plugin.adapters.onnxruntime.profiling import (  # noqa: E402
-    _WARMUP,
     NodeTime,
     OperatorChange,
     Profile,
-    _nodes,
     compare_profiles,
     profile,
 )
@@ -136,20 +136,31 @@ def test_transposed_weights_constants_and_groups_are_read(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_means_are_of_the_timed_runs_and_a_node_in_a_loop_counts_as_often_as_it_runs() -> None:
-    def event(name: str, place: int, duration: float) -> dict[str, Any]:
-        told = {"node_index": str(place), "op_name": "Add", "provider": CPU}
-        return {"cat": "Node", "name": name, "dur": duration, "args": told}
+def test_means_are_those_of_the_timed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node in a loop runs more than once a run, nodes may share a name, and warm-up does not count."""
+    runs: list[Any] = []
 
-    events: list[dict[str, Any]] = [{"cat": "Session", "name": "model_run", "dur": 9}]
-    for run in range(_WARMUP + 4):
-        slow = 100 if run < _WARMUP else 0
-        events += [event("once_kernel_time", 0, run - _WARMUP + 1 + slow), event("once_fence_before", 0, 50)]
-        events += [event("inner_kernel_time", 1, 2 + slow) for _ in range(3)]
-        events += [event("once_kernel_time", 2, 7 + slow)]  # another node of the same name
-    found = _nodes(events, 4)
-    assert [(each.name, each.mean_us) for each in found] == [("once", 2.5), ("inner", 6), ("once", 7)]
-    assert {(each.operator, each.provider) for each in found} == {("Add", CPU)}
+    def event(name: str, place: int, duration: float) -> dict[str, Any]:
+        arguments = {"node_index": str(place), "op_name": "Add", "provider": CPU}
+        return {"cat": "Node", "name": name, "dur": duration, "args": arguments}
+
+    def written() -> str:
+        events: list[dict[str, Any]] = [{"cat": "Session", "name": "model_run", "dur": 9}]
+        for left in reversed(range(len(runs))):  # timed runs left: the last four are timed
+            slow = 0 if left < 4 else 100
+            events += [event("once_kernel_time", 0, 4 - left + slow), event("once_fence_before", 0, 50)]
+            events += [event("inner_kernel_time", 1, 2 + slow) for _ in range(3)]
+            events += [event("once_kernel_time", 2, 7 + slow)]  # another node of the same name
+        file = tmp_path / "profile.json"
+        file.write_text(json.dumps(events), encoding="utf-8")
+        return str(file)
+
+    session = SimpleNamespace(run=lambda _, feed: runs.append(feed) or [], end_profiling=written)
+    monkeypatch.setattr(profiling, "create_session", lambda *_, **__: session)
+    found = profile("model.onnx", {"x": X}, batch=90, runs=4)
+    assert len(runs) > 4
+    assert [(each.name, each.mean_us) for each in found.nodes] == [("once", 2.5), ("inner", 6), ("once", 7)]
+    assert {(each.operator, each.provider) for each in found.nodes} == {("Add", CPU)}
 
 
 def test_profiles_of_another_provider_are_told_to_have_fallen_back(tmp_path: Path) -> None:
@@ -249,31 +260,3 @@ def test_nodes_that_fell_back_are_noted_by_operator() -> None:
         f"baseline: 3 of 4 nodes not run by {CUDA}: 2 Add by {CPU}, 1 Relu by {CPU}",
     )
     assert compare_profiles(whole, fallen).notes[0].startswith("candidate: 3 of 4 nodes not run by")
-
-
-# Memory ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_session_takes_memory_for_its_weights(tmp_path: Path) -> None:
-    small = linear(tmp_path / "small.onnx", np.ones((2048, 64), np.float32))
-    large = linear(tmp_path / "large.onnx", np.ones((2048, 8192), np.float32), put="a name / of its own")  # 64 MiB
-    taken = [
-        session_memory(path, {name: np.ones((1, 2048), np.float32)})
-        for path, name in ((small, "x"), (large, "a name / of its own"))
-    ]
-    assert all(0 < each.session_bytes <= each.running_bytes for each in taken)
-    assert taken[1].session_bytes - taken[0].session_bytes > 0.9 * 2048 * 8128 * 4
-
-
-def test_activations_are_in_what_running_takes(tmp_path: Path) -> None:
-    path = linear(tmp_path / "model.onnx", np.ones((4, 1024), np.float32))
-    few, many = (session_memory(path, {"x": np.ones((count, 4), np.float32)}) for count in (1, 8192))
-    assert many.running_bytes - few.running_bytes > 0.9 * 8192 * 1024 * 4
-
-
-def test_memory_of_a_file_that_does_not_run_is_an_error(tmp_path: Path) -> None:
-    path = linear(tmp_path / "model.onnx", W)
-    with pytest.raises(ExportError, match="the memory of .*model.onnx' cannot be measured") as failure:
-        session_memory(path, {"x": X[:, :2]})
-    assert len(str(failure.value).splitlines()) == 1
-    assert "see whether it runs alone" in str(failure.value)
