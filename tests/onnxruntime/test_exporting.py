@@ -209,7 +209,7 @@ def test_a_failing_forward_leaves_model_and_folder_as_they_were(tmp_path: Path) 
     assert failure.value.__cause__ is not None
     assert state_of(model) == before
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    anything = write(tmp_path / "any.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], node)
+    anything = write(tmp_path / "any.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], [node])
     with pytest.raises(ExportError, match=r"Recording cannot run on a batch of 1 .*first line\)"):
         adapter.check_parity(model, anything, torch.ones(4, 3))
     assert state_of(model) == before

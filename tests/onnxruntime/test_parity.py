@@ -74,10 +74,12 @@ def test_the_worst_output_is_named(tmp_path: Path) -> None:
         tmp_path / "model.onnx",
         [tensor("left", "batch", 4), tensor("right", "batch", 4)],
         [tensor("total", "batch", 4), tensor("twice", "batch", 4), tensor("rows", "batch")],
-        onnx.helper.make_node("Add", ["left", "right"], ["total"]),
-        onnx.helper.make_node("Add", ["left", "right"], ["twice"]),
-        onnx.helper.make_node("ReduceSum", ["right", "axis"], ["rows"], keepdims=0),
-        onnx.helper.make_node("Constant", [], ["axis"], value_ints=[1]),
+        [
+            onnx.helper.make_node("Add", ["left", "right"], ["total"]),
+            onnx.helper.make_node("Add", ["left", "right"], ["twice"]),
+            onnx.helper.make_node("ReduceSum", ["right", "axis"], ["rows"], keepdims=0),
+            onnx.helper.make_node("Constant", [], ["axis"], value_ints=[1]),
+        ],
     )
     left, right = torch.ones(3, 4), torch.ones(3, 4)
     assert adapter.check_parity(Several(), path, (left, right)).passed
@@ -110,8 +112,8 @@ def test_a_nan_fails_even_if_both_sides_agree_on_it(tmp_path: Path) -> None:
 
 def test_a_fixed_batch_axis_is_found_out(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    fixed = write(tmp_path / "fixed.onnx", [tensor("x", 4, 3)], [tensor("y", 4, 3)], node)
-    dynamic = write(tmp_path / "dynamic.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], node)
+    fixed = write(tmp_path / "fixed.onnx", [tensor("x", 4, 3)], [tensor("y", 4, 3)], [node])
+    dynamic = write(tmp_path / "dynamic.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], [node])
     assert adapter.check_parity(nn.Identity(), dynamic, torch.randn(4, 3)).passed
     with pytest.raises(ExportError, match=r"fixed\.onnx.*cannot run on .*\[1, 3\].*dynamic batch axis") as failure:
         adapter.check_parity(nn.Identity(), fixed, torch.randn(4, 3))
@@ -131,7 +133,7 @@ def test_a_fixed_batch_axis_is_found_out(tmp_path: Path) -> None:
 )
 def test_inputs_that_do_not_fit_the_file(inputs: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    path = write(tmp_path / "model.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], node)
+    path = write(tmp_path / "model.onnx", [tensor("x", "batch", 3)], [tensor("y", "batch", 3)], [node])
     model = Several() if isinstance(inputs, tuple) else nn.Identity()
     with pytest.raises(ExportError, match=message) as failure:
         adapter.check_parity(model, path, inputs, **options)

@@ -63,13 +63,13 @@ def test_a_damaged_file_is_named(
 
 def test_the_runtime_does_not_talk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    path = write(tmp_path / "model.onnx", [tensor("x", 1)], [tensor("y", 1)], node)
+    path = write(tmp_path / "model.onnx", [tensor("x", 1)], [tensor("y", 1)], [node])
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2), "unused"))  # worth a warning
-    onnx.write(model, path)
+    onnx.save(model, path)
     adapter.create_session(path)
     with pytest.raises(ExportError, match=r"cannot load.*empty\.onnx"):
-        adapter.create_session(write(tmp_path / "empty.onnx", [], []))
+        adapter.create_session(write(tmp_path / "empty.onnx", [], [], []))
     assert capfd.readouterr() == ("", "")
 
 
