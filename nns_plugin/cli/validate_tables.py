@@ -29,6 +29,6 @@ def tables(found: Validation) -> Iterator[Table]:
         yield table
     judged = verdict(found)
     table = new_table(judged.title, judged.columns)
-    for outcome, *row in judged.rows:
-        table.add_row(outcome if outcome == "pass" else f"[bold red]{outcome}[/]", *map(escape, row))
+    for outcome, *texts in judged.rows:
+        table.add_row(outcome if outcome == "pass" else f"[bold red]{outcome}[/]", *map(escape, texts))
     yield table

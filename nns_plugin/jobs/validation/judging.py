@@ -72,7 +72,8 @@ def _judged(baseline: Path, candidate: Path, options: ValidationOptions, paths: 
             "recipe"
         )
     comparison = compare(
-        *files,
+        files[0],
+        files[1],
         evidence.inputs,
         evidence.labels,
         CompareOptions(**measured),
