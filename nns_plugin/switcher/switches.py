@@ -73,8 +73,7 @@ def find_switches(
         UnswitchedWarning: If units are left out because another kind of layer, or a layer that is not chosen, also
             reads them.
     """
-    there = synapse_layers(model)
-    scalable = {name for name in there if owns_weight(model, name)}
+    scalable = {name for name in synapse_layers(model) if owns_weight(model, name)}
     chosen = scalable if layers is None else set(layers)
     if chosen - scalable:
         raise PruningError(

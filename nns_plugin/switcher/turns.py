@@ -149,8 +149,8 @@ class Turns:
             second, own = self._through_switcher()
             limit = self._limit(gradients, second)
             for name, gradient in second.items():
-                there, more = gradients[name], limit * scale * gradient
-                gradients[name] = more if there is None else there + more
+                first, second_term = gradients[name], limit * scale * gradient
+                gradients[name] = second_term if first is None else first + second_term
         self._step(self.optimizer, list(trained.values()), list(gradients.values()))
         if closing:
             self._step_switcher(own)

@@ -63,10 +63,10 @@ class WeightCount:
         for layer in self._layers:
             sides = []
             for length, ports in ((layer.read, layer.consumers), (layer.written, layer.producers)):
-                there = torch.ones(length, dtype=torch.bool)
+                kept = torch.ones(length, dtype=torch.bool)
                 for name, port in ports:
-                    there[port.index] &= on[name][port.unit]
-                sides.append(there.reshape(layer.groups, -1).sum(1))
+                    kept[port.index] &= on[name][port.unit]
+                sides.append(kept.reshape(layer.groups, -1).sum(1))
             total += layer.kernel * int((sides[0] * sides[1]).sum())
         return total
 
@@ -87,8 +87,8 @@ class WeightCount:
 
         def on(offset: float) -> dict[str, Tensor]:
             found = {name: value > offset for name, value in values.items()}
-            for name, there in found.items():
-                there[values[name].argmax()] = True
+            for name, mask in found.items():
+                mask[values[name].argmax()] = True
             return found
 
         if self.removed(on(0.0)) >= budget:

@@ -83,16 +83,16 @@ def scores_by_unit(
         Scores in the form of ``scores``. The synapses of one unit differ by a millionth of their own scores; a synapse
         outside all units keeps its own score.
     """
-    there = {f"{name}.weight": score.detach().double().cpu() * masks[name] for name, score in scores.items()}
-    found = {name: torch.full_like(there[f"{name}.weight"], torch.inf) for name in scores}
+    unmasked = {f"{name}.weight": score.detach().double().cpu() * masks[name] for name, score in scores.items()}
+    found = {name: torch.full_like(unmasked[f"{name}.weight"], torch.inf) for name in scores}
     for group in groups:
-        total = sum((sums for sums, _ in summed_synapses(model, group, there)), torch.zeros(group.size).double())
+        total = sum((sums for sums, _ in summed_synapses(model, group, unmasked)), torch.zeros(group.size).double())
         for side, port in role_ports(group):
             axis = weight_axis(model.get_submodule(port.name), side)
             if port.name in found and axis is not None:
                 limit = found[port.name].movedim(axis, -1)
                 limit[..., port.index] = torch.minimum(limit[..., port.index], total[port.unit].to(limit))
     return {
-        name: torch.where(limit.isinf(), there[f"{name}.weight"], limit + 1e-6 * there[f"{name}.weight"])
+        name: torch.where(limit.isinf(), unmasked[f"{name}.weight"], limit + 1e-6 * unmasked[f"{name}.weight"])
         for name, limit in found.items()
     }

@@ -98,14 +98,14 @@ def _warn_unused(each: Sequence[Tensor], reason: str) -> None:
         )
 
 
-def input_consumers(model: nn.Module, inputs: Any, wanted: Tensor) -> list[tuple[nn.Module, bool, int]]:
+def input_consumers(model: nn.Module, inputs: Any, chosen: Tensor) -> list[tuple[nn.Module, bool, int]]:
     """Find the layers that read one of the model's inputs, flattened or not, and the axis of their features."""
     found: dict[nn.Module, tuple[bool, int]] = {}
 
     def look(module: nn.Module, x: Any) -> None:
-        for flat, values in ((False, wanted), (True, wanted.flatten(1))):
+        for flat, values in ((False, chosen), (True, chosen.flatten(1))):
             if isinstance(x, Tensor) and x.shape == values.shape and torch.equal(x, values):
-                found.setdefault(module, (flat and wanted.dim() > 2, channel_axis(module)))
+                found.setdefault(module, (flat and chosen.dim() > 2, channel_axis(module)))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) or is_plain_convolution(module)]
     hooks: list[Hook] = [(module, "input", partial(look, module)) for module in layers]

@@ -30,13 +30,13 @@ def over_mean(weight: Tensor, mask: Tensor | None = None) -> Tensor:
         tensor([[False,  True],
                 [False,  True]])
     """
-    there = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.bool()
+    left = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.bool()
     magnitude = weight.detach().abs().double()
-    if not bool(there.any()):
-        return there
+    if not bool(left.any()):
+        return left
     # The mean of equal magnitudes may round to slightly above them; all of them must stay.
-    threshold = magnitude[there].mean() * (1 - 1e-12)
-    return there & (magnitude >= threshold)
+    threshold = magnitude[left].mean() * (1 - 1e-12)
+    return left & (magnitude >= threshold)
 
 
 def prune_under_mean(model: nn.Module, layers: Sequence[str]) -> dict[str, int]:

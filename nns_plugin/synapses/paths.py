@@ -53,24 +53,24 @@ def synapse_paths(model: nn.Module, example_inputs: Any, *, backend: Backend | N
         raise PruningError(
             f"the model has {len(traced.heads)} output layers ({', '.join(traced.heads) or 'none'}); expected one"
         )
-    there = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
+    reads = {name: _matrix(name, module) for name, module in synapse_layers(sparse).items()}
     head = traced.heads[0]
-    if head not in there:
+    if head not in reads:
         raise PruningError(
             f"the output layer {head!r} is a {type(sparse.get_submodule(head)).__name__}; expected a linear or "
             "convolutional layer"
         )
-    groups, labels = traced.groups(), there[head].shape[0]
-    ends = {name: torch.zeros(labels, matrix.shape[0], dtype=torch.bool) for name, matrix in there.items()}
+    groups, labels = traced.groups(), reads[head].shape[0]
+    ends = {name: torch.zeros(labels, matrix.shape[0], dtype=torch.bool) for name, matrix in reads.items()}
     ends[head] = torch.eye(labels, dtype=torch.bool)
-    ends = _spread(ends, there, groups, backward=True)
-    begins = {name: torch.zeros(1, matrix.shape[1], dtype=torch.bool) for name, matrix in there.items()}
+    ends = _spread(ends, reads, groups, backward=True)
+    begins = {name: torch.zeros(1, matrix.shape[1], dtype=torch.bool) for name, matrix in reads.items()}
     for name, read in _inputs(groups, begins).items():
         if bool(read.any()):
             _check_source(sparse, name, read, inputs_like(kinds_of(example_inputs), device_of(sparse)))
         begins[name][0, read] = True
-    begins = _spread(begins, there, groups, backward=False)
-    found = {name: ends[name][:, :, None] & matrix & begins[name][:, None, :] for name, matrix in there.items()}
+    begins = _spread(begins, reads, groups, backward=False)
+    found = {name: ends[name][:, :, None] & matrix & begins[name][:, None, :] for name, matrix in reads.items()}
     return {name: paths for name, paths in found.items() if bool(paths.any())}
 
 
@@ -81,8 +81,8 @@ def _matrix(name: str, module: nn.Module) -> Tensor:
         raise PruningError(
             f"{name!r} reads its channels in {groups} groups; paths can only be followed through ungrouped layers"
         )
-    there = by_output(module, weight_of(module).detach().cpu()) != 0
-    return there.flatten(2).any(2) if there.dim() > 2 else there
+    nonzero = by_output(module, weight_of(module).detach().cpu()) != 0
+    return nonzero.flatten(2).any(2) if nonzero.dim() > 2 else nonzero
 
 
 def _inputs(groups: Sequence[UnitGroup], layers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,30 +118,30 @@ def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> Non
 
 
 def _spread(
-    start: dict[str, Tensor], there: dict[str, Tensor], groups: Sequence[UnitGroup], backward: bool
+    start: dict[str, Tensor], reads: dict[str, Tensor], groups: Sequence[UnitGroup], backward: bool
 ) -> dict[str, Tensor]:
     """Follow connections from the start positions until nothing new is reached.
 
     Args:
         start: For each layer ``[L, positions]`` bool: out-positions if backward, in-positions otherwise.
-        there: For each layer, the in-positions that each out-position reads.
+        reads: For each layer, the in-positions that each out-position reads.
         groups: How layers are connected.
         backward: Whether to follow signals against their direction.
     """
     reached = {name: value.clone() for name, value in start.items()}
     labels = next(iter(start.values())).shape[0]
-    for _ in range(len(there) + 1):
+    for _ in range(len(reads) + 1):
         before = sum(int(value.sum()) for value in reached.values())
         for group in groups:
             near, far = (group.consumers, group.producers) if backward else (group.producers, group.consumers)
             units = torch.zeros(labels, group.size)
             for port in near:
-                if port.name in there:
-                    matrix = there[port.name] if backward else there[port.name].T
+                if port.name in reads:
+                    matrix = reads[port.name] if backward else reads[port.name].T
                     through = (reached[port.name].float() @ matrix.float())[:, port.index]
                     units.index_add_(1, port.unit, through)
             for port in far:
-                if port.name in there:
+                if port.name in reads:
                     reached[port.name][:, port.index] |= units[:, port.unit] > 0
         if sum(int(value.sum()) for value in reached.values()) == before:
             break
