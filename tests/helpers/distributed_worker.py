@@ -1,4 +1,4 @@
-"""One of two processes that calibrate together; test_statistics.py runs it, and it prints what happened as JSON."""
+"""One of two processes that calibrate together; test_distributed.py runs it, and it prints what happened as JSON."""
 
 from __future__ import annotations
 
