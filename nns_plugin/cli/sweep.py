@@ -48,7 +48,8 @@ def sweep(
 ) -> None:
     """Try many settings of a recipe on NNI's engine, report every trial and mark the Pareto-optimal ones."""
     from nns_plugin.jobs.loading import parse_settings
-    from nns_plugin.jobs.sweep import FIGURE, STATE, run_sweep
+    from nns_plugin.jobs.sweep import FIGURE, run_sweep
+    from nns_plugin.jobs.sweep_state import STATE
 
     given = {"sweep.trials": trials, "sweep.concurrency": concurrency}
     overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(settings or [])

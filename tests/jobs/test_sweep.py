@@ -24,7 +24,8 @@ from nns_plugin.adapters.nni_engine import experiment as nni_experiment  # noqa:
 from nns_plugin.adapters.nni_engine.experiment import Ended  # noqa: E402
 from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.errors import RecipeError, SweepError  # noqa: E402
-from nns_plugin.jobs.sweep import Sweep, SweepTrial, run_sweep  # noqa: E402
+from nns_plugin.jobs.sweep import Sweep, run_sweep  # noqa: E402
+from nns_plugin.jobs.sweep_state import SweepTrial  # noqa: E402
 from nns_plugin.jobs.trial import number_of, run_trial  # noqa: E402
 
 RECIPE = """
