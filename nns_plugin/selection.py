@@ -23,14 +23,14 @@ def keep_by_ratio(
     Args:
         scores: For each group ``[U]`` scores.
         ratio: Share of units to remove, in [0, 1).
-        round_to: Keep a multiple of this many units in each group, rounding up where the group is large enough.
+        round_to: Keep a multiple of this many units in each group, rounded up where the group is large enough.
         global_pruning: Rank the units of all groups together instead of removing the share from each group.
 
     Returns:
         For each group the kept units, ``[k]`` int64 ascending, at least one. Of equal scores, lower units stay.
 
     Raises:
-        SelectionError: If the ratio is outside [0, 1), the rounding is no positive integer or a score is not finite.
+        SelectionError: If the ratio is outside [0, 1), the rounding is not a positive integer or a score is not finite.
 
     Example:
         >>> keep_by_ratio({"conv": torch.tensor([0.1, 0.9, 0.5, 0.3])}, 0.5)
@@ -57,10 +57,10 @@ def keep_by_threshold(scores: Mapping[str, Tensor], zeta: float, *, round_to: in
         round_to: Keep a multiple of this many units in each group, adding the best of the others.
 
     Returns:
-        For each group the kept units, ``[k]`` int64 ascending; the best unit stays even where none reaches zeta.
+        For each group the kept units, ``[k]`` int64 ascending; the best unit stays even if none reaches zeta.
 
     Raises:
-        SelectionError: If zeta or a score is not finite, or the rounding is no positive integer.
+        SelectionError: If zeta or a score is not finite, or the rounding is not a positive integer.
 
     Example:
         >>> keep_by_threshold({"conv": torch.tensor([0.1, 1.0, 0.5, 0.4])}, 0.4)
@@ -80,8 +80,8 @@ class AngleRule:
     """Which pairs of units are redundant, by the angle between their vectors.
 
     Attributes:
-        similar: Degrees under which two units do the same: the later one goes.
-        complementary: Degrees over which two units cancel each other; 180 for none.
+        similar: Angle in degrees below which two units do the same: the later one goes.
+        complementary: Angle in degrees above which two units cancel each other; 180 for none.
         complement: Of a pair that cancels, ``"one"`` (the later one) or ``"both"`` go.
 
     Raises:
@@ -108,12 +108,12 @@ class AngleRule:
 
 @dataclass(frozen=True, eq=False)
 class AngleSelection:
-    """What an angle rule leaves of a group of U units.
+    """The units that an angle rule leaves of a group of U units.
 
     Attributes:
         kept: ``[k]`` int64 ascending.
         survivor: ``[U]`` int64: for each unit the one that stays in its place, itself if it is kept, and -1 if
-            nobody does.
+            none does.
         pairs: Number of pairs that were acted on.
     """
 
@@ -125,15 +125,15 @@ class AngleSelection:
 def keep_by_angle(degrees: Tensor, rule: AngleRule = AngleRule()) -> AngleSelection:
     """Remove one unit of each pair that does the same, and one or both of each pair that cancels.
 
-    Pairs are taken in the order (0, 1), (0, 2), ..., (1, 2), ...; where one of a pair is gone already, the other stays,
-    and so do two that cancel if nothing else would be left.
+    Pairs are taken in the order (0, 1), (0, 2), ..., (1, 2), ...; if one of a pair is gone already, the other stays,
+    and two that cancel stay if nothing else would be left.
 
     Args:
         degrees: ``[U, U]`` angles, from :func:`nns_plugin.statistics.angles.angles`.
         rule: Which pairs are redundant.
 
     Returns:
-        The kept units, at least one, and who stays in place of the others.
+        The kept units, at least one, and which of them stay in place of the others.
 
     Raises:
         SelectionError: If the angles are not a square matrix of finite numbers.
@@ -170,7 +170,7 @@ def keep_by_angle(degrees: Tensor, rule: AngleRule = AngleRule()) -> AngleSelect
         alive[same] = False
         survivor[same] = unit
         pairs += int(same.sum())
-    gone = survivor[survivor] < 0  # whose survivor went later, together with its complement
+    gone = survivor[survivor] < 0  # their survivor went later, together with its complement
     survivor[(survivor >= 0) & gone] = -1
     return AngleSelection(alive.nonzero().flatten(), survivor, pairs)
 
@@ -180,7 +180,7 @@ def _check(scores: Mapping[str, Tensor], round_to: int) -> None:
         raise SelectionError(f"round_to is {round_to}; it must be a positive integer")
     for name, value in scores.items():
         if not bool(torch.isfinite(value).all()):
-            raise SelectionError(f"scores of group {name!r} are not all finite; units cannot be ranked by them")
+            raise SelectionError(f"scores of group {name!r} are not all finite; they cannot rank units")
 
 
 def _share(count: int, ratio: float) -> int:

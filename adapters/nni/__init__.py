@@ -1,4 +1,4 @@
-"""NNI: our criteria as pruners, config lists that know which layers share units, and masks that become small models."""
+"""NNI: criteria as pruners, config lists aware of shared units, and small models made from masks."""
 
 from __future__ import annotations
 
@@ -43,23 +43,20 @@ __all__ = [
 ]
 
 PRUNERS: dict[str, type[CriterionPruner]] = {
-    "DistinctivenessPruner": DistinctivenessPruner,
-    "MeanWeightPruner": MeanWeightPruner,
-    "SemanticPruner": SemanticPruner,
-    "SwitcherPruner": SwitcherPruner,
-    "WSFPruner": WSFPruner,
+    pruner.__name__: pruner
+    for pruner in (DistinctivenessPruner, MeanWeightPruner, SemanticPruner, SwitcherPruner, WSFPruner)
 }
 
 
 def install() -> None:
-    """Put our pruners beside NNI's own in ``nni.compression.pruning``.
+    """Add our pruners to NNI's own in ``nni.compression.pruning``.
 
     Raises:
-        CriterionError: If something else has one of the names already; nothing is added then.
+        CriterionError: If one of the names is taken; nothing is added then.
     """
     add_classes(host, "nni.compression.pruning", PRUNERS)
 
 
 def uninstall() -> None:
-    """Undo :func:`install`; does nothing where it was not called."""
+    """Undo :func:`install`; does nothing if it was not called."""
     remove_classes(host, PRUNERS)

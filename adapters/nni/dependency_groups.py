@@ -1,4 +1,4 @@
-"""Dependency groups for NNI's config lists, out of unit groups."""
+"""Dependency groups for NNI's config lists, derived from unit groups."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from nns_plugin.units import Port
 
 Config = dict[str, Any]
 SPARSE = ("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id")
-OURS = (*SPARSE, "dependency_group_id", "internal_metric_block")  # what aligned layers do not have
+OURS = (*SPARSE, "dependency_group_id", "internal_metric_block")  # settings that aligned layers lack
 WHOLE = ("default", "out_channel", "in_channel")
 
 
 class UngroupedLayersWarning(UserWarning):
-    """Layers share units, but their masks cannot be made one by a config list."""
+    """Layers share units, but a config list cannot give them one mask."""
 
 
 def with_dependency_groups(
     config_list: Sequence[Mapping[str, Any]], model: nn.Module, example_inputs: Any
 ) -> list[Config]:
-    """A config list in which layers that share units get one mask, for NNI's pruners and for ours.
+    """Complete a config list so that layers that share units get one mask, for NNI's pruners and for ours.
 
-    Layers that write the same units, as in a residual stream, share a ``dependency_group_id``; where NNI would not heed
-    it, beside a ``global_group_id`` or a ``sparse_threshold``, the later ones are aligned with the first one instead.
-    Units that a grouped convolution couples get an ``internal_metric_block``. What passes units on, batch norms and
-    depthwise convolutions, is aligned with what writes them, so that masked units are silent: a norm would make a
-    constant of them. Transposed convolutions, of which NNI would prune the wrong axis, get a ``granularity``.
+    Layers that write the same units, as in a residual stream, share a ``dependency_group_id``; where NNI would ignore
+    it, beside a ``global_group_id`` or a ``sparse_threshold``, the later layers are aligned with the first one instead.
+    Units that a grouped convolution couples get an ``internal_metric_block``. Layers that pass units on, batch norms
+    and depthwise convolutions, are aligned with their producers, so that masked units are silent: a norm would turn
+    them into constants. Transposed convolutions, of which NNI would prune the wrong axis, get a ``granularity``.
 
     Args:
         config_list: As for NNI's pruners.
@@ -54,7 +54,7 @@ def with_dependency_groups(
         GroupError: If the model cannot be traced.
 
     Warns:
-        UngroupedLayersWarning: If layers share units with others that the list leaves out, or share some only.
+        UngroupedLayersWarning: If layers share units with others that the list leaves out, or share only some of them.
     """
     check_unwrapped(model)
     check_config_list(model, config_list)
@@ -62,7 +62,7 @@ def with_dependency_groups(
 
 
 def grouped_configs(config_list: Sequence[Mapping[str, Any]], model: nn.Module, units: TracedUnits) -> list[Config]:
-    """The same, for a model whose units are known."""
+    """The same, for a model that is traced already."""
     order = [name for name, _ in model.named_modules()]
     configs = _one_each(config_list, model)
     settings = {name: _settings(model.get_submodule(name), config) for name, config in configs.items()}
@@ -75,7 +75,10 @@ def grouped_configs(config_list: Sequence[Mapping[str, Any]], model: nn.Module, 
         alike = _alike(model, found)
         written = [layers for layers in alike if any(layer.name in producers & active for layer in layers)]
         if len(written) > 1:
-            _warn(f"{' and '.join(repr(layers[0].name) for layers in written)} write the same units at other positions")
+            _warn(
+                f"{' and '.join(repr(layers[0].name) for layers in written)} write the same units at different "
+                "positions"
+            )
         missing = [port.name for port in group.producers if port.name not in configs]
         if missing and producers & active:
             first = min(producers & active, key=order.index)
@@ -103,19 +106,19 @@ def grouped_configs(config_list: Sequence[Mapping[str, Any]], model: nn.Module, 
         whole = {layer.name for layers in alike for layer in layers}
         for port in found:
             if port.name in active and port.name not in whole:
-                _warn(f"{port.name!r} shares some of its units only, those of group {group.name!r}")
+                _warn(f"{port.name!r} shares only some of its units, those of group {group.name!r}")
     return [configs[name] for name in order if name in configs]
 
 
 @dataclass(frozen=True, eq=False)
 class GroupedLayer:
-    """A layer whose out axis is of one group.
+    """A layer whose out axis holds the units of one group.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         unit: ``[n]``, the unit of each position.
-        shape: Of NNI's metric of the layer's weight.
-        axis: Of the weight that counts the positions.
+        shape: Shape of NNI's metric of the layer's weight.
+        axis: The axis of the weight that counts the positions.
     """
 
     name: str
@@ -125,7 +128,7 @@ class GroupedLayer:
 
     @property
     def blocks(self) -> int:
-        """Number of positions of a unit, if they lie side by side in blocks; 1 otherwise."""
+        """Number of positions of a unit, if they lie in equal blocks side by side; 1 otherwise."""
         count = self.unit.numel() // self.unit.unique().numel()
         parts = self.unit.reshape(count, -1) if self.unit.numel() % count == 0 else self.unit[None]
         return count if bool((parts == parts[0]).all()) else 1
@@ -152,7 +155,7 @@ def _settings(module: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def _with_own_axis(module: nn.Module, config: Config, setting: Mapping[str, Any]) -> None:
-    """Where outputs lie on axis 1 of the weight, have NNI look there: by default it prunes axis 0."""
+    """Have NNI prune axis 1 of a weight whose outputs lie there; its default is axis 0."""
     if out_axis(module) and setting.get("granularity") == "default":
         targets = config.setdefault("target_settings", {})
         targets.setdefault("weight", {})["granularity"] = "in_channel"
@@ -166,7 +169,7 @@ def _is_active(setting: Mapping[str, Any]) -> bool:
 
 
 def _alike(model: nn.Module, ports: Sequence[Port]) -> list[list[GroupedLayer]]:
-    """Layers that the group owns whole, those with the same units at the same positions together."""
+    """Layers whose whole out axis belongs to the group; those with the same units at the same positions together."""
     found: list[list[GroupedLayer]] = []
     for port in ports:
         module = model.get_submodule(port.name)
@@ -198,15 +201,15 @@ def _join(
     for layer in members:
         if wanted[layer.name] != wanted[leader.name]:
             raise PruningError(
-                f"{leader.name!r} and {layer.name!r} share their units, but ask for {_told(wanted[leader.name])} and "
-                f"{_told(wanted[layer.name])}; ask for the same of both"
+                f"{leader.name!r} and {layer.name!r} share their units, but ask for "
+                f"{_described(wanted[leader.name])} and {_described(wanted[layer.name])}; ask for the same of both"
             )
     ranked = wanted[leader.name]["global_group_id"] is not None or wanted[leader.name]["sparse_ratio"] is None
     for layer in members:
         if ranked:
             if layer is not leader:
                 configs[layer.name] = _aligned(configs[layer.name], leader, model.get_submodule(layer.name))
-            else:  # NNI would heed it alone
+            else:  # NNI would apply it alone
                 for place in (configs[layer.name], configs[layer.name].get("target_settings", {}).get("weight", {})):
                     place.pop("dependency_group_id", None)
         elif len(members) > 1 or leader.blocks > 1:
@@ -217,7 +220,7 @@ def _join(
 
 
 def _aligned(config: Mapping[str, Any], leader: GroupedLayer, module: nn.Module) -> Config:
-    """A config whose masks are those of the leader."""
+    """A config that copies the masks of the leader."""
     named = {key: deepcopy(value) for key, value in config.items() if key not in (*OURS, "target_names")}
     settings = named.setdefault("target_settings", {})
     for target in PruningSetting.registry[type(module).__name__]:
@@ -229,9 +232,11 @@ def _aligned(config: Mapping[str, Any], leader: GroupedLayer, module: nn.Module)
     return named
 
 
-def _told(wanted: Mapping[str, Any]) -> str:
+def _described(wanted: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in wanted.items() if value is not None) or "nothing"
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"{reason}; their masks may differ, and then units stay", UngroupedLayersWarning, stacklevel=3)
+    warnings.warn(
+        f"{reason}; their masks may differ, and then units are not removed", UngroupedLayersWarning, stacklevel=3
+    )

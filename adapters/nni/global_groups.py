@@ -14,18 +14,18 @@ from nns_plugin.adapters.nni.targets import Metrics, Spaces, changed
 
 
 def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]:
-    """Decide what NNI would decide wrongly, in a form that its mask generation carries out.
+    """Decide globally ranked and limited targets, which NNI gets wrong, in a form that its mask generation carries out.
 
     NNI ranks the blocks of a ``global_group_id`` on a heap that grows beyond the budget where layers have blocks of
-    different sizes: asked for 40 %, it may remove 90 %. It also forgets ``min_sparse_ratio`` and ``max_sparse_ratio``
+    different sizes: asked for 40 %, it may remove 90 %. It also ignores ``min_sparse_ratio`` and ``max_sparse_ratio``
     there, and in dependency groups.
 
     Args:
-        metrics: By name of the module and of the target, one number for each block.
+        metrics: The metrics of the targets.
         spaces: The targets, left as they are.
 
     Returns:
-        Metrics and targets, in which a group's decisions are metrics of 0 and 1 with a threshold between them.
+        Metrics and targets in which a group's decisions are metrics of 0 and 1, with a threshold between them.
     """
     decided: Metrics = {name: dict(targets) for name, targets in metrics.items()}
     settled: Spaces = {name: dict(targets) for name, targets in spaces.items()}
@@ -57,7 +57,7 @@ def decided_globally(metrics: Metrics, spaces: Spaces) -> tuple[Metrics, Spaces]
 
 
 def _kept(found: Sequence[tuple[Tensor, PruningTargetSpace]]) -> list[Tensor]:
-    """Blocks that stay: the lowest of all go, as many as the group's share of weights has room for."""
+    """Blocks that stay: the lowest of all layers go, up to the group's share of weights."""
     values, sizes, first, last = [], [], [], []
     for metric, space in found:
         flat = metric.flatten()

@@ -90,7 +90,7 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, targets in masks.items():
         if name not in modules:
-            raise PruningError(f"the masks name {name!r}, which is no module of the model; pass the model they are for")
+            raise PruningError(f"the masks name {name!r}, which is not a module of the model; pass their own model")
         for target, mask in targets.items():
             if mask is not None:
                 found.setdefault(name, {})[target] = _checked_mask(name, modules[name], target, mask)

@@ -1,4 +1,4 @@
-"""Masks of weights and units: which units a mask turns off, and what has to be 0 for that."""
+"""Masks of weights and units: the units that a mask turns off, and the weights that must be 0 for that."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Masks = Mapping[str, Mapping[str, Tensor | None]]
 
 
 def full_mask(module: nn.Module, name: str, mask: Tensor) -> Tensor:
-    """A mask as wide as the parameter that it masks, on the CPU, bool: where weights stay."""
+    """A mask broadcast to the shape of its parameter, on the CPU, bool: true where weights stay."""
     shape = getattr(module, name).shape
     return mask.detach().cpu().broadcast_to(shape).bool()
 
 
 def masked_positions(module: nn.Module, mask: Tensor) -> Tensor:
-    """Which out-positions of a module have no weight left, ``[out-positions]`` bool."""
+    """Out-positions of a module that have no weight left, ``[out-positions]`` bool."""
     rows = by_output(module, full_mask(module, "weight", mask))
     return ~rows.reshape(len(rows), -1).any(1)
 
@@ -30,7 +30,7 @@ def masked_positions(module: nn.Module, mask: Tensor) -> Tensor:
 def masked_units(model: nn.Module, groups: Sequence[UnitGroup], masks: Masks) -> dict[str, Tensor]:
     """Units of each group that no layer writes any more: ``[U]`` bool by the group's name.
 
-    A unit that one producer still writes stays, as the sum of both does.
+    A unit that one producer still writes stays.
     """
     found = {}
     for group in groups:
@@ -67,14 +67,14 @@ def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
 def silencing_masks(
     model: nn.Module, carriers: Mapping[str, Sequence[Port]], units: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Masks of all weights and biases that write units or pass them on, so that these are 0 where they are read.
+    """Masks of all weights and biases that write units or pass them on, so that consumers read 0.
 
-    Masked rows of a producer alone do not turn a unit off: a bias, or a norm's shift, passes on.
+    Masking the rows of a producer alone does not turn a unit off: a bias, or a norm's shift, remains.
 
     Args:
         model: The model.
-        carriers: For each group's name where its units stand on out axes.
-        units: For each group's name which units are off, ``[U]`` bool.
+        carriers: For each group's name the ports where its units lie on out axes.
+        units: For each group's name the units that are off, ``[U]`` bool.
 
     Returns:
         For each carrier with units that are off, masks of the shapes of its weight and bias.

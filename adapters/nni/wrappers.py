@@ -1,4 +1,4 @@
-"""What NNI is given and holds: config lists, wrapped models, plain copies of these, and the masks in their wrappers."""
+"""NNI's wrappers and config lists: checks, the masks that wrappers hold, and plain copies of wrapped models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SELECTORS = ("op_names", "op_types", "op_names_re", "exclude_op_names", "exclude
 
 
 def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
-    """NNI's wrappers by name of the module that they wrap."""
+    """NNI's wrappers, by name of the wrapped module."""
     found = {name: getattr(module, "_nni_wrapper", None) for name, module in model.named_modules()}
     return {name: wrapper for name, wrapper in found.items() if isinstance(wrapper, ModuleWrapper)}
 
@@ -27,7 +27,7 @@ def check_unwrapped(model: nn.Module) -> None:
     """Refuse a model inside NNI's wrappers, which cannot be traced.
 
     Raises:
-        PruningError: Names a layer.
+        PruningError: If a layer is wrapped.
     """
     if wrapped := list(wrappers_of(model)):
         raise PruningError(
@@ -37,7 +37,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def held_masks(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Masks of parameters, by name of the module and of the parameter."""
+    """The wrappers' masks of parameters, by name of the module and of the parameter."""
     return {
         name: {
             target: space.mask.detach().cpu()
@@ -49,9 +49,9 @@ def held_masks(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without NNI's wrappers and masks: parameters have the names they had, and the values behind the masks.
+    """A copy without NNI's wrappers and masks: parameters with their original names and unmasked values.
 
-    NNI's own ``unwrap_model`` makes new parameters, which an optimizer would not know.
+    NNI's own ``unwrap_model`` makes new parameters, which an optimizer does not know.
     """
     twin = copied(model)
     for wrapper in wrappers_of(twin).values():
@@ -62,10 +62,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def check_config_list(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a config list that is none, or selects no layer.
+    """Refuse a malformed config list, or one that selects no layer.
 
     Raises:
-        PruningError: Says what was found, and what the model has.
+        PruningError: If it is one.
     """
     if not isinstance(config_list, Sequence) or not all(isinstance(config, Mapping) for config in config_list):
         raise PruningError(f"config_list is {config_list!r}; expected a list of NNI's config dictionaries")
@@ -76,16 +76,16 @@ def check_config_list(model: nn.Module, config_list: Sequence[Mapping[str, Any]]
             if isinstance(config.get(key), str) or not isinstance(config.get(key, []), Sequence):
                 raise PruningError(f"{key} is {config[key]!r}; expected a list")
         if unknown := [name for name in config.get("op_names") or () if name not in known]:
-            raise PruningError(f"op_names has {unknown[0]!r}, which is no module of the model")
+            raise PruningError(f"op_names has {unknown[0]!r}, which is not a module of the model")
         try:
             selected += len(select_modules_by_config(model, config)[0])
         except re.error as error:
-            raise PruningError(f"op_names_re or exclude_op_names_re is no regular expression: {error}") from error
+            raise PruningError(f"op_names_re or exclude_op_names_re is not a regular expression: {error}") from error
     if not selected:
         types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         names = [name for name, module in model.named_modules() if name and not list(module.children())]
         more = ", ..." if len(names) > 8 else ""
         raise PruningError(
-            f"the config list selects no layer; the model has layers of types {', '.join(types)}, with names "
+            f"the config list selects no layer; the model has layers of the types {', '.join(types)}, and of the names "
             f"{', '.join(names[:8])}{more}"
         )

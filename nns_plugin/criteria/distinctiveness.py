@@ -1,4 +1,4 @@
-"""Distinctiveness: how far a unit's activation vector is from another unit's, or from the span of all that are kept."""
+"""Distinctiveness: the angle of a unit's activation vector to another unit's, or to the span of all kept units."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Vectors = Literal["activations", "weights"]
 
 
 def greedy_angles(degrees: Tensor, silent: Tensor | None = None) -> Tensor:
-    """Score units by the angle to the nearest unit that is left, at their turn in greedy removal.
+    """Score units by the angle to the nearest remaining unit, at their turn in greedy removal.
 
     The pair with the smallest ``min(angle, 180 - angle)`` is taken next, and its later unit goes.
 
@@ -34,13 +34,13 @@ def greedy_angles(degrees: Tensor, silent: Tensor | None = None) -> Tensor:
         silent: ``[U]`` bool, units whose vectors are 0: they go first, at 0.
 
     Returns:
-        ``[U]`` degrees in [0, 90]; the last unit that is left has 90.
+        ``[U]`` degrees in [0, 90]; the last remaining unit has 90.
     """
     if silent is not None and bool(silent.any()):
-        heard = (~silent).nonzero().flatten()
+        active = (~silent).nonzero().flatten()
         scores = torch.zeros(degrees.shape[0], dtype=degrees.dtype)
-        if heard.numel():
-            scores[heard] = greedy_angles(degrees[heard][:, heard])
+        if active.numel():
+            scores[active] = greedy_angles(degrees[active][:, active])
         return scores
     distance = torch.minimum(degrees, 180 - degrees).clone()
     distance.fill_diagonal_(torch.inf)
@@ -66,23 +66,23 @@ class Distinctiveness:
 
     Attributes:
         statistics: Collected with ``gram=True``; labels are not needed.
-        model: The model, whose weights say what is done with the units.
-        mode: ``"pairwise"`` scores the angle to the nearest other unit that is left, in degrees (Gedeon).
+        model: The model, whose weights say what consumers do with the units.
+        mode: ``"pairwise"`` scores the angle to the nearest remaining unit, in degrees (Gedeon).
             ``"span"`` scores the cumulative output error of the consumers in greedy elimination, after optimal
-            compensation by all units that are left and the constant, relative to each consumer's output energy.
-        center: For ``"pairwise"``: ``None``, a number taken off all activations (0.5 for sigmoid units) or
+            compensation by all remaining units and the constant, relative to each consumer's output energy.
+        center: For ``"pairwise"``: ``None``, a number subtracted from all activations (0.5 for sigmoid units) or
             ``"mean"`` for each unit's own mean.
         vectors: For ``"pairwise"``: ``"activations"``, or ``"weights"`` for the incoming weights.
         ridge: For ``"span"``: added to the diagonals of the Gram matrices, relative to their means.
-        sensitivity: For ``"span"``, from :func:`nns_plugin.statistics.sensitivity.output_sensitivity`: errors count by
-            the geometric mean of what they are relative to the consumer's output energy and what they move the model's
-            outputs.
-        cost: For ``"span"``, by group name: what one unit costs, such as operations from
-            :func:`nns_plugin.statistics.macs.unit_macs`; scores are errors per cost, for ranking across groups.
+        sensitivity: For ``"span"``, from :func:`nns_plugin.statistics.sensitivity.output_sensitivity`: errors are
+            weighted by the geometric mean of their share of the consumer's output energy and their effect on the
+            model's outputs.
+        cost: For ``"span"``, by group name: the cost of one unit, such as MACs from
+            :func:`nns_plugin.statistics.macs.unit_macs`; scores are errors per cost, for global pruning.
 
     Raises:
         CriterionError: If an option is unknown, the statistics have no Gram matrices, or a group has no cost.
-        StaleStatisticsError: If sensitivities or weights are of another state of the model.
+        StaleStatisticsError: If sensitivities or weights belong to another state of the model.
 
     Source:
         Gedeon, "Indicators of hidden neuron functionality: the weight matrix versus neuron behaviour", 1995, for
@@ -123,7 +123,7 @@ class Distinctiveness:
         return None if inner is None else greedy_angles(angles(inner), silent(inner))
 
     def degrees(self, group: UnitGroup) -> Tensor | None:
-        """Angles ``[U, U]`` between the units' vectors, which :meth:`select` selects by.
+        """Angles ``[U, U]`` between the units' vectors, the basis of :meth:`select`.
 
         ``None`` if the group has no Gram matrix, or no incoming weights.
         """
@@ -131,7 +131,7 @@ class Distinctiveness:
         return None if inner is None else angles(inner)
 
     def select(self, groups: Iterable[UnitGroup], rule: AngleRule) -> dict[str, AngleSelection]:
-        """What an angle rule leaves of each group that has angles, by name."""
+        """The units that an angle rule leaves of each group that has angles, by name."""
         angles_of = {group.name: self.degrees(group) for group in groups}
         return {name: keep_by_angle(degrees, rule) for name, degrees in angles_of.items() if degrees is not None}
 
@@ -202,7 +202,7 @@ def consumers_of(
     if sensitivity is not None:
         if sensitivity.numel() != sum(matrix.shape[0] for matrix in matrices):
             raise StaleStatisticsError(
-                f"the sensitivity of {port.name!r} is that of {sensitivity.numel()} outputs, but it has "
+                f"the sensitivity of {port.name!r} covers {sensitivity.numel()} outputs, but the layer has "
                 f"{sum(matrix.shape[0] for matrix in matrices)}; measure it again"
             )
         # The geometric mean of err / total and s err / n, for n inputs.

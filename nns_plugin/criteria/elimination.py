@@ -1,4 +1,4 @@
-"""Greedy elimination: which unit costs its consumers least, after the others have taken over, again and again."""
+"""Greedy elimination: remove the unit that costs its consumers least after optimal compensation, and repeat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLUSH = 64
-# Channels that are gone stay in the matrices as zeros until fewer than this share is left: copying costs, too.
+# Removed channels stay in the matrices until fewer than this share is left: copying costs time, too.
 COMPACT = 0.8
 
 
@@ -18,8 +18,8 @@ class Consumer:
     """One consumer of the units of a group: their products over the calibration data, and its weights on them.
 
     Attributes:
-        gram: ``[C + 1, C + 1]`` float64 Gram matrix of the channels and the constant, which stands last.
-        energy: ``[C, C]`` float64 ``W^T W``: what the consumer does with the channels.
+        gram: ``[C + 1, C + 1]`` float64 Gram matrix of the channels and the constant, which comes last.
+        energy: ``[C, C]`` float64 ``W^T W`` of the consumer's weights on the channels.
         unit: ``[C]`` int64, the unit of each channel.
         weight: Factor of this consumer's errors, such as one over its output energy.
     """
@@ -31,18 +31,18 @@ class Consumer:
 
 
 def output_energy(gram: Tensor, energy: Tensor) -> float:
-    """Sum of squares of a consumer's output over the calibration data, its bias apart: ``tr(W G W^T)``."""
+    """Sum of squares of a consumer's output over the calibration data, without its bias: ``tr(W G W^T)``."""
     return float((gram[:-1, :-1] * energy).sum())
 
 
 def greedy_errors(consumers: Sequence[Consumer], size: int, ridge: float) -> Tensor:
     """Score units by the cumulative error at their turn in greedy elimination.
 
-    With A the inverse of the Gram matrix of the units that are left (and the constant), removing unit u costs its
+    With A the inverse of the Gram matrix of the remaining units (and the constant), removing unit u costs its
     consumer ``e[u] = |W[:, u]|^2 / A[u, u]`` after optimal compensation; then, with a = A[:, u] / A[u, u], W becomes
     ``W - W[:, u] a^T`` and A becomes ``A - A[u, u] a a^T``. The unit with the smallest sum over its consumers goes
-    first. Only ``diag(A)``, ``diag(W^T W)`` and the rows of removed units are formed at once; the matrices follow
-    every 64 removals, as matrix products, and shrink now and then to the units that are left.
+    first. Only ``diag(A)``, ``diag(W^T W)`` and the rows of removed units are updated at once; the matrices follow
+    every 64 removals, as matrix products, and are compacted to the remaining units now and then.
 
     Args:
         consumers: The group's consumers; of a grouped convolution one for each conv group.
@@ -107,7 +107,7 @@ class _State:
             cost += self.weight * self._block_costs(cost.numel())
 
     def remove(self, unit: int) -> None:
-        """Remove all channels of a unit, one after the other: their errors add up to the error of all."""
+        """Remove all channels of a unit, one after the other: their errors add up to that of the unit."""
         if self.single:
             if (place := int(self.place[unit])) >= 0:
                 self._eliminate(place)
@@ -138,7 +138,7 @@ class _State:
         return column, read - half[:, channel] @ share - share[:, channel] @ half
 
     def _flush(self) -> None:
-        """Apply the delayed updates, and drop the channels that are gone if they are many."""
+        """Apply the delayed updates, and drop the removed channels if they are many."""
         if self.delayed:
             share, half = self.share[: self.delayed], self.half[: self.delayed]
             self.inverse.addmm_((share * self.pivot[: self.delayed, None]).T, share, alpha=-1)
@@ -177,7 +177,7 @@ class _State:
 
 
 def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The factor; where rounding made the matrix indefinite, of one with a larger diagonal."""
+    """The Cholesky factor; if rounding made the matrix indefinite, that of one with a larger diagonal."""
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     boost = ridge * float(matrix.diagonal()[:-1].mean())

@@ -1,4 +1,4 @@
-"""Incoming weights: what writes a unit, as one vector."""
+"""Incoming weights: all weights that write a unit, as one vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nns_plugin.units import UnitGroup
 
 
 def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
-    """The incoming weights of each unit, biases apart.
+    """The incoming weights of each unit, without biases.
 
     Args:
         model: The model that the group belongs to.
@@ -18,8 +18,8 @@ def incoming_weights(model: nn.Module, group: UnitGroup) -> list[Tensor] | None:
 
     Returns:
         For each producer ``[U, D]`` float64 on the CPU: all weights that write the unit's positions there, 0 for
-        units that it does not write. ``None`` if a producer has no weight whose out-axis is known, or writes different
-        numbers of positions of its units.
+        units that it does not write. ``None`` if a producer has no weight with a known out axis, or writes different
+        numbers of positions for its units.
     """
     vectors = []
     for port in group.producers:

@@ -1,4 +1,4 @@
-"""Mean weight: units whose incoming weights sum up to little go, measured by the layer's mean."""
+"""Mean weight: units with small sums of incoming weights, relative to the layer's mean, go first."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Weights = Literal["magnitudes", "values"]
 
 @dataclass(frozen=True, eq=False)
 class MeanWeight:
-    """A unit's sum of incoming weights, relative to the mean over the units: under 1 is under the mean.
+    """A unit's sum of incoming weights, relative to the mean over the units: less than 1 is below the mean.
 
     Attributes:
         model: The model whose weights are measured.
         weights: Sum of ``"magnitudes"``, or of the ``"values"`` with their signs, relative to the mean of its
-            magnitude. Biases are not counted.
+            magnitude. Biases do not count.
 
     Raises:
         CriterionError: If ``weights`` is unknown.
 
     Source:
         "The Pruning Methods for feed-forward network and Convolutional Neural Network", section 2.2: the filters with
-        the lowest sum of weights go. It does not say whether of magnitudes.
+        the lowest sum of weights go. It does not say whether it means magnitudes.
 
     Example:
         >>> import torch
@@ -63,4 +63,4 @@ class MeanWeight:
 def relative_to_mean(sums: Tensor) -> Tensor:
     """Sums ``[U]`` over the mean of their magnitudes; all 0 where that is 0."""
     mean = sums.abs().mean()
-    return torch.zeros_like(sums) if float(mean) == 0 else sums / mean  # a NaN stays one, which the contract refuses
+    return torch.zeros_like(sums) if float(mean) == 0 else sums / mean  # a NaN stays NaN, which the contract refuses

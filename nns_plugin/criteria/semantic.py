@@ -1,4 +1,4 @@
-"""Semantic: how active a unit is on the labels that a subnet must keep."""
+"""Semantic: the activity of a unit on the labels that a subnet must keep."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def contrast_to_rest(total: Tensor, square: Tensor, samples: Tensor, chosen: Ten
 class Semantic:
     """Label-driven activity of units.
 
-    The score of a unit is the maximum, over the labels of the set and over the consumers that read the unit, of
-    its activity relative to the most active unit there. Keeping ``score >= zeta`` gives exactly the union of the
+    The score of a unit is the maximum, over the labels of the set and over the unit's consumers, of its activity
+    relative to the most active unit there. Keeping ``score >= zeta`` gives exactly the union of the
     subnets of the single labels.
 
     Attributes:
@@ -121,7 +121,7 @@ class Semantic:
         for label in chosen.nonzero().flatten().tolist():
             if not int(inputs[label]):
                 name = (self.statistics.labels or ())[label]
-                raise LabelError(f"label {name!r} was never seen during calibration; add inputs of it to the loader")
+                raise LabelError(f"label {name!r} was never seen during calibration; add inputs with it to the loader")
         if self.contrast == "rest" and not int(inputs[~chosen].sum()):
             raise LabelError("contrast='rest' needs inputs of other labels than the chosen ones; there are none")
 

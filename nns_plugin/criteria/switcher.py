@@ -1,4 +1,4 @@
-"""Factors that a switcher network gave, as scores of units."""
+"""Switcher: the scaling factors of a switcher network as scores of units."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Switcher:
         """Scores ``[U]``; ``None`` if the group has no factors.
 
         Raises:
-            CriterionError: If the group had other units when the factors were made.
+            CriterionError: If the group had other units when the factors were computed.
         """
         found = self.factors.get(group.name)
         if found is None:
             return None
         if found.shape != (group.size,):
             raise CriterionError(
-                f"there are {found.numel()} factors for group {group.name!r}, which has {group.size} units now; ask "
-                "the switcher again for a model whose units are gone, or remove all of them at once"
+                f"there are {found.numel()} factors for group {group.name!r}, which has {group.size} units now; "
+                "compute them again after each removal, or remove all units at once"
             )
         return found.detach().double().cpu()

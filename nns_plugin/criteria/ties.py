@@ -1,4 +1,4 @@
-"""Ties between scores: told apart by steps so small that they change no other order."""
+"""Ties between scores, separated by steps so small that no other order changes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def separate_ties(scores: Tensor, ordinal: int = 0) -> Tensor:
-    """Tell equal scores apart, within a group and between groups, keeping the order of different ones.
+    """Separate equal scores, within a group and between groups, keeping the order of different ones.
 
     Args:
         scores: ``[U]`` float64.
-        ordinal: Number of the group, below 4096: groups of other numbers get other scores.
+        ordinal: Number of the group, below 4096: groups with different numbers get different scores.
 
     Returns:
         ``[U]`` float64, all different. Equal scores are spread evenly over two steps of single precision, the last
-        unit lowest, so that of ties a global threshold takes the same share of every group, large or small; the
-        groups stand a few steps of double precision apart, which survive averaging. Scores nearer to 0 than 1e-30
+        unit lowest, so that a global threshold takes the same share of tied units from every group, large or small;
+        groups are a few steps of double precision apart, which survive averaging. Scores closer to 0 than 1e-30
         count as 0.
 
     Example:

@@ -1,4 +1,4 @@
-"""Weight significance factor: units whose synapses training did not move are redundant."""
+"""Weight significance factor (WSF): units whose synapses training did not move are redundant."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class WSF:
     Attributes:
         model: The model as it is now.
         snapshot: Its weights before training, or at any earlier checkpoint.
-        reduction: Over the layers that write and read a unit, as torch-pruning's ``group_reduction``: ``"mean"``,
-            ``"sum"``, ``"max"``, or ``"first"`` for the first layer that writes it alone. Biases are no synapses.
+        reduction: Over the producers and consumers of a unit, as torch-pruning's ``group_reduction``: ``"mean"``,
+            ``"sum"``, ``"max"``, or ``"first"`` for its first producer alone. Biases are not synapses.
 
     Raises:
         CriterionError: If the reduction is unknown.

@@ -201,7 +201,7 @@ def test_a_layer_that_cannot_be_scored_stays_whole() -> None:
         ([], "selects no layer"),
         (None, "config_list is None"),
         ([{"op_names": "conv1", "sparse_ratio": 0.5}], "op_names is 'conv1'; expected a list"),
-        ([{"op_names_re": ["conv["], "sparse_ratio": 0.5}], "no regular expression"),
+        ([{"op_names_re": ["conv["], "sparse_ratio": 0.5}], "is not a regular expression"),
         ([{"op_names": ["conv1"]}], "asks for no sparsity"),
         ([{"op_names": ["conv1"], "sparse_ratio": -0.5}], "is -0.5; expected a share"),
         ([{"op_names": ["conv1"], "sparse_ratio": float("nan")}], "is nan; expected a share"),

@@ -101,7 +101,7 @@ def test_what_cannot_be_one_mask_is_told(zoo: Any) -> None:
             [{"op_names": ["stem"], "sparse_ratio": 0.5}, {"op_names": ["outer"], "sparse_ratio": 0.25}], model, inputs
         )
     model, inputs = made(zoo, "shared")
-    with pytest.warns(UngroupedLayersWarning, match="'both' shares some of its units only"):
+    with pytest.warns(UngroupedLayersWarning, match="'both' shares only some of its units"):
         with_dependency_groups([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], model, inputs)
     model, inputs = made(zoo, "group_norm")
     with pytest.raises(PruningError, match="NNI cannot prune 'norm', a GroupNorm: GroupNorm is not registered"):
@@ -129,7 +129,7 @@ def test_a_concatenation_that_joins_a_sum_is_told() -> None:
     model = lively(Summed(left=nn.Conv2d(3, 4, 1), right=nn.Conv2d(3, 4, 1), c=nn.Conv2d(3, 8, 1)).eval())
     inputs = torch.randn(2, 3, 4, 4)
     config = [{"op_types": ["Conv2d"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-    with pytest.warns(UngroupedLayersWarning, match="'layers.c' shares some of its units only"):
+    with pytest.warns(UngroupedLayersWarning, match="'layers.c' shares only some of its units"):
         config = with_dependency_groups(config, model, inputs)
     pruner = MeanWeightPruner(model, config, example_inputs=inputs)
     _, masks = pruner.compress()

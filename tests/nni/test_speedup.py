@@ -226,7 +226,7 @@ def test_wrong_masks_and_options_are_told(zoo: Any) -> None:
     masks, _ = masked(model, inputs)
     whole = {"weight": torch.ones_like(model.fc1.weight)}
     for given, options, message in (
-        ({"fc9": whole}, {}, "'fc9', which is no module"),
+        ({"fc9": whole}, {}, "'fc9', which is not a module"),
         ({"fc1": {"wait": torch.ones(8)}}, {}, "'fc1' has no parameter 'wait'"),
         ({"fc1": {"weight": torch.ones(9, 6)}}, {}, r"is \[9, 6\], and the parameter \[8, 6\]"),
         ({"fc1": {"weight": torch.full((8, 6), 0.5)}}, {}, "other values than 0 and 1"),

@@ -153,7 +153,7 @@ def test_a_sensitivity_of_another_width_is_stale() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3))
     groups = [group("0", ["2"], 2)]
     statistics = calibrate(model, [torch.randn(9, 3)], groups, gram=True)
-    with pytest.raises(StaleStatisticsError, match="'2' is that of 5 outputs, but it has 3"):
+    with pytest.raises(StaleStatisticsError, match="'2' covers 5 outputs, but the layer has 3"):
         Distinctiveness(statistics, model, mode="span", sensitivity={"2": torch.ones(5)})(groups[0])
 
 
