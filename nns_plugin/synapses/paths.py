@@ -12,7 +12,7 @@ from nns_plugin.backends import Backend, find_backend
 from nns_plugin.errors import PruningError
 from nns_plugin.models.activations import capture_input
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
-from nns_plugin.models.layers import by_output, channel_groups, weight_of
+from nns_plugin.models.layers import by_channel, by_output, channel_groups, weight_of
 from nns_plugin.models.preserve import copied, preserved
 from nns_plugin.synapses.compaction import permanent
 from nns_plugin.synapses.masks import synapse_layers
@@ -107,8 +107,7 @@ def _check_source(model: nn.Module, name: str, read: Tensor, inputs: Any) -> Non
         for weight in weights:
             weight.requires_grad_(True)
         values = capture_input(model.eval(), name, inputs)
-        axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
-        total = values.movedim(axis, 0)[read.to(values.device)].square().sum()
+        total = by_channel(model.get_submodule(name), values)[read.to(values.device)].square().sum()
         found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else ()
     if any(gradient is not None and bool(gradient.any()) for gradient in found):
         raise PruningError(

@@ -20,7 +20,7 @@ LABELS = 3
 
 
 class Observed(nn.Module):
-    """A layer that works on what ``prepare`` makes of the inputs, so that a test knows the activations."""
+    """A layer behind a function ``prepare`` of the inputs, so that a test knows its activations."""
 
     def __init__(self, layer: nn.Module, prepare: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ def consumer(units: list[list[int]]) -> tuple[UnitGroup, ...]:
 def brute_force(
     samples: list[np.ndarray], labels: list[int], units: list[list[int]], threshold: float
 ) -> dict[str, Any]:
-    """What units did, one number at a time.
+    """The sums of units, one number at a time.
 
     Args:
-        samples: For each input ``[S, positions]``: what the layer read, sample by sample.
+        samples: For each input ``[S, positions]``, the layer's input by sample.
         labels: The label of each input.
         units: Positions of each unit.
         threshold: A position is active where it exceeds this.

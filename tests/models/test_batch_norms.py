@@ -1,4 +1,4 @@
-"""Re-estimation of batch norms against the mean and variance of the data."""
+"""BN recalibration against the mean and variance of the data."""
 
 from __future__ import annotations
 

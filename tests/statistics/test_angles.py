@@ -1,4 +1,4 @@
-"""The rule of 15 and 165 degrees, and what a survivor takes over, against hand-computed cases and brute force."""
+"""Angles, the rule of 15 and 165 degrees, and merged survivors, against hand-computed cases and brute force."""
 
 from __future__ import annotations
 

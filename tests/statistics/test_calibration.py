@@ -1,4 +1,4 @@
-"""Calibration leaves the model as it was, and says what is wrong with the data."""
+"""Calibration leaves the model as it was, and reports what is wrong with the data."""
 
 from __future__ import annotations
 

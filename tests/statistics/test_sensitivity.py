@@ -1,4 +1,4 @@
-"""Sensitivity against explicit Jacobians, and operations against torch-pruning's count and hand-computed ones."""
+"""Sensitivity against explicit Jacobians, and MACs against torch-pruning's count and hand-computed ones."""
 
 from __future__ import annotations
 
@@ -103,18 +103,18 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("layer", "shape", "expected"), LAYERS, ids=lambda value: type(value).__name__)
-def test_operations_of_a_layer(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+def test_macs_of_a_layer(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
     assert layer_macs(nn.Sequential(layer), torch.randn(shape)) == {"0": expected}
 
 
-def test_a_unit_costs_its_share_of_the_layers_that_write_and_read_it() -> None:
+def test_a_unit_costs_its_share_of_the_layers_that_produce_and_consume_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 5))
     channels = torch.arange(32) // 4
     ports = (Port("0", torch.arange(8), torch.arange(8)),), (Port("2", torch.arange(32), channels),)
     groups = [UnitGroup("0", 8, producers=ports[0], consumers=ports[1])]
-    operations = layer_macs(model, torch.randn(1, 3, 2, 2))
-    assert operations == {"0": 3 * 8 * 4, "2": 160}
-    assert unit_macs(model, groups, operations) == {"0": 3 * 4 + 160 / 8}
+    macs = layer_macs(model, torch.randn(1, 3, 2, 2))
+    assert macs == {"0": 3 * 8 * 4, "2": 160}
+    assert unit_macs(model, groups, macs) == {"0": 3 * 4 + 160 / 8}
 
 
 def test_errors_count_by_relative_size_and_by_what_they_move_and_per_cost() -> None:

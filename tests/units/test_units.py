@@ -1,4 +1,4 @@
-"""Ports and unit groups: what is refused, and how positions move when units go."""
+"""Ports and unit groups: which are rejected, and how positions are renumbered when units are removed."""
 
 from __future__ import annotations
 
