@@ -34,20 +34,20 @@ MIXERS = (Convolution, nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttenti
 def misread(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> dict[str, str]:
     """Groups whose units reach a consumer at other positions than its port says.
 
-    The model is cut behind every layer that mixes its inputs; what a consumer reads then depends on producers through
-    operations within a group only. Each unit gets a random code. The gradient of all that is read, weighted by the
-    codes of the units as the ports tell them, is the plain gradient times the producer position's own code, if the
-    ports are right and nothing mixes units. Where this fails, because something does (attention, a norm written by
-    hand), a weaker test remains: a unit that reaches a consumer must reach the positions it is said to own, and none
-    that its group is not said to own.
+    The graph of gradients is cut behind every layer that mixes its inputs, so that a consumer's input depends on
+    producers only through operations within a group. Each unit gets a random code. If the ports are right and nothing
+    mixes units, the gradient of all consumers' inputs, weighted by the codes of the units at each position, equals the
+    plain gradient times the code of the producer's position. Where something does mix units (attention, a norm written
+    by hand), a weaker check remains: a unit that reaches a consumer must reach the positions that its port lists there,
+    and no position that no port of its group lists.
 
     Args:
         model: The model, in evaluation mode and with gradients enabled.
         inputs: Example inputs that it runs on.
-        groups: The groups to check; those without consumers cannot be.
+        groups: The groups to check; those without consumers are skipped.
 
     Returns:
-        For each group that fails, by name, the reason.
+        The reason for each group that fails, by name.
     """
     inputs = map_tensors(inputs, lambda value: value.detach().clone().requires_grad_(value.is_floating_point()))
     with _recorded(model, groups) as flow:
@@ -71,7 +71,7 @@ def misread(model: nn.Module, inputs: Any, groups: Sequence[UnitGroup]) -> dict[
 
 @dataclass
 class _Flow:
-    """What modules read and wrote in one forward, call by call."""
+    """The inputs and outputs of modules in one forward, call by call."""
 
     modules: Mapping[str, nn.Module]
     reads: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def _follows_codes(
 
 
 def _code(flow: _Flow, weights: Mapping[str, list[Tensor]], groups: Sequence[UnitGroup]) -> None:
-    """Gradients of everything that is read, plain and weighted by codes, for all groups at once."""
+    """Gradients of all consumers' inputs, plain and weighted by codes, for all groups at once."""
     plain, weighted = torch.zeros(()), torch.zeros(())
     for name, reads in flow.reads.items():
         for x, weight in zip(reads, weights[name], strict=True):
@@ -125,12 +125,12 @@ def _code(flow: _Flow, weights: Mapping[str, list[Tensor]], groups: Sequence[Uni
 
 
 def _codes(group: UnitGroup) -> Tensor:
-    """Distinct codes in [1, 2) of the units of a group, always the same."""
+    """Distinct codes in [1, 2) for the units of a group; the same on each call."""
     return 1 + torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size)) / group.size
 
 
 def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup, port: Port) -> bool:
-    """Whether every unit that reaches a consumer reaches the positions that its port says, and no unclaimed one.
+    """Whether every unit that reaches a consumer reaches the positions that its port lists, and no unlisted one.
 
     Units are told apart by the binary digits of their numbers: two that are confused differ in a digit.
     """
@@ -140,7 +140,7 @@ def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup,
     silent = _silent_units(flow, group, port)
 
     def arrives(chosen: Tensor, outside: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """For each producer's positions the unit, and whether it reaches the chosen units' positions."""
+        """The unit of each position of each producer, and whether it reaches the positions of the chosen units."""
         total = _read(flow, weights, port, port.index[chosen[port.unit]], outside)
         found = zip(leaves, _gradients(total, [leaf for _, leaf in leaves]), strict=True)
         return [
@@ -165,7 +165,7 @@ def _reaches(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup,
 
 
 def _connected(flow: _Flow, weights: Mapping[str, list[Tensor]], group: UnitGroup, port: Port) -> bool:
-    """Whether any unit reaches a consumer, unless it reads constants from all of them."""
+    """Whether any unit reaches a consumer; true if the consumer reads only constants from all of them."""
     gradients = _gradients(_read(flow, weights, port, port.index, False), [leaf for _, leaf in _leaves(flow, group)])
     return any(bool(each.any()) for each in gradients) or bool(_silent_units(flow, group, port)[port.unit].all())
 
@@ -185,7 +185,7 @@ def _silent_units(flow: _Flow, group: UnitGroup, port: Port) -> Tensor:
 
 
 def _read(flow: _Flow, weights: Mapping[str, list[Tensor]], port: Port, positions: Tensor, outside: bool) -> Tensor:
-    """Weighted sum of what a consumer reads at some positions, or at all positions but these."""
+    """Weighted sum of a consumer's input at some positions, or at all positions but these."""
     total = torch.zeros(())
     for x, weight in zip(flow.reads.get(port.name, []), weights.get(port.name, []), strict=True):
         mask = torch.full((flow.length(port.name, x),), float(outside))
@@ -195,7 +195,7 @@ def _read(flow: _Flow, weights: Mapping[str, list[Tensor]], port: Port, position
 
 
 def _reads_inputs(flow: _Flow, port: Port, inputs: Any) -> bool:
-    """Whether an input of the model, as wide as what a consumer reads, is added to it."""
+    """Whether an input of the model, as wide as a consumer's input, is added to it."""
     values = (
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     )
@@ -217,7 +217,7 @@ def _gradients(total: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _recorded(model: nn.Module, groups: Sequence[UnitGroup]) -> Iterator[_Flow]:
-    """Record what consumers read, and cut the model behind every layer that mixes its inputs."""
+    """Record consumers' inputs, and cut the graph of gradients behind every layer that mixes its inputs."""
     modules = dict(model.named_modules())
     flow = _Flow(modules)
     consumers = {port.name for group in groups for port in group.consumers}

@@ -22,5 +22,5 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
         MACs for one input, and the number of parameters.
     """
     with preserved(model), torch.no_grad():
-        operations, _ = tp.utils.count_ops_and_params(model, example_inputs)
-    return round(operations), sum(parameter.numel() for parameter in model.parameters())
+        macs, _ = tp.utils.count_ops_and_params(model, example_inputs)
+    return round(macs), sum(parameter.numel() for parameter in model.parameters())

@@ -59,7 +59,7 @@ def fitted(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_reader_after_reader_repeats_the_dense_outputs_that_are_kept(bias: bool) -> None:
+def test_consumer_after_consumer_repeats_the_dense_outputs_that_are_kept(bias: bool) -> None:
     """Three lossy groups, in training mode with dropout: NumPy solves the consumers from what comes to them."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -223,7 +223,7 @@ def test_statistics_of_other_widths_are_stale() -> None:
     assert model[0].out_features == 4
 
 
-def test_readers_that_were_not_observed_are_named() -> None:
+def test_consumers_that_were_not_observed_are_named() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     inputs = torch.randn(64, 5)
     groups = unit_groups(model, inputs[:2], ["4"])
@@ -285,7 +285,7 @@ class Joined(nn.Module):
         return self.consumer(torch.cat([self.left(x).relu(), self.right(x).relu()], 1))
 
 
-def test_group_by_group_a_reader_of_two_groups_ends_with_the_best_weights() -> None:
+def test_in_sequence_a_consumer_of_two_groups_ends_with_the_best_weights() -> None:
     torch.manual_seed(0)
     model, inputs = Joined().eval(), torch.randn(200, 4)
     statistics = observed(model, inputs, ["consumer"])
