@@ -52,7 +52,8 @@ def input_matrix(module: nn.Module, layout: Layout, inputs: Tensor) -> Tensor:
 
 def output_matrix(module: nn.Module, output: Tensor) -> Tensor:
     """The output of a layer in the layout of :func:`unfolded_input`: ``[G, O / G, M]``."""
-    return by_channel(module, output).unflatten(0, (channel_groups(module), -1))
+    channels = by_channel(module, output)
+    return channels.reshape(channel_groups(module), -1, channels.shape[1])
 
 
 def padded_positions(module: nn.Module, spatial: Sequence[int]) -> int:
