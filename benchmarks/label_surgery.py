@@ -104,7 +104,7 @@ METHODS = {
     "zeroed (paper)": Method({"criterion": "semantic", "compensation": "none", "head": "keep"}, masked=True),
     "semantic, least squares": Method({"criterion": "semantic", "compensation": "least_squares"}),
     "distinctiveness, refit": Method(
-        {"criterion": "distinctiveness", "options": {"mode": "span"}, "compensation": "refit"}
+        {"criterion": "distinctiveness", "criterion_options": {"mode": "span"}, "compensation": "refit"}
     ),
 }
 OURS = list(METHODS)[-1]
@@ -160,7 +160,7 @@ def mnist(data_dir: Path, net: str, seeds: Sequence[int]) -> None:
                 for (name, method), kept in itertools.product(METHODS.items(), KEPT):
                     subnet = extraction(model, calibration, statistics, chosen, kept, method, across)
                     small = subnet.mask(model) if method.masked else subnet.materialise(make)
-                    outputs = range(LABELS) if method.masked else subnet.outputs
+                    outputs = range(LABELS) if method.masked else subnet.labels.outputs
                     value = judged(*predict(small, test), outputs, chosen)
                     found.setdefault((name, size, kept), []).append(value)
     show_mnist(net, found, dense, len(seeds))
@@ -286,7 +286,7 @@ def resnet20(data_dir: Path) -> None:
         tune = tuner(images, answers, validation, TUNING_EPOCHS)
         found = smallest(model, calibration, validation, statistics, chosen, tune)
         for name, (subnet, small) in zip(("no training", f"{TUNING_EPOCHS} epoch"), found, strict=False):
-            after = judged(*predict(small, test), subnet.outputs, chosen)
+            after = judged(*predict(small, test), subnet.labels.outputs, chosen)
             rows.append(measured(name, chosen, small, before, after, model))
             files[f"ResNet-20, {size} labels, {name}"] = stored(subnet)
             print(f"labels {chosen}, {name}: {before:.2f} -> {after:.2f}", flush=True)
@@ -347,8 +347,8 @@ def smallest(
         candidate = extracted(ratio=ratio)
         tuned = candidate.materialise(ResNet20)
         tune(candidate, tuned)
-        answers = cross_calibrated(predict(tuned, validation)[0], candidate.outputs, truth)
-        bound = drop_bound((logits, range(LABELS)), (answers, candidate.outputs), truth, chosen, CLASSES)
+        answers = cross_calibrated(predict(tuned, validation)[0], candidate.labels.outputs, truth)
+        bound = drop_bound((logits, range(LABELS)), (answers, candidate.labels.outputs), truth, chosen, CLASSES)
         print(
             f"labels {chosen}, {ratio:.3f} of the units removed, trained: loses at most {100 * bound:.2f}", flush=True
         )
@@ -378,9 +378,9 @@ def tuner(images: Tensor, answers: Tensor, validation: Loader, epochs: int) -> C
     """Fine-tuning on the training images to the dense model's answers, with all other labels taken together."""
 
     def tune(subnet: Subnet, small: nn.Module) -> None:
-        other = len(subnet.labels)
+        other = len(subnet.labels.indices)
         probabilities = answers.softmax(1)
-        known = probabilities[:, list(subnet.labels)]
+        known = probabilities[:, list(subnet.labels.indices)]
         fine_tune(small, images, torch.cat([known, 1 - known.sum(1, keepdim=True)], 1), "fine-tuning", epochs)
         head = small.get_submodule(str(subnet.head_layer))
         if isinstance(head, nn.Linear):
@@ -391,7 +391,7 @@ def tuner(images: Tensor, answers: Tensor, validation: Loader, epochs: int) -> C
 
 def answers_to(model: nn.Module, loader: Loader, subnet: Subnet) -> tuple[Tensor, tuple[int | None, ...], Tensor]:
     logits, truth = predict(model, loader)
-    return logits, subnet.outputs, truth
+    return logits, subnet.labels.outputs, truth
 
 
 def measured(

@@ -1,8 +1,8 @@
-"""What the core needs of a host that removes units: groups, removal, and how the kept units take over."""
+"""Backends: what the core needs of a host that removes units, and how a host is found by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ ENTRY_POINT_GROUP = "nns_plugin.backends"
 
 
 class TracedModel(Protocol):
-    """A model that a host has traced and can cut."""
+    """A model that a backend has traced, and from which it can remove units in place."""
 
     @property
     def model(self) -> nn.Module:
@@ -27,16 +27,21 @@ class TracedModel(Protocol):
 
     @property
     def history(self) -> Sequence[tuple[str, bool, list[int]]]:
-        """What was removed so far, as the host writes it."""
+        """What was removed so far, in the format of torch-pruning's ``pruning_history``."""
         ...
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the layers whose positions are the model's outputs."""
+        """Names of the layers that write the model's outputs."""
         ...
 
     def groups(self, ignored_layers: Sequence[str] = (), *, checked: bool = True) -> tuple[UnitGroup, ...]:
-        """The unit groups; unless ``checked``, without a look whether they are read where the host says."""
+        """The unit groups.
+
+        Args:
+            ignored_layers: Names of layers whose outputs must stay whole.
+            checked: Whether to check that units are read where the backend says, and to warn about groups left out.
+        """
         ...
 
     def keep(self, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor]) -> None:
@@ -53,24 +58,29 @@ class TracedModel(Protocol):
         survivors: Mapping[str, Survivors] | None = None,
         progress: bool = False,
     ) -> None:
-        """The same, and the kept units take over."""
+        """Remove the same units, and let the kept ones take over."""
         ...
 
 
-Backend = Callable[[nn.Module, Any], TracedModel]
-"""Traces a model, which it will change in place, on example inputs."""
+class Backend(Protocol):
+    """Removes units: traces models into :class:`TracedModel`."""
+
+    def __call__(self, model: nn.Module, example_inputs: Any) -> TracedModel:
+        """Trace a model, which the result changes in place, on example inputs."""
+        ...
 
 
 def find_backend(name: str = "torch_pruning") -> Backend:
-    """The adapter of a host that removes units, from the entry-point group ``nns_plugin.backends``.
+    """The backend of a name, from the entry-point group ``nns_plugin.backends``.
 
     Raises:
-        PruningError: If no installed package has one of that name.
+        MissingExtraError: If its host is not installed.
+        PruningError: If no installed package has a backend of that name.
     """
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
         loaded: Backend = entry.load()
         return loaded
+    known = ", ".join(sorted(entry_points(group=ENTRY_POINT_GROUP).names)) or "none"
     raise PruningError(
-        f"no installed package can remove units as {name!r}: the entry-point group {ENTRY_POINT_GROUP!r} has none of "
-        "that name; install nns-plugin again"
+        f"there is no backend {name!r}; the installed packages have {known}; install nns-plugin again if one is missing"
     )

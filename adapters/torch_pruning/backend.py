@@ -1,7 +1,8 @@
-"""torch-pruning as the host that removes units for the core."""
+"""torch-pruning as a backend: it traces models and removes units for the core."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -46,17 +47,19 @@ class TorchPruningBackend:
         """See the protocol."""
         return list(self._graph.pruning_history())
 
-    @property
+    @functools.cached_property
     def heads(self) -> tuple[str, ...]:
         """See the protocol."""
-        return output_layers(self._graph)
+        with warnings.catch_warnings():  # groups() names what is left out
+            warnings.simplefilter("ignore", UnusableGroupWarning)
+            return output_layers(self._graph)
 
     def groups(self, ignored_layers: Sequence[str] = (), *, checked: bool = True) -> tuple[UnitGroup, ...]:
         """See the protocol."""
         ignored = resolve_layers(self._graph.model, ignored_layers)
         if checked:
             return graph_groups(self._graph, ignored)
-        with warnings.catch_warnings():  # who cut the model was told what is left out
+        with warnings.catch_warnings():  # whoever extracted the subnet was warned
             warnings.simplefilter("ignore", UnusableGroupWarning)
             return sound_groups(self._graph, ignored)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,23 @@ from nns_plugin.models.preserve import preserved
 
 
 class TracedGraph(tp.DependencyGraph):
-    """A dependency graph that remembers the inputs it was traced on."""
+    """A dependency graph that remembers the inputs it was traced on, and its groups until units are removed."""
 
     example_inputs: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known_groups: dict[Any, list[tp.dependency.Group]] = {}
+
+    def get_all_groups(
+        self, ignored_layers: Sequence[nn.Module], root_module_types: Sequence[type[nn.Module]]
+    ) -> list[tp.dependency.Group]:
+        """All full groups, built once for each state of the model."""
+        key = str(self._pruning_history), frozenset(ignored_layers), frozenset(root_module_types)
+        if key not in self._known_groups:
+            found = super().get_all_groups(list(ignored_layers), list(root_module_types))
+            self._known_groups[key] = list(found)
+        return self._known_groups[key]
 
 
 def build_graph(model: nn.Module, example_inputs: Any) -> TracedGraph:

@@ -33,7 +33,7 @@ def tables(report: Report) -> Iterator[Table]:
 
 def _trials(report: Report) -> Table:
     """Every trial of the search, in order."""
-    from nns_plugin.jobs.recipe import CONFIDENCE
+    from nns_plugin.subnets.options import CONFIDENCE
 
     timed = any(trial.latency_ms is not None for trial in report.trials)
     goal = "most accurate subnet that is fast enough" if timed else "smallest subnet within the budget"

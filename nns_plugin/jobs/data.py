@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from nns_plugin.errors import MissingExtraError, RecipeError
-from nns_plugin.models.inputs import map_tensors
 
 OPTIONAL = ("train", "validation")
 
@@ -78,16 +77,6 @@ class Datasets:
                 f"data.factory: {factory} returned the label names {names}; expected distinct names, at least one"
             )
         return replace(made, label_names=names)
-
-
-def repeated(inputs: Any, count: int) -> Any:
-    """The first inputs of a batch, repeated if there are too few: a tensor, or a tuple or mapping of tensors."""
-
-    def take(tensor: Tensor) -> Tensor:
-        repeats = -(-count // tensor.shape[0])
-        return torch.cat([tensor] * repeats)[:count]
-
-    return map_tensors(inputs, take)
 
 
 def digits(seed: int = 0, batch_size: int = 64, test_share: float = 0.3) -> Datasets:

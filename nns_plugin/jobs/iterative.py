@@ -1,4 +1,4 @@
-"""The iterative of training, pruning and fine-tuning, until accuracy falls or nothing more qualifies."""
+"""Iterative pruning: prune and fine-tune in turns, until accuracy falls or nothing more qualifies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nns_plugin.models.preserve import copied
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of the iterative.
+    """One turn of iterative pruning.
 
     Attributes:
-        removed: What the prune step said that it removed.
+        removed: Number of units or weights that the prune step reported as removed.
         pruned: Accuracy after pruning.
         tuned: Accuracy after fine-tuning.
-        accepted: Whether the model went on from here.
+        accepted: Whether the next turn starts from this model.
     """
 
     removed: int
@@ -31,12 +31,12 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class IterativePruning:
-    """What the iterative led to.
+    """The result of iterative pruning.
 
     Attributes:
         model: The last accepted model.
         pretrained: Accuracy before the first pruning.
-        rounds: All turns, the last of which may have been rejected.
+        rounds: All turns; the last one may have been rejected.
     """
 
     model: nn.Module
@@ -45,12 +45,12 @@ class IterativePruning:
 
     @property
     def removed(self) -> int:
-        """Total of the accepted turns."""
+        """Total removed in the accepted turns."""
         return sum(turn.removed for turn in self.rounds if turn.accepted)
 
     @property
     def accuracy(self) -> float:
-        """Of the last accepted model."""
+        """Accuracy of the last accepted model."""
         return next((turn.tuned for turn in reversed(self.rounds) if turn.accepted), self.pretrained)
 
 
@@ -68,20 +68,20 @@ def prune_iteratively(
     """Pre-train, prune, fine-tune, prune, fine-tune, ... until accuracy falls or nothing more is removed.
 
     Args:
-        model: Left as it is; the iterative works on copies.
-        prune: Removes something from a model, in place, and says how much; 0 ends the iterative.
+        model: Left as it is; all turns work on copies.
+        prune: Removes something from a model, in place, and returns how much; 0 ends the loop.
         train: Trains a model, in place: the pre-training and every fine-tuning.
-        evaluate: Accuracy of a model, higher is better; on other data than the model is judged by in the end.
+        evaluate: Returns the accuracy of a model, higher is better; on other data than the final evaluation.
         pretrain: Whether to train before the first pruning.
-        max_drop: How far accuracy may fall under that before the first pruning.
-        max_rounds: Most turns.
+        max_drop: Maximum drop below the accuracy before the first pruning.
+        max_rounds: Maximum number of turns.
         progress: Whether to show a progress bar.
 
     Returns:
-        The last model that did not fall, and what happened in each turn.
+        The last accepted model, and what happened in each turn.
 
     Raises:
-        PruningError: If an option is out of range, or ``prune`` gives no count.
+        PruningError: If an option is out of range, or ``prune`` does not return a count.
 
     Source:
         "The Pruning Methods for feed-forward network and Convolutional Neural Network", figure 2.
@@ -97,7 +97,7 @@ def prune_iteratively(
         candidate = copied(best)
         removed = prune(candidate)
         if isinstance(removed, bool) or not isinstance(removed, int) or removed < 0:
-            raise PruningError(f"prune returned {removed!r}; expected the number of what it removed")
+            raise PruningError(f"prune returned {removed!r}; expected the number of units or weights that it removed")
         if removed == 0:
             break
         pruned = evaluate(candidate)

@@ -8,25 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nns_plugin.errors import MissingExtraError, NNSError, RecipeError
-from nns_plugin.jobs.recipe import SELECTIONS, TARGETS, TOGETHER, WEIGHTS, ExtractionSection, Recipe
+from nns_plugin.jobs.recipe import WEIGHTS, Recipe
+from nns_plugin.subnets.options import SELECTIONS, TARGETS, TOGETHER
 
 try:
     import yaml
     from pydantic import ValidationError
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "yaml", "cli") from error
-
-
-def check_extraction(**fields: Any) -> ExtractionSection:
-    """Check options of a cut that are given in Python.
-
-    Raises:
-        RecipeError: One line that names the option, what was found and what is allowed.
-    """
-    try:
-        return ExtractionSection.model_validate(fields)
-    except ValidationError as error:
-        raise RecipeError(_describe(error)) from None
 
 
 def default_recipe() -> dict[str, Any]:

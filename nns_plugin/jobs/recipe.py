@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nns_plugin.compensation.least_squares import Merge
-from nns_plugin.compensation.options import Compensation, Method
+from nns_plugin.compensation.options import Method
 from nns_plugin.criteria import available
 from nns_plugin.errors import MissingExtraError
 from nns_plugin.selection import Complement
-from nns_plugin.subnets.steps import Head
+from nns_plugin.subnets.options import Angles, ExtractionOptions, Framework, Head
 
 try:
     from pydantic import (
@@ -25,12 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("pydantic", "cli") from error
 
-CONFIDENCE = 0.95
-ROUNDINGS = (1, 8, 16)
 WEIGHTS = ("checkpoint", "initial")  # fields of the section model that are paths
-TARGETS = ("target_latency_ms", "target_speedup")
-SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list", *TARGETS)
-TOGETHER = frozenset({"max_balanced_accuracy_drop", "confidence", "roundings", *TARGETS})  # others exclude each other
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -136,14 +132,9 @@ class MeasureSection(Section):
 
 
 class ExtractionSection(Section):
-    """How a model is cut down to some labels.
+    """What to extract from a model, and how; see :class:`nns_plugin.subnets.options.ExtractionOptions`."""
 
-    One of ``ratio``, ``zeta``, ``angle``, ``max_balanced_accuracy_drop`` and ``config_list`` decides how much goes; a
-    ratio of 0.5 by default. Or ``target_latency_ms`` and ``target_speedup`` do, within ``max_balanced_accuracy_drop``
-    if that is given, and try all ``roundings``.
-    """
-
-    framework: Literal["torch_pruning", "nni"] = "torch_pruning"
+    framework: Framework = "torch_pruning"
     labels: list[StrictInt | StrictStr] | None = Field(default=None, min_length=1)
     criterion: CriterionSection = CriterionSection()
     compensation: CompensationSection = CompensationSection()
@@ -170,111 +161,29 @@ class ExtractionSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractionSection:
-        given = [name for name in SELECTIONS if getattr(self, name) is not None]
-        if len(given) > 1 and not TOGETHER.issuperset(given):
-            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
-        if self.confidence is not None and self.max_balanced_accuracy_drop is None:
-            raise ValueError("confidence goes with max_balanced_accuracy_drop: it says how sure of that to be")
-        if self.roundings is not None and not self.has_target:
-            raise ValueError("roundings go with target_latency_ms and target_speedup: else give round_to")
-        if self.has_target and self.round_to != 1:
-            raise ValueError(f"round_to is {self.round_to}; with a target for latency give roundings: [1, 8, 16]")
-        if self.framework == "nni" and self.effective_roundings != (1,):
-            raise ValueError(f"roundings is {self.roundings}; NNI's masks cannot be rounded: give [1]")
-        if self.framework != "nni" and self.config_list is not None:
-            raise ValueError(f"config_list goes with framework nni, not with {self.framework}")
-        if self.framework == "nni" and self.angle is not None:
-            raise ValueError("angle goes with framework torch_pruning, not with nni, whose masks know no survivors")
-        if self.framework == "nni" and self.round_to != 1:
-            raise ValueError(f"round_to is {self.round_to}; NNI's masks cannot be rounded: give 1")
-        if self.framework == "nni" and self.global_pruning:
-            raise ValueError(
-                "global_pruning ranks units, and NNI shares of weights: say global_group_id in a config_list"
-            )
-        if self.angle is not None and self.angle.similar > self.angle.complementary:
-            raise ValueError("angle: similar must be at most complementary")
-        if self.angle is not None and self.effective_criterion.name != "distinctiveness":
-            raise ValueError(f"angle goes with criterion distinctiveness, not with {self.effective_criterion.name}")
-        if self.angle is not None and self.compensation.method not in (None, "merge"):
-            raise ValueError(f"angle goes with compensation merge, not with {self.compensation.method}")
-        if self.labels is None and self.head in ("closed", "open"):
-            raise ValueError(f"head {self.head!r} needs labels; name some, or use head: keep")
-        if self.calibrate_head and self.effective_head != "open":
-            raise ValueError(f"calibrate_head goes with head open, not with {self.effective_head}")
-        if self.angle is not None and self.round_to != 1:
-            raise ValueError("round_to goes with ratio and zeta, not with angle")
-        if self.compensation.sequential and self.effective_method not in ("refit", "least_squares"):
-            raise ValueError(f"sequential goes with refit and least_squares, not with {self.effective_method}")
-        if self.global_pruning and (self.zeta is not None or self.angle is not None):
-            raise ValueError("global_pruning goes with ratio, not with zeta or angle")
+        self.to_options()  # the rules between fields
         return self
 
-    @property
-    def has_target(self) -> bool:
-        """Whether a latency is to be reached."""
-        return any(getattr(self, name) is not None for name in TARGETS)
+    def to_options(self) -> ExtractionOptions:
+        """The same for the room that extracts.
 
-    @property
-    def effective_roundings(self) -> tuple[int, ...]:
-        """What numbers of units are multiples of: all of these are tried where there is a target for latency."""
-        if not self.has_target:
-            return (self.round_to,)
-        return tuple(dict.fromkeys(self.roundings or ((1,) if self.framework == "nni" else ROUNDINGS)))
-
-    @property
-    def effective_head(self) -> Head:
-        """The head to make: ``open`` with a label set and ``keep`` without, unless one is named."""
-        return self.head or ("keep" if self.labels is None else "open")
-
-    @property
-    def effective_criterion(self) -> CriterionSection:
-        """The criterion: by default ``semantic`` with a label set, and ``distinctiveness`` without.
-
-        For a ratio or zeta, the latter scores by ``"span"`` unless told otherwise; for angles, pair by pair.
+        Raises:
+            RecipeError: If fields contradict each other.
         """
-        name = self.criterion.name
-        if name is None:
-            name = "semantic" if self.labels is not None and self.angle is None else "distinctiveness"
-        by_span = name == "distinctiveness" and self.angle is None
-        options = ({"mode": "span"} if by_span else {}) | self.criterion.options
-        return self.criterion.model_copy(update={"name": name, "options": options})
-
-    @property
-    def effective_method(self) -> str:
-        """How survivors take over: ``merge`` after a selection by angles, else ``refit`` with ``distinctiveness``."""
-        if self.compensation.method is not None:
-            return self.compensation.method
-        if self.angle is not None:
-            return "merge"
-        return "refit" if self.effective_criterion.name == "distinctiveness" else "none"
-
-    @property
-    def effective_compensation(self) -> Compensation:
-        """How kept units take over, with nothing left open."""
-        section = self.compensation
-        method: Any = self.effective_method
-        return Compensation(
-            method, section.sequential, self.recalibrate_batch_norms, section.ridge, section.max_unfolded
+        names = [each.name for each in fields(ExtractionOptions) if each.name in ExtractionSection.model_fields]
+        same = {name: getattr(self, name) for name in names}
+        return ExtractionOptions(
+            **same
+            | {
+                "criterion": self.criterion.name,
+                "criterion_options": self.criterion.options,
+                "compensation": self.compensation.method,
+                "sequential": self.compensation.sequential,
+                "ridge": self.compensation.ridge,
+                "max_unfolded": self.compensation.max_unfolded,
+                "angle": None if self.angle is None else Angles(**self.angle.model_dump()),
+            }
         )
-
-    @property
-    def effective_confidence(self) -> float | None:
-        """How sure to be that a drop is within the budget; ``None`` where there is no budget."""
-        if self.max_balanced_accuracy_drop is None:
-            return None
-        return CONFIDENCE if self.confidence is None else self.confidence
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """What decides how much goes."""
-        given = {name: getattr(self, name) for name in SELECTIONS if getattr(self, name) is not None}
-        if self.angle is not None:
-            given["angle"] = self.angle.model_dump()
-        more = {name: getattr(self, name) for name in ("global_pruning", "round_to")}
-        more["confidence"] = self.effective_confidence
-        if self.has_target:
-            more["roundings"] = list(self.effective_roundings)
-        return (given or {"ratio": 0.5}) | {key: value for key, value in more.items() if value not in (None, False, 1)}
 
 
 class SweepSection(Section):
@@ -336,13 +245,13 @@ class Recipe(ExtractionSection):
     def _turns(self) -> Recipe:
         if self.iterative is not None and not self.fine_tune.epochs:
             raise ValueError("iterative fine-tunes after each removal: give fine_tune.epochs, at least 1")
-        if self.iterative is not None and self.has_target:
+        if self.iterative is not None and self.to_options().has_target:
             raise ValueError("iterative removes the same in each turn: not target_latency_ms or target_speedup")
         if self.iterative is not None and self.max_balanced_accuracy_drop is not None:
             raise ValueError(
                 "iterative has a max_drop of its own: give ratio, zeta or angle for what each turn removes"
             )
-        if self.iterative is not None and self.effective_criterion.name == "wsf":
+        if self.iterative is not None and self.to_options().effective_criterion == "wsf":
             raise ValueError(
                 "iterative has no weights from before training for the smaller models of its turns: not wsf"
             )

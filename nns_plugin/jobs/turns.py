@@ -1,4 +1,4 @@
-"""What a recipe may ask for besides one cut: pruning and fine-tuning in turns, and masks on single weights."""
+"""What a recipe may ask for besides one extraction: iterative pruning, and masks on single weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend
-from nns_plugin.compensation.options import Compensation
 from nns_plugin.errors import LabelError
 from nns_plugin.evaluation.evaluation import evaluate
 from nns_plugin.evaluation.prediction import predict
-from nns_plugin.jobs.data import Datasets
-from nns_plugin.jobs.extraction import chosen_labels, extract_from, stage
+from nns_plugin.jobs.extraction import extract
 from nns_plugin.jobs.iterative import prune_iteratively
-from nns_plugin.jobs.recipe import IterativeSection, Recipe, SynapsesSection
-from nns_plugin.subnets.steps import Extraction, carry_out, finish_head, prepare
+from nns_plugin.jobs.job import Job
+from nns_plugin.jobs.recipe import IterativeSection, SynapsesSection
+from nns_plugin.jobs.stages import stage
+from nns_plugin.subnets.steps import PLAIN, Choice, Extraction, Preparation, carry_out, finish_head, prepare
 from nns_plugin.synapses.mean_weight import prune_under_mean
 
 
@@ -30,60 +29,39 @@ class _Holder(nn.Module):
         self.model = model
 
 
-def iterative_extraction(
-    dense: nn.Module,
-    data: Datasets,
-    recipe: Recipe,
-    section: IterativeSection,
-    tune: Callable[[Extraction], None],
-    progress: bool = False,
-) -> Extraction:
+def iterative_extraction(job: Job, section: IterativeSection, tune: Callable[[Extraction], None]) -> Extraction:
     """Prune and fine-tune in turns, as long as the mean balanced accuracy on the validation data holds.
 
     Args:
-        dense: The model; left as it was found.
-        data: Its data.
-        recipe: What each turn removes.
-        section: How long to go on.
-        tune: Fine-tunes the model of a cut, in place.
-        progress: Whether to show progress bars.
+        job: Its options say what each turn removes; the dense model is left as it was found.
+        section: When to stop.
+        tune: Fine-tunes the model of an extraction, in place.
 
     Returns:
-        The last cut that held, with the kept units counted from the dense model.
+        The last extraction that held, with the kept units counted from the dense model.
     """
-    chosen = chosen_labels(recipe, data.label_names)
+    data, options, progress = job.data, job.options, job.progress
+    validation = data.decisive if options.calibrate_head else None
     with stage("data.calibration"):
         prepared = prepare(
-            dense,
+            job.dense,
             data.example_inputs,
             data.calibration,
-            data.label_names,
-            labels=chosen,
-            head=recipe.effective_head,
-            gram=False,
-            backend=TorchPruningBackend,
-            ignored_layers=recipe.ignored_layers,
+            job.labels,
+            Preparation(options.effective_head, False, options.ignored_layers, options.framework),
             progress=progress,
         )
-        start = carry_out(
-            prepared,
-            {},
-            Compensation("none", recalibrate_batch_norms=False),
-            data.calibration,
-            backend=TorchPruningBackend,
-            validation=data.decisive if recipe.calibrate_head else None,
-        )
+        start = carry_out(prepared, Choice({}), PLAIN, data.calibration, validation=validation)
     extractions: list[Extraction] = []
+    keeping = replace(options, head="keep", calibrate_head=False)
+    sources = replace(job.sources, snapshot=None)
 
     def turn(holder: nn.Module) -> int:
-        keeping = recipe.model_copy(update={"head": "keep", "calibrate_head": False})
-        extraction, _ = extract_from(holder.get_submodule("model"), data, keeping, progress=progress)
+        extraction, _ = extract(holder.get_submodule("model"), sources, keeping, job.labels, progress=progress)
         whole = {group.name: group.size for group in extraction.groups}
-        extraction = replace(extraction, head=start.head, opens=start.opens, outputs=start.outputs)
+        extraction = replace(extraction, head=start.head, opens=start.opens, labels=start.labels)
         with stage("data.calibration"):
-            extraction = finish_head(
-                extraction, data.calibration, data.decisive if recipe.calibrate_head else None, progress
-            )
+            extraction = finish_head(extraction, data.calibration, validation, progress)
         extractions.append(extraction)
         holder.model = extraction.model
         return sum(whole[name] - units.numel() for name, units in extraction.kept.items())
@@ -91,9 +69,10 @@ def iterative_extraction(
     def accuracy(holder: nn.Module) -> float:
         with stage("data.validation"):
             logits, truth = predict(holder.get_submodule("model"), data.decisive)
-        found = evaluate(logits, truth, start.outputs, start.labels, data.label_names)
+        labels = start.labels
+        found = evaluate(logits, truth, labels.outputs, labels.indices, labels.names)
         if found.mean_balanced_accuracy is None:
-            raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to hold")
+            raise LabelError("one label with a closed head cannot be mistaken: there is no balanced accuracy to judge")
         return found.mean_balanced_accuracy
 
     iterative = prune_iteratively(
@@ -111,7 +90,7 @@ def iterative_extraction(
 
 
 def _composed(extractions: Sequence[Extraction]) -> dict[str, Tensor]:
-    """The kept units of several cuts in a row, counted from before the first."""
+    """The kept units of consecutive extractions, counted from before the first."""
     kept: dict[str, Tensor] = {}
     for extraction in extractions:
         kept |= {name: kept[name][units] if name in kept else units for name, units in extraction.kept.items()}
@@ -120,14 +99,12 @@ def _composed(extractions: Sequence[Extraction]) -> dict[str, Tensor]:
 
 @contextmanager
 def masked_synapses(extraction: Extraction, section: SynapsesSection | None) -> Iterator[None]:
-    """Mask the weights of linear layers under their mean; at the end of the block the zeros become permanent."""
+    """Mask the weights of linear layers under their mean; when the block ends, the zeros become permanent."""
     if section is None:
         yield
         return
     linear = [name for name, module in extraction.model.named_modules() if isinstance(module, nn.Linear)]
-    layers = list(dict.fromkeys(section.layers or [])) or [
-        name for name in linear if name not in TorchPruningBackend(extraction.model, extraction.example_inputs).heads
-    ]
+    layers = list(dict.fromkeys(section.layers or [])) or [name for name in linear if name not in extraction.heads]
     prune_under_mean(extraction.model, layers)
     yield
     for name in layers:

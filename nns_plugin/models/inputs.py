@@ -39,6 +39,16 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return function(inputs) if isinstance(inputs, Tensor) else inputs
 
 
+def repeated(inputs: Any, count: int) -> Any:
+    """The first inputs of a batch, repeated if there are too few: a tensor, or a tuple or mapping of tensors."""
+
+    def take(tensor: Tensor) -> Tensor:
+        repeats = -(-count // tensor.shape[0])
+        return torch.cat([tensor] * repeats)[:count]
+
+    return map_tensors(inputs, take)
+
+
 def tensors_of(values: Any) -> list[Tensor]:
     """The tensors in inputs or outputs of a model, in order."""
     found: list[Tensor] = []

@@ -16,10 +16,11 @@ from torch import Tensor
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.errors import SubnetError
 from nns_plugin.files import read_safetensors, write_safetensors
+from nns_plugin.labels import LabelSet
 from nns_plugin.models.inputs import INPUT_TYPES, check_kinds
+from nns_plugin.subnets.content import SubnetContent
+from nns_plugin.subnets.options import Head
 from nns_plugin.subnets.provenance import Provenance, Trial
-from nns_plugin.subnets.steps import Head
-from nns_plugin.subnets.subnet import Subnet
 
 FORMAT = "nns-plugin subnet 2"
 
@@ -28,7 +29,7 @@ FORMAT = "nns-plugin subnet 2"
 TYPES = INPUT_TYPES
 
 
-def save(subnet: Subnet, path: Path) -> Path:
+def save(subnet: SubnetContent, path: Path) -> Path:
     """Write a subnet; the file appears whole or not at all."""
     weights = {name: value.detach().cpu() for name, value in subnet.weights.items()}
     kinds = {name: str(value.dtype).removeprefix("torch.") for name, value in weights.items()}
@@ -52,9 +53,9 @@ def save(subnet: Subnet, path: Path) -> Path:
     header = {
         "groups": dict(subnet.sizes),
         "scored": "all" if scored == list(subnet.sizes) else scored,
-        "label_names": subnet.label_names,
-        "labels": subnet.labels,
-        "outputs": subnet.outputs,
+        "label_names": subnet.labels.names,
+        "labels": subnet.labels.indices,
+        "outputs": subnet.labels.outputs,
         "head_layer": subnet.head_layer,
         "inputs": subnet.inputs,
         "provenance": dataclasses.asdict(subnet.provenance)
@@ -67,10 +68,10 @@ def save(subnet: Subnet, path: Path) -> Path:
     return path
 
 
-def load(path: Path) -> Subnet:
+def load(path: Path) -> SubnetContent:
     """Read a subnet and check that it is whole and as it was written."""
 
-    def decoded(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Subnet:
+    def decoded(metadata: dict[str, str], tensors: dict[str, Tensor]) -> SubnetContent:
         if _digest(metadata["nns"], tensors) != metadata["digest"]:
             raise SubnetError(f"{str(path)!r} is damaged: its content has changed since it was written; copy it again")
         return _decode(json.loads(metadata["nns"]), tensors)
@@ -78,7 +79,7 @@ def load(path: Path) -> Subnet:
     return read_safetensors(path, FORMAT, SubnetError, decoded)
 
 
-def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:
+def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> SubnetContent:
     """A subnet of a header and tensors; nothing is made that is larger than the file."""
     sizes = {str(name): _count(size) for name, size in header["groups"].items()}
     total, packed = sum(sizes.values()), tensors["kept"]
@@ -101,13 +102,11 @@ def _decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Subnet:
     if not (outputs in shrunk if head_layer is not None else outputs == tuple(range(len(names)))):
         raise ValueError(f"the outputs are {outputs} for the labels {labels} and the head {head_layer!r}")
     check_kinds(header["inputs"])
-    return Subnet(
+    return SubnetContent(
         kept=kept,
         sizes=sizes,
         scores=scores,
-        label_names=names,
-        labels=labels,
-        outputs=outputs,
+        labels=LabelSet(names, labels, outputs),
         head_layer=None if head_layer is None else _text(head_layer),
         weights=_weights(header["layout"], header["type"], tensors),
         inputs=header["inputs"],

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Backend, find_backend
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.criteria import build, find, needs_of, score_groups
+from nns_plugin.environment import versions
 from nns_plugin.errors import SubnetError
+from nns_plugin.labels import LabelSet
 from nns_plugin.models.inputs import device_of, inputs_like
 from nns_plugin.selection import keep_by_threshold
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.provenance import current_versions
-from nns_plugin.subnets.steps import Extraction, carry_out, prepare
+from nns_plugin.subnets.steps import Choice, Preparation, Prepared, carry_out, prepare
 from nns_plugin.subnets.subnet import Subnet
 
 
@@ -31,38 +31,36 @@ def integrate(
     validation: Iterable[Any] | None = None,
     budget: int | None = None,
     example_inputs: Any = None,
-    backend: Backend | None = None,
     progress: bool = False,
 ) -> Subnet:
     """One subnet for all labels of several: the union of their units, in any order.
 
     The weights are the parent's: a weight between a unit of one subnet and a unit of another is in neither file.
-    Compensation and head are made anew for the union, so that the result equals an extraction for the union of the
+    Compensation and head are computed again for the union, so that the result equals an extraction for the union of the
     label sets wherever the criterion's scores of a union are the maximum over its labels (``semantic`` at one zeta).
 
     Args:
-        subnets: Subnets of one parent, cut with the same criterion, compensation and kind of head.
+        subnets: Subnets of one parent, extracted with the same criterion, compensation and kind of head.
         parent: Their parent; left as it is.
         statistics: Of the parent, for compensation; collected from the loader by default.
         loader: Yields ``(inputs, labels)``, anew each time. Needed by an open head, by ``refit``, and in place of
             statistics.
         validation: Yields ``(inputs, labels)``; needed by heads that were calibrated.
-        budget: Most units that may stay, over all pruned groups; of the union those go first that the criterion scores
-            lowest for all labels together, but each group keeps its best unit. All stay by default.
+        budget: Maximum number of units to keep, over all pruned groups. The units that the criterion scores lowest for
+            all labels together are dropped first, but each group keeps its best unit. All stay by default.
         example_inputs: Inputs that the parent can run on; made up by default.
-        backend: Traces and cuts; torch-pruning by default.
         progress: Whether to show progress bars.
 
     Returns:
         The integrated subnet.
 
     Raises:
-        SubnetError: If there are no subnets, if they are of different parents, were cut differently or by angles, if
-            the model is not their parent, or the budget is too small or has no scores to go by.
+        SubnetError: If there are no subnets, if they are of different parents, were extracted differently or by angles,
+            if the model is not their parent, or if the budget is too small or there are no scores for it.
         PruningError: If the compensation or the head needs a loader, and there is none.
 
     Warns:
-        RetrainedWarning: If subnets were trained after they were cut: the parent's weights take the place of theirs.
+        RetrainedWarning: If subnets were trained after extraction: the parent's weights replace theirs.
 
     Source:
         "NNS: Neural network surgery", integration of subnets.
@@ -73,24 +71,25 @@ def integrate(
         raise SubnetError("the subnets' heads were calibrated on validation data; pass validation")
     if any(subnet.provenance.training for subnet in subnets):
         warnings.warn(
-            "some subnets were trained after they were cut: their union has the parent's weights; train it again",
+            "some subnets were trained after extraction: their union has the parent's weights; train it again",
             RetrainedWarning,
             stacklevel=2,
         )
-    labels = tuple(sorted({label for subnet in subnets for label in subnet.labels}))
+    names = first.labels.names
+    labels = LabelSet.of(names, sorted({names[label] for subnet in subnets for label in subnet.labels.indices}))
     kept, scores = united(subnets)
-    backend = backend or find_backend()
     how = Compensation(**first.provenance.compensation)
+    needs_scores = budget is not None and needs_of(find(first.provenance.criterion)).gram
     prepared = prepare(
         parent,
         inputs_like(first.inputs, device_of(parent)) if example_inputs is None else example_inputs,
         loader,
-        first.label_names,
-        labels=labels,
-        head=first.provenance.head,  # type: ignore[arg-type]
-        gram=how.method != "none" or (budget is not None and needs_of(find(first.provenance.criterion)).gram),
-        backend=backend,
-        ignored_layers=first.provenance.ignored_layers,
+        labels,
+        Preparation(
+            head=first.provenance.head,
+            gram=how.method != "none" or needs_scores,
+            ignored_layers=first.provenance.ignored_layers,
+        ),
         statistics=statistics,
         progress=progress,
     )
@@ -99,35 +98,33 @@ def integrate(
         kept = within_budget(kept, scores, budget)
     extraction = carry_out(
         prepared,
-        kept,
+        Choice(kept, scores),
         how,
         loader,
-        backend=backend,
-        scores=scores,
         validation=validation if first.provenance.calibrated else None,
         progress=progress,
     )
     provenance = replace(
         first.provenance,
-        versions=current_versions(),
+        versions=versions(),
         selection=_selection(subnets, budget),
         training={},
         trials=(),
     )
-    return Subnet.of(extraction, first.label_names, provenance)
+    return Subnet.of(extraction, provenance)
 
 
 class RetrainedWarning(UserWarning):
-    """Training of subnets is lost in their integration."""
+    """Integration discards the training of subnets."""
 
 
-def _scored_together(first: Subnet, prepared: Extraction) -> dict[str, Tensor]:
-    """What the subnets' criterion says of all units for all labels together; empty if it needs what is not here."""
+def _scored_together(first: Subnet, prepared: Prepared) -> dict[str, Tensor]:
+    """The subnets' criterion's scores for all labels together; empty if it needs more evidence than there is."""
     criterion = find(first.provenance.criterion)
     evidence = {"statistics": prepared.statistics, "model": prepared.model}
     if not set(needs_of(criterion).requires) <= set(evidence):
         return {}
-    return score_groups(build(criterion, evidence, first.provenance.options, prepared.labels), prepared.groups)
+    return score_groups(build(criterion, evidence, first.provenance.options, prepared.labels.indices), prepared.groups)
 
 
 def united(subnets: Sequence[Subnet]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -179,25 +176,23 @@ def within_budget(kept: dict[str, Tensor], scores: dict[str, Tensor], budget: in
 
 
 def _alike(subnets: Sequence[Subnet]) -> Subnet:
-    """The first subnet, after a look whether all go together."""
+    """The first subnet, after a check that all can be integrated."""
     if not isinstance(subnets, Sequence) or not all(isinstance(subnet, Subnet) for subnet in subnets):
         raise SubnetError("subnets must be a list of Subnet")
     if not subnets:
         raise SubnetError("there are no subnets to integrate; pass at least one")
     first = subnets[0]
     if any("angle" in subnet.provenance.selection for subnet in subnets):
-        raise SubnetError(
-            "subnets that were selected by angles cannot be integrated: who merges with whom is not stored"
-        )
+        raise SubnetError("subnets that were selected by angles cannot be integrated: which units merge is not stored")
     for place, subnet in enumerate(subnets[1:], 1):
         for what in ("parent", "criterion", "options", "compensation", "head", "calibrated", "ignored_layers"):
             left, right = (getattr(each.provenance, what) for each in (first, subnet))
             if left != right:
                 raise SubnetError(
-                    f"subnet {place} has {what} {right!r}, subnet 0 {left!r}: only subnets that were cut alike from "
-                    "one parent can be integrated"
+                    f"subnet {place} has {what} {right!r}, subnet 0 {left!r}: only subnets that were extracted alike "
+                    "from one parent can be integrated"
                 )
-        if subnet.label_names != first.label_names:
+        if subnet.labels.names != first.labels.names:
             raise SubnetError(f"subnet {place} has other label names than subnet 0")
         for name in set(subnet.sizes) & set(first.sizes):
             if subnet.sizes[name] != first.sizes[name]:
@@ -208,7 +203,7 @@ def _alike(subnets: Sequence[Subnet]) -> Subnet:
 
 
 def _selection(subnets: Sequence[Subnet], budget: int | None) -> dict[str, Any]:
-    """What decided how much went: one zeta for all, or a union of what the subnets say."""
+    """What decided how many units stay: one zeta for all, or the union of the subnets' selections."""
     selections = [dict(subnet.provenance.selection) for subnet in subnets]
     one = selections[0]
     same_zeta = all(each == one for each in selections) and "zeta" in one and one.get("round_to", 1) == 1

@@ -1,19 +1,19 @@
-"""Cutting: shrink the head to some labels, remove units, let the kept ones take over, fit the output "other"."""
+"""Steps of an extraction: shrink the head to some labels, remove units, compensate, and fit the output "other"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nns_plugin.backends import Backend
+from nns_plugin.backends import Backend, TracedModel, find_backend
 from nns_plugin.compensation.options import Compensation
 from nns_plugin.compensation.survivors import Survivors
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError
-from nns_plugin.labels import OTHER
+from nns_plugin.labels import OTHER, LabelSet
 from nns_plugin.models.activations import capture_input, collect_inputs
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device
@@ -21,34 +21,103 @@ from nns_plugin.models.preserve import copied, preserved
 from nns_plugin.statistics.calibration import calibrate
 from nns_plugin.statistics.statistics import Statistics
 from nns_plugin.subnets.head import balancing_shift, close_head, fit_other, linear_head, open_head, shift_output
+from nns_plugin.subnets.options import Head
 from nns_plugin.units import UnitGroup
 
-Head = Literal["keep", "closed", "open"]
+PLAIN = Compensation("none", recalibrate_batch_norms=False)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a model is prepared.
+
+    Attributes:
+        head: What becomes of the head.
+        gram: Whether Gram matrices are needed.
+        ignored_layers: Names of layers whose outputs must stay whole.
+        backend: Name of the backend.
+    """
+
+    head: Head = "keep"
+    gram: bool = False
+    ignored_layers: tuple[str, ...] = ()
+    backend: str = "torch_pruning"
+
+    def __post_init__(self) -> None:
+        if self.head not in get_args(Head):
+            raise PruningError(f"head is {self.head!r}; it must be one of {', '.join(get_args(Head))}")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A calibrated copy of a dense model, whose units can be chosen.
+
+    Attributes:
+        traced: The copy, with the head shrunk as far as it was before calibration.
+        backend: What traced it.
+        example_inputs: Inputs that it can run on.
+        groups: Its unit groups.
+        statistics: Of the copy.
+        labels: The kept labels, and the outputs so far.
+        head: The layer that was shrunk; ``None`` if none was.
+        opens: Whether the output "other" belongs to the head.
+    """
+
+    traced: TracedModel
+    backend: Backend
+    example_inputs: Any
+    groups: tuple[UnitGroup, ...]
+    statistics: Statistics
+    labels: LabelSet
+    head: str | None
+    opens: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy."""
+        return self.traced.model
+
+    def fork(self) -> Prepared:
+        """The same with a copy of its own, traced anew, so that several extractions can be carried out."""
+        return replace(self, traced=self.backend(copied(self.model), self.example_inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which units stay.
+
+    Attributes:
+        kept: For each pruned group's name the kept units, ``[k]`` int64 ascending.
+        scores: For each scored group's name the scores of all units, ``[U]`` float64, that chose them.
+        survivors: Who takes over from whom, after a selection by angles.
+    """
+
+    kept: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    survivors: Mapping[str, Survivors] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """A model that is being cut down to a label set.
+    """The small model of a label set.
 
     Attributes:
-        model: A copy of the dense model, with as much done to it as has been done so far.
+        model: The small model.
         example_inputs: Inputs that it can run on.
-        groups: Its unit groups before any removal.
-        statistics: Of the model before any removal.
-        labels: Indices of the labels to keep, ascending.
-        outputs: The label of each output; ``None`` for "other".
+        groups: The dense model's unit groups.
+        heads: Names of the layers that write the outputs.
+        labels: The kept labels, and the label of each output.
         head: The layer that was shrunk; ``None`` if none was.
-        opens: Whether the output "other" belongs to it.
+        opens: Whether the head has the output "other".
         kept: For each pruned group's name the kept units, ``[k]`` int64 ascending.
-        scores: For each pruned group's name the criterion's scores of all units, ``[U]`` float64, where it has any.
+        scores: For each scored group's name the scores of all units, ``[U]`` float64.
     """
 
     model: nn.Module
     example_inputs: Any
     groups: tuple[UnitGroup, ...]
-    statistics: Statistics
-    labels: tuple[int, ...]
-    outputs: tuple[int | None, ...]
+    heads: tuple[str, ...]
+    labels: LabelSet
     head: str | None
     opens: bool
     kept: Mapping[str, Tensor]
@@ -59,19 +128,15 @@ def prepare(
     dense: nn.Module,
     example_inputs: Any,
     loader: Iterable[Any] | None,
-    names: Sequence[str],
+    labels: LabelSet,
+    how: Preparation,
     *,
-    labels: Sequence[int] | None,
-    head: Head,
-    gram: bool,
-    backend: Backend,
-    ignored_layers: Sequence[str] = (),
     statistics: Statistics | None = None,
     progress: bool = False,
-) -> Extraction:
+) -> Prepared:
     """Copy a model, shrink its head and calibrate it, so that units can be chosen.
 
-    With Gram matrices the head is shrunk to all that it is going to answer, so that a unit counts for what the kept
+    With Gram matrices the head is shrunk to all outputs of the subnet first, so that a unit counts for what the kept
     labels do with it, and survivors take over that.
 
     Args:
@@ -79,92 +144,90 @@ def prepare(
         example_inputs: Inputs that it can run on.
         loader: Yields ``(inputs, labels)``; anew each time. Not needed where statistics are given and the head does
             not open.
-        names: Name of each label.
-        labels: Indices of the labels to keep; ``None`` for all.
-        head: What the outputs become.
-        gram: Whether Gram matrices are needed.
-        backend: Traces and cuts.
-        ignored_layers: Names of layers whose outputs must stay whole.
+        labels: The labels to keep.
+        how: How to prepare the copy.
         statistics: Of the dense model; collected from the loader by default.
         progress: Whether to show progress bars.
 
     Raises:
-        PruningError: If nothing can be pruned, the head cannot be shrunk or ``head`` is unknown.
+        PruningError: If nothing can be pruned, or the head cannot be shrunk.
         StaleStatisticsError: If the statistics are of another model, or lack Gram matrices.
     """
-    if head not in get_args(Head):
-        raise PruningError(f"head is {head!r}; it must be one of {', '.join(get_args(Head))}")
+    backend = find_backend(how.backend)
     model = copied(dense)
     traced = backend(model, example_inputs)
-    whole = tuple(range(len(names)))
-    chosen = whole if labels is None else tuple(sorted(labels))
-    shrinks = head != "keep" and chosen != whole  # of all labels there is nothing to cut, and no other
-    if shrinks and len(traced.heads) != 1:
+    shrinks = how.head != "keep" and not labels.keeps_all  # of all labels there is nothing to remove, and no other
+    opens = how.head == "open" and shrinks
+    heads = traced.heads
+    if shrinks and len(heads) != 1:
         raise PruningError(
-            f"the model's outputs are written by {len(traced.heads)} layers ({', '.join(traced.heads) or 'none'}); "
-            "shrinking the head needs exactly one: use head 'keep'"
+            f"the model's outputs are written by {len(heads)} layers ({', '.join(heads) or 'none'}); shrinking the "
+            "head needs exactly one: use head 'keep'"
         )
-    groups = traced.groups(ignored_layers)
+    groups = traced.groups(how.ignored_layers)
     if not groups:
         raise PruningError(
             "nothing in this model can be pruned: no group of units is left beside the output, ignored layers "
-            f"({', '.join(ignored_layers) or 'none'}) and groups that warnings name"
+            f"({', '.join(how.ignored_layers) or 'none'}) and groups that warnings name"
         )
-    name = traced.heads[0] if shrinks else None
-    if head == "open" and shrinks and OTHER in (names[label] for label in chosen):
+    if opens and OTHER in labels.kept_names:
         raise LabelError(
-            f"a kept label is called {OTHER!r}, as the output for everything else: rename it, or close the head"
+            f"a kept label is called {OTHER!r}, like the output for every other label: rename it, or close the head"
         )
     if statistics is not None:
-        _check(statistics, dense, groups, gram)
-    outputs: tuple[int | None, ...] = chosen if shrinks else whole
-    if name is not None:
-        _check_head(model, name, example_inputs)
-        close_head(linear_head(model, name), chosen)
-        if gram and head == "open":
-            _open(model, name, chosen, loader, progress)
-            outputs = (*chosen, None)
+        _check(statistics, dense, groups, how.gram)
+    labels = labels.with_all_outputs()
+    if shrinks:
+        labels = labels.closed()
+        _check_head(model, heads[0], example_inputs)
+        close_head(linear_head(model, heads[0]), labels.indices)
+        if how.gram and opens:
+            _open(model, heads[0], labels, loader, progress)
+            labels = labels.opened()
     if statistics is None:
         if loader is None:
             raise PruningError("there are neither statistics nor a loader to collect them from; pass one of them")
-        statistics = calibrate(model, loader, groups, labels=names, gram=gram, progress=progress)
+        statistics = calibrate(model, loader, groups, labels=labels.names, gram=how.gram, progress=progress)
     else:  # a head is a consumer: what it reads is the same
         statistics = replace(statistics, fingerprint=fingerprint(model))
-    return Extraction(
-        model, example_inputs, groups, statistics, chosen, outputs, name, head == "open" and shrinks, {}, {}
-    )
+    return Prepared(traced, backend, example_inputs, groups, statistics, labels, heads[0] if shrinks else None, opens)
 
 
 def carry_out(
-    extraction: Extraction,
-    kept: Mapping[str, Tensor],
+    prepared: Prepared,
+    choice: Choice,
     how: Compensation,
     loader: Iterable[Any] | None,
     *,
-    backend: Backend,
-    scores: Mapping[str, Tensor] | None = None,
-    survivors: Mapping[str, Survivors] | None = None,
     validation: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Extraction:
-    """Remove all but the kept units from a copy of a prepared model, and finish it.
+    """Remove all but the chosen units from a prepared model, in place, and finish it.
 
     Args:
-        extraction: From :func:`prepare`; stays as it is, so that it can be carried out in several ways.
-        kept: For each pruned group's name the kept units, ``[k]`` int64 ascending.
+        prepared: From :func:`prepare`; it is consumed. Pass a :meth:`Prepared.fork` to use it again.
+        choice: Which units stay.
         how: How the kept units take over.
         loader: Yields ``(inputs, labels)``.
-        backend: Traces and cuts.
-        scores: What the units were chosen by.
-        survivors: Who takes over from whom, after a selection by angles.
-        validation: Yields ``(inputs, labels)`` that the output "other" is calibrated on, for the best mean balanced
-            accuracy; it is left as it was fitted by default.
+        validation: Yields ``(inputs, labels)`` on which the output "other" is calibrated for the best mean balanced
+            accuracy; it stays as fitted by default.
         progress: Whether to show progress bars.
     """
-    model = copied(extraction.model)
-    traced = backend(model, extraction.example_inputs)
-    traced.keep_and_compensate(extraction.groups, kept, extraction.statistics, how, loader, survivors, progress)
-    done = replace(extraction, model=model, kept=dict(kept), scores={} if scores is None else dict(scores))
+    heads = prepared.traced.heads
+    prepared.traced.keep_and_compensate(
+        prepared.groups, choice.kept, prepared.statistics, how, loader, choice.survivors, progress
+    )
+    done = Extraction(
+        prepared.model,
+        prepared.example_inputs,
+        prepared.groups,
+        heads,
+        prepared.labels,
+        prepared.head,
+        prepared.opens,
+        dict(choice.kept),
+        dict(choice.scores),
+    )
     return finish_head(done, loader, validation, progress)
 
 
@@ -174,21 +237,21 @@ def finish_head(
     validation: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Extraction:
-    """Fit the output "other", in place, to what the features are now, and calibrate it if there is validation data."""
+    """Fit the output "other" to the present features, in place, and calibrate it if there is validation data."""
     if not extraction.opens or extraction.head is None:
         return extraction
     _open(extraction.model, extraction.head, extraction.labels, loader, progress)
-    extraction = replace(extraction, outputs=(*extraction.labels, None))
+    extraction = replace(extraction, labels=extraction.labels.opened())
     if validation is not None:
         calibrate_head(extraction, validation, progress)
     return extraction
 
 
 def calibrate_head(extraction: Extraction, validation: Iterable[Any], progress: bool = False) -> None:
-    """Move the output "other" to the best mean balanced accuracy on validation data, in place.
+    """Shift the output "other" for the best mean balanced accuracy on validation data, in place.
 
     Args:
-        extraction: A cut with that output; nothing happens to others.
+        extraction: An extraction; one without that output stays as it is.
         validation: Yields ``(inputs, labels)``, anew each time.
         progress: Whether to show progress bars.
     """
@@ -198,23 +261,24 @@ def calibrate_head(extraction: Extraction, validation: Iterable[Any], progress: 
     head = linear_head(extraction.model, extraction.head)
     with torch.no_grad():
         logits = head(features.to(head.weight)).cpu()
-    shift_output(head, extraction.outputs.index(None), balancing_shift(logits, extraction.outputs, truth))
+    outputs = extraction.labels.outputs
+    shift_output(head, outputs.index(None), balancing_shift(logits, outputs, truth))
 
 
-def _open(model: nn.Module, name: str, labels: Sequence[int], loader: Iterable[Any] | None, progress: bool) -> None:
-    """Fit the output "other" to the features as they are, in place; anew if it is there already."""
+def _open(model: nn.Module, name: str, labels: LabelSet, loader: Iterable[Any] | None, progress: bool) -> None:
+    """Fit the output "other" to the present features, in place; refit it if it is there already."""
     if loader is None:
-        raise PruningError("head 'open' is fitted on labelled inputs, and there is no loader; pass one")
+        raise PruningError("head 'open' is fitted on labelled inputs; pass a loader")
     features, truth = _features(model, name, loader, progress)
     head = linear_head(model, name)
-    close_head(head, range(len(labels)))
+    close_head(head, range(len(labels.indices)))
     with torch.no_grad():
         kept_logits = head(features.to(head.weight)).cpu()
-    open_head(head, *fit_other(features, kept_logits, ~torch.isin(truth, torch.tensor(labels))))
+    open_head(head, *fit_other(features, kept_logits, ~torch.isin(truth, torch.tensor(labels.indices))))
 
 
 def _check_head(model: nn.Module, name: str, example_inputs: Any) -> None:
-    """Make sure that the outputs are what the head's rows give: as they are, or behind a softmax or sigmoid."""
+    """Check that the model's outputs are the head's, as they are or behind a softmax or sigmoid."""
     head = linear_head(model, name)
     with preserved(model), torch.no_grad():
         model.eval()
@@ -226,8 +290,8 @@ def _check_head(model: nn.Module, name: str, example_inputs: Any) -> None:
             if torch.allclose(found, ending, rtol=1e-3, atol=1e-5):
                 return
     raise PruningError(
-        f"the model's outputs are not what its head {name!r} gives, as it is or behind a softmax: which label each row "
-        "is of cannot be told; use head 'keep'"
+        f"the model's outputs are not those of its head {name!r}, as they are or behind a softmax, so the label of "
+        "each row is unknown; use head 'keep'"
     )
 
 

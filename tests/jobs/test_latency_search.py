@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 for module in ("onnx", "onnxruntime", "onnxscript"):
@@ -23,8 +23,9 @@ from nns_plugin import Subnet  # noqa: E402
 from nns_plugin.adapters.onnxruntime import LatencyComparison, latency_report, median_ratio  # noqa: E402
 from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.errors import LabelError, SelectionError  # noqa: E402
-from nns_plugin.jobs.latency_search import MOST, Target, fast_enough  # noqa: E402
+from nns_plugin.jobs.latency_search import MOST, Candidates, Target, fast_enough  # noqa: E402
 from nns_plugin.subnets.provenance import Trial  # noqa: E402
+from nns_plugin.subnets.steps import Choice  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 
@@ -48,18 +49,18 @@ class Search:
         self.latency_ms, self.drop, self.slower = latency_ms, drop, slower_when_finished
         self.finished: list[int] = []
 
-    def keep(self, share: float, multiple: int) -> dict[str, Tensor]:
+    def keep(self, share: float, multiple: int) -> Choice:
         left = UNITS - math.floor(share * UNITS)
-        return {"group": torch.arange(min(UNITS, max(multiple, math.ceil(left / multiple) * multiple)))}
+        return Choice({"group": torch.arange(min(UNITS, max(multiple, math.ceil(left / multiple) * multiple)))})
 
-    def sketch(self, kept: Mapping[str, Tensor]) -> nn.Module:
-        return nn.Linear(len(kept["group"]), 1, bias=False)
+    def sketch(self, choice: Choice) -> nn.Module:
+        return nn.Linear(len(choice.kept["group"]), 1, bias=False)
 
-    def finish(self, kept: Mapping[str, Tensor]) -> Any:
-        model = self.sketch(kept)
-        self.finished.append(len(kept["group"]))
+    def finish(self, choice: Choice) -> Any:
+        model = self.sketch(choice)
+        self.finished.append(len(choice.kept["group"]))
         model.finished = True  # type: ignore[assignment]
-        return type("Cut", (), {"model": model, "kept": kept})()
+        return type("Finished", (), {"model": model, "kept": choice.kept})()
 
     def stopwatch(self, model: nn.Module) -> LatencyComparison:
         units = sum(parameter.numel() for parameter in model.parameters())
@@ -70,7 +71,8 @@ class Search:
         return 1 - drop, drop
 
     def run(self, target: Target, roundings: tuple[int, ...] = (1,), max_drop: float | None = None) -> Any:
-        return fast_enough(self.stopwatch, self.keep, self.sketch, self.finish, self.judge, target, roundings, max_drop)
+        candidates = Candidates(self.keep, self.sketch, self.finish)
+        return fast_enough(self.stopwatch, candidates, self.judge, target, roundings, max_drop)
 
 
 def fewer(units: int) -> float:
@@ -117,7 +119,7 @@ def test_of_several_roundings_that_wins_which_loses_least() -> None:
     assert finished[1].drop_bound == pytest.approx(0.036)
 
 
-def test_a_finished_cut_that_is_slower_than_its_sketch_goes_further() -> None:
+def test_a_finished_extraction_that_is_slower_than_its_sketch_goes_further() -> None:
     search = Search(lambda units: units / 10, fewer, slower_when_finished=0.3)
     extraction, trials = search.run(Target(latency_ms=4.0))
     assert trials[-1].is_fast_enough
@@ -204,7 +206,7 @@ def test_a_job_that_cannot_reach_its_target_is_one_line(tmp_path: Path, capsys: 
     settings = ("--set", "roundings=[16]", "--target-speedup", "100000")
     assert run("run", *settings, *QUICK, "--output", str(tmp_path / "out")) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("nns: a speed-up of at least 100000 cannot be met: the fastest of 2 cuts")
+    assert captured.err.startswith("nns: a speed-up of at least 100000 cannot be met: the fastest of 2 extractions")
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -58,9 +58,11 @@ def test_criterion_and_compensation_by_default(
     change: dict[str, Any], criterion: str, options: dict[str, Any] | None, method: str
 ) -> None:
     recipe = load_recipe(None, change)
-    assert recipe.effective_criterion.name == criterion
-    assert recipe.effective_criterion.options == ({"mode": "span", "ridge": 0.1} if options is None else options)
-    assert recipe.effective_method == method
+    assert recipe.to_options().effective_criterion == criterion
+    assert recipe.to_options().effective_criterion_options == (
+        {"mode": "span", "ridge": 0.1} if options is None else options
+    )
+    assert recipe.to_options().effective_method == method
 
 
 @pytest.mark.parametrize(
@@ -94,10 +96,10 @@ def test_a_selection_that_overrides_a_budget_drops_its_confidence(tmp_path: Path
     content = default_recipe()
     del content["ratio"]
     file = written(tmp_path, {**content, "max_balanced_accuracy_drop": 0.02, "confidence": 0.9})
-    assert load_recipe(file).selection["confidence"] == 0.9
-    assert load_recipe(file, {"max_balanced_accuracy_drop": 0.1}).selection["confidence"] == 0.9
-    assert "confidence" not in load_recipe(file, {"ratio": 0.25}).selection
-    assert load_recipe(None, {"max_balanced_accuracy_drop": 0.1}).selection["confidence"] == 0.95
+    assert load_recipe(file).to_options().selection["confidence"] == 0.9
+    assert load_recipe(file, {"max_balanced_accuracy_drop": 0.1}).to_options().selection["confidence"] == 0.9
+    assert "confidence" not in load_recipe(file, {"ratio": 0.25}).to_options().selection
+    assert load_recipe(None, {"max_balanced_accuracy_drop": 0.1}).to_options().selection["confidence"] == 0.95
     with pytest.raises(RecipeError, match="confidence"):
         load_recipe(file, {"confidence": 0.9999})
 
@@ -123,16 +125,16 @@ def test_the_example_names_every_field() -> None:
 
 def test_a_target_goes_with_a_budget_and_roundings_alone(tmp_path: Path) -> None:
     given = load_recipe(None, {"target_speedup": 2.0})
-    assert given.effective_roundings == (1, 8, 16)
-    assert given.selection == {"target_speedup": 2.0, "roundings": [1, 8, 16]}
+    assert given.to_options().effective_roundings == (1, 8, 16)
+    assert given.to_options().selection == {"target_speedup": 2.0, "roundings": [1, 8, 16]}
     both = {"target_speedup": 2.0, "target_latency_ms": 1.0, "max_balanced_accuracy_drop": 0.05, "roundings": [8, 8]}
-    assert load_recipe(None, both).selection == {**both, "roundings": [8], "confidence": 0.95}
+    assert load_recipe(None, both).to_options().selection == {**both, "roundings": [8], "confidence": 0.95}
     file = written(tmp_path, {**default_recipe(), "ratio": None, "round_to": 1, **both})
-    assert load_recipe(file, {"target_speedup": 3.0}).selection == {
+    assert load_recipe(file, {"target_speedup": 3.0}).to_options().selection == {
         **both, "roundings": [8], "confidence": 0.95, "target_speedup": 3.0
     }  # fmt: skip
-    assert load_recipe(file, {"ratio": 0.25}).selection == {"ratio": 0.25}
-    assert load_recipe(None, {"target_speedup": 2.0, "framework": "nni"}).effective_roundings == (1,)
+    assert load_recipe(file, {"ratio": 0.25}).to_options().selection == {"ratio": 0.25}
+    assert load_recipe(None, {"target_speedup": 2.0, "framework": "nni"}).to_options().effective_roundings == (1,)
     for wrong, message in (
         ({"target_speedup": 2.0, "ratio": 0.5}, "ratio and target_speedup exclude each other"),
         ({"target_speedup": 2.0, "round_to": 8}, "round_to is 8; with a target for latency give roundings"),
@@ -271,9 +273,9 @@ def test_half_of_the_units_are_removed_by_default(tmp_path: Path) -> None:
 
 
 def test_the_head_follows_the_labels() -> None:
-    assert load_recipe(None).effective_head == "open"
-    assert load_recipe(None, {"labels": None}).effective_head == "keep"
-    assert load_recipe(None, {"head": "closed"}).effective_head == "closed"
+    assert load_recipe(None).to_options().effective_head == "open"
+    assert load_recipe(None, {"labels": None}).to_options().effective_head == "keep"
+    assert load_recipe(None, {"head": "closed"}).to_options().effective_head == "closed"
 
 
 def test_a_checkpoint_is_relative_to_the_recipe(tmp_path: Path) -> None:

@@ -263,6 +263,16 @@ def test_the_label_map_travels_in_the_onnx_file(digits_job: Any) -> None:
     assert json.loads(metadata["nns.labels"]) == ["3", "5", "other"]
 
 
+def extraction_from(dense: Any, data: Any, checked: Any) -> Any:
+    """The extraction of a recipe from a model and data that are there."""
+    from nns_plugin.jobs.job import Job
+    from nns_plugin.jobs.run import extract_in_job
+    from nns_plugin.labels import LabelSet
+
+    options = checked.to_options()
+    return extract_in_job(Job(checked, options, data, LabelSet.of(data.label_names, options.labels), dense))[0]
+
+
 def pruned(
     recipe: Any, chosen: list[int] | None = None, factory: str = "user_factories:data", **changes: Any
 ) -> tuple[Any, Any]:
@@ -271,7 +281,6 @@ def pruned(
     from nns_plugin.evaluation.prediction import predict
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
-    from nns_plugin.jobs.run import extracted
     from nns_plugin.jobs.training import train_classifier
 
     checked = recipe(**changes)
@@ -279,11 +288,11 @@ def pruned(
     dense = call_factory("model", "user_factories:model", {})
     train_classifier(dense, data.train, epochs=3, learning_rate=0.003, weight_decay=0.01)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    result = extracted(dense, data, checked)[0]
+    result = extraction_from(dense, data, checked)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     logits, labels = predict(result.model, data.test)
     label_set = list(range(4)) if chosen is None else chosen
-    return result, evaluate(logits, labels, result.outputs, label_set, data.label_names)
+    return result, evaluate(logits, labels, result.labels.outputs, label_set, data.label_names)
 
 
 def test_the_same_seed_gives_the_same_subnet(recipe: Any) -> None:
@@ -302,12 +311,11 @@ def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
     """A brute-force reading of eq. 1 on the dense model picks the same units."""
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
-    from nns_plugin.jobs.run import extracted
 
     checked = recipe(train={"epochs": 0})
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {})
-    kept = extracted(dense, data, checked)[0].kept
+    kept = extraction_from(dense, data, checked).kept
     with torch.no_grad():
         inputs, labels = data.calibration.dataset.tensors
         hidden = {"0": dense[:2](inputs), "2": dense[:4](inputs)}
@@ -320,28 +328,27 @@ def test_kept_units_are_the_best_by_the_criterion(recipe: Any) -> None:
 @pytest.mark.parametrize(("head", "outputs"), [("keep", (0, 1, 2, 3)), ("closed", (1, 3)), ("open", (1, 3, None))])
 def test_every_head(recipe: Any, head: str, outputs: tuple[int | None, ...]) -> None:
     result, evaluation = pruned(recipe, [1, 3], head=head, fine_tune={"epochs": 1})
-    assert result.outputs == outputs
+    assert result.labels.outputs == outputs
     assert evaluation.closed_set_accuracy > 0.9
     assert (evaluation.open_set_accuracy is None) == (head == "closed")
 
 
 def test_without_labels_all_are_kept(recipe: Any) -> None:
     result, evaluation = pruned(recipe, None, labels=None)
-    assert result.outputs == (0, 1, 2, 3)
+    assert result.labels.outputs == (0, 1, 2, 3)
     assert [label.label for label in evaluation.labels] == ["ant", "bee", "cat", "dog"]
 
 
 def test_without_labels_survivors_take_over(recipe: Any) -> None:
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
-    from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {})
     inputs = data.test.dataset.tensors[0]
     errors = {}
     for method in (None, "none"):
-        result = extracted(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}))[0]
+        result = extraction_from(dense, data, recipe(labels=None, ratio=0.6, compensation={"method": method}))
         assert result.model[0].out_features == 13
         with torch.no_grad():
             errors[method] = float((result.model(inputs) - dense(inputs)).square().mean())
@@ -352,7 +359,6 @@ def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do
     """A unit that only a dropped label uses goes, and one that a kept label uses stays."""
     from nns_plugin.jobs.data import Datasets
     from nns_plugin.jobs.loading import call_factory
-    from nns_plugin.jobs.run import extracted
 
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     dense = call_factory("model", "user_factories:model", {"hidden": 8})
@@ -361,9 +367,9 @@ def test_with_labels_and_distinctiveness_units_count_for_what_the_kept_labels_do
         for unit, label in enumerate([0, 0, 1, 2, 2, 3, 0, 2]):
             dense[4].weight[label, unit] = 1.0
     checked = recipe(criterion={"name": "distinctiveness", "options": {"mode": "span"}}, ratio=0.7, head="closed")
-    result = extracted(dense, data, checked)[0]
+    result = extraction_from(dense, data, checked)
     assert {2, 5} <= set(result.kept["2"].tolist())
-    assert result.outputs == (1, 3)
+    assert result.labels.outputs == (1, 3)
 
 
 @pytest.mark.parametrize("head", ["keep", "closed", "open"])
@@ -373,8 +379,8 @@ def test_distinctiveness_with_every_head(recipe: Any, head: str, global_pruning:
     result, evaluation = pruned(
         recipe, [1, 3], head=head, criterion=criterion, ratio=0.7, global_pruning=global_pruning
     )
-    assert result.outputs == {"keep": (0, 1, 2, 3), "closed": (1, 3), "open": (1, 3, None)}[head]
-    assert result.model[4].out_features == len(result.outputs)
+    assert result.labels.outputs == {"keep": (0, 1, 2, 3), "closed": (1, 3), "open": (1, 3, None)}[head]
+    assert result.model[4].out_features == len(result.labels.outputs)
     assert evaluation.closed_set_accuracy > 0.95
     if head == "open":
         assert evaluation.open_set_accuracy > 0.9
@@ -391,7 +397,7 @@ def test_units_may_go_by_angles(recipe: Any, merge: str) -> None:
 @pytest.mark.parametrize("method", ["least_squares", "merge", "mean", "refit"])
 def test_any_criterion_may_be_compensated(recipe: Any, method: str) -> None:
     result, evaluation = pruned(recipe, [1, 3], compensation={"method": method}, ratio=0.7)
-    assert result.outputs == (1, 3, None)
+    assert result.labels.outputs == (1, 3, None)
     assert evaluation.closed_set_accuracy > 0.9
 
 
@@ -427,7 +433,7 @@ def test_a_head_is_calibrated_to_what_training_has_made_of_it(recipe: Any, turns
     assert turns is False or bool(result.kept) != rejected
     data = Datasets.parse(call_factory("data", "user_factories:data", {}), "")
     logits, labels = predict(result.model, data.decisive)
-    shift = balancing_shift(logits, result.outputs, labels)
+    shift = balancing_shift(logits, result.labels.outputs, labels)
     moved = logits + torch.tensor([0.0, 0.0, shift])
     assert torch.equal(moved.argmax(1), logits.argmax(1))
 
@@ -480,7 +486,7 @@ def test_a_turn_that_costs_accuracy_is_taken_back(recipe: Any) -> None:
     )
     assert result.kept == {}
     assert result.model[0].out_features == 32
-    assert result.outputs == (1, 3, None)
+    assert result.labels.outputs == (1, 3, None)
 
 
 def test_synapses_stay_masked_through_fine_tuning(recipe: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
-pytest.importorskip("pydantic", reason="the extra cli is not installed")
 
-from nns_plugin import Statistics, Subnet, calibrate  # noqa: E402
+from nns_plugin import Subnet, calibrate  # noqa: E402
 from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.errors import (  # noqa: E402
     CalibrationError,
@@ -30,11 +31,12 @@ from nns_plugin.errors import (  # noqa: E402
 )
 from nns_plugin.evaluation.evaluation import evaluate  # noqa: E402
 from nns_plugin.evaluation.prediction import predict  # noqa: E402
-from nns_plugin.jobs.accuracy_search import smallest_within  # noqa: E402
+from nns_plugin.jobs.accuracy_search import Judge, smallest_within  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
+from nns_plugin.labels import LabelSet  # noqa: E402
 from nns_plugin.subnets.head import cross_calibrated  # noqa: E402
-from nns_plugin.subnets.steps import Extraction  # noqa: E402
+from nns_plugin.subnets.steps import Choice, Extraction  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
 LABELS = 4
@@ -68,7 +70,7 @@ def extracted(**options: Any) -> Subnet:
 
 def accuracy(subnet: Subnet, loader: Any) -> float:
     logits, truth = predict(subnet.materialise(make), loader)
-    found = evaluate(logits, truth, subnet.outputs, subnet.labels, NAMES).mean_balanced_accuracy
+    found = evaluate(logits, truth, subnet.labels.outputs, subnet.labels.indices, NAMES).mean_balanced_accuracy
     assert found is not None
     return found
 
@@ -204,8 +206,8 @@ def test_a_search_judges_a_calibrated_head_on_what_it_was_not_calibrated_on() ->
     for trial in subnet.provenance.trials:
         again = extracted(**options, ratio=trial.ratio)
         logits, truth = predict(again.materialise(trained), validation)
-        crossed = cross_calibrated(logits, again.outputs, truth)
-        found = evaluate(crossed, truth, again.outputs, again.labels, NAMES).mean_balanced_accuracy
+        crossed = cross_calibrated(logits, again.labels.outputs, truth)
+        found = evaluate(crossed, truth, again.labels.outputs, again.labels.indices, NAMES).mean_balanced_accuracy
         assert trial.balanced_accuracy == pytest.approx(found, abs=1e-9)
         optimism.append(accuracy(again, validation) - trial.balanced_accuracy)
     assert max(optimism) > 0.005
@@ -253,22 +255,22 @@ def test_a_budget_with_a_closed_head_compares_what_both_can_answer() -> None:
 
 
 class Made:
-    """Cuts of a model that does not exist, whose accuracy at each share of removed units is made up."""
+    """Extractions from a model that does not exist, whose accuracy at each share of removed units is made up."""
 
     def __init__(self, accuracy: Any) -> None:
         self.accuracy = accuracy
         self.finished: list[int] = []
 
-    def keep(self, share: float) -> dict[str, torch.Tensor]:
-        return {"group": torch.arange(100 - int(100 * share))}
+    def keep(self, share: float) -> Choice:
+        return Choice({"group": torch.arange(100 - int(100 * share))})
 
-    def finish(self, kept: dict[str, torch.Tensor]) -> Any:
-        units = kept["group"].numel()
+    def finish(self, choice: Choice) -> Any:
+        units = choice.kept["group"].numel()
         self.finished.append(units)
         right = round(1000 * self.accuracy(units))
         model = Answering(right)
         model.size = nn.Parameter(torch.zeros(units))
-        return Extraction(model, None, (), Statistics({}, (), None, 0.0, {}), (0, 1), (0, 1), None, False, kept, {})
+        return Extraction(model, None, (), (), LabelSet.of(("a", "b")), None, False, choice.kept, {})
 
 
 class Answering(nn.Module):
@@ -289,7 +291,7 @@ def searched(accuracy: Any, drop: float) -> tuple[int, Made, Any]:
     labels = torch.arange(2000) % 2
     numbers = torch.arange(2000) // 2  # both labels alike
     loader = [(torch.stack([numbers, labels], 1).float(), labels)]
-    best, trials = smallest_within(Answering(1000), made.keep, made.finish, ("a", "b"), loader, drop)
+    best, trials = smallest_within(Judge(Answering(1000), loader, drop), made.keep, made.finish)
     return best.model.size.numel(), made, trials
 
 
@@ -353,7 +355,7 @@ def test_statistics_are_used_in_place_of_the_loader() -> None:
     for options in ({"criterion": "semantic"}, {"criterion": "distinctiveness", "compensation": "least_squares"}):
         left = extracted(labels=[0, 2], ratio=0.6, head="open", **options)
         right = extracted(labels=[0, 2], ratio=0.6, head="open", statistics=statistics, label_names=None, **options)
-        assert right.label_names == NAMES
+        assert right.labels.names == NAMES
         for name, value in left.weights.items():
             assert torch.allclose(value, right.weights[name], atol=1e-6), name
 
@@ -361,7 +363,7 @@ def test_statistics_are_used_in_place_of_the_loader() -> None:
 def test_labels_without_names_are_numbers() -> None:
     loader = batches(200, 2)
     subnet = extract_subnet(trained(), loader[0][0][:2], loader, labels=[3], ratio=0.5)
-    assert subnet.label_names == ("0", "1", "2", "3")
+    assert subnet.labels.names == ("0", "1", "2", "3")
     assert subnet.output_names == ("3", "other")
 
 
@@ -373,7 +375,7 @@ def test_a_subnet_of_all_labels_needs_no_other() -> None:
 
 def test_labels_may_be_integers_of_any_kind() -> None:
     left, right = extracted(labels=[1, 2], ratio=0.5), extracted(labels=[np.int64(2), torch.tensor(1)], ratio=0.5)
-    assert left.outputs == right.outputs == (1, 2, None)
+    assert left.labels.outputs == right.labels.outputs == (1, 2, None)
 
 
 def test_example_inputs_that_do_not_fit_are_told() -> None:
@@ -386,7 +388,7 @@ def test_validation_that_the_head_cannot_be_calibrated_on_is_told() -> None:
     with pytest.raises(CalibrationError, match="expected some of each, and some others"):
         extracted(labels=[0, 1], calibrate_head=True, validation=inside)
     wide = [(torch.randn(8, 3), torch.arange(8) % 4)]
-    with pytest.raises(RecipeError, match="cutting: RuntimeError"):
+    with pytest.raises(RecipeError, match="extraction: RuntimeError"):
         extracted(labels=[0, 1], calibrate_head=True, validation=wide)
 
 
@@ -403,21 +405,27 @@ def test_the_model_is_left_as_it_was(zoo: Any) -> None:
     ("options", "error", "message"),
     [
         ({"labels": ["fox"]}, LabelError, "label 'fox' does not exist"),
-        ({"labels": []}, RecipeError, "field 'labels'"),
+        ({"labels": []}, RecipeError, "option 'labels'"),
         ({"ratio": 0.5, "zeta": 0.4}, RecipeError, "ratio and zeta exclude each other"),
-        ({"ratio": 1.0}, RecipeError, "field 'ratio': found 1.0"),
+        ({"ratio": 1.0}, RecipeError, "option 'ratio': found 1.0"),
         ({"max_balanced_accuracy_drop": 0.1}, PruningError, "need validation data; pass validation"),
         ({"calibrate_head": True, "labels": [1]}, PruningError, "need validation data; pass validation"),
-        ({"labels": "02"}, RecipeError, "labels is '02'; it must be a list"),
-        ({"labels": 2}, RecipeError, "labels is 2; it must be a list"),
-        ({"ignored_layers": "0"}, RecipeError, "ignored_layers is '0'; it must be a list"),
+        ({"labels": "02"}, RecipeError, "option 'labels': found '02'; expected a list"),
+        ({"labels": 2}, RecipeError, "option 'labels': found 2; expected a list"),
+        ({"ignored_layers": "0"}, RecipeError, "option 'ignored_layers': found '0'; expected a list"),
         ({"label_names": ("a", "b")}, LabelError, "there are 4 outputs and the label names"),
         ({"label_names": ("a", "b", "c", "c")}, LabelError, "expected one for each, distinct"),
         ({"labels": [1], "calibrate_head": True, "validation": iter([])}, PruningError, "validation is an iterator"),
         ({"head": "closed"}, RecipeError, "head 'closed' needs labels"),
-        ({"criterion": "magic"}, RecipeError, "field 'criterion.name': found 'magic'"),
-        ({"compensation": "magic"}, RecipeError, "field 'compensation.method': found 'magic'"),
-        ({"criterion": "semantic", "options": {"speed": 1}}, RecipeError, "found 'speed'; 'semantic' has the options"),
+        ({"criterion": "magic"}, RecipeError, "option 'criterion': found 'magic'; expected one of distinctiveness"),
+        ({"compensation": "magic"}, RecipeError, "option 'compensation': found 'magic'"),
+        (
+            {"criterion": "semantic", "criterion_options": {"speed": 1}},
+            RecipeError,
+            "found 'speed'; 'semantic' has the options",
+        ),
+        ({"speed": 1}, RecipeError, "there is no option 'speed'; the options are labels, label_names"),
+        ({"options": {"measure": "mean"}}, RecipeError, "expected ExtractionOptions"),
         (
             {"labels": [1], "head": "closed", "max_balanced_accuracy_drop": 0.1, "validation": batches(100, 1)},
             LabelError,
@@ -437,7 +445,7 @@ def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
     start = make()
     before = WeightSnapshot(start)
     subnet = extracted(
-        labels=[1, 3], criterion="wsf", options={"reduction": "sum"}, ratio=0.5, head=head, snapshot=before
+        labels=[1, 3], criterion="wsf", criterion_options={"reduction": "sum"}, ratio=0.5, head=head, snapshot=before
     )
     old, new = (
         {name: value.detach().double().numpy() for name, value in each.named_parameters()}
@@ -450,8 +458,35 @@ def test_units_by_how_far_training_moved_their_synapses(head: Any) -> None:
     with pytest.raises(CriterionError, match=r"'wsf' needs the weights before training: pass a snapshot"):
         extracted(labels=[1, 3], criterion="wsf")
     with pytest.raises(
-        CriterionError, match="'switcher' needs factors, which a recipe cannot provide; use its importance class"
+        CriterionError, match="'switcher' needs factors, which an extraction cannot provide; use its importance class"
     ):
         extracted(labels=[1, 3], criterion="switcher")
     with pytest.raises(SnapshotError, match="does not fit the model"):
         extracted(labels=[1, 3], criterion="wsf", snapshot=WeightSnapshot(nn.Linear(2, 2)))
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+EXTRAS = "pydantic", "yaml", "sklearn", "typer", "rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "nni"
+sys.modules.update(dict.fromkeys(EXTRAS))
+import torch
+from nns_plugin.jobs.extraction import extract_subnet
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+loader = [(torch.randn(90, 4), torch.arange(90) % 3)]
+for settings in (
+    {"labels": [0, 2], "ratio": 0.5},
+    {"criterion": "distinctiveness", "labels": [0], "zeta": 0.1},
+    {"labels": [1], "max_balanced_accuracy_drop": 0.9, "confidence": 0.5, "validation": loader},
+):
+    print(extract_subnet(model, torch.randn(2, 4), loader, **settings).output_names)
+"""
+
+
+def test_no_extra_is_needed() -> None:
+    """In a fresh process in which the modules of all extras are missing."""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_EXTRAS], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == ["('0', '2', 'other')", "('0', 'other')", "('1', 'other')"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nns_plugin import Subnet
 from nns_plugin.errors import SubnetError
+from nns_plugin.labels import LabelSet
 from nns_plugin.subnets.file import FORMAT, _digest
 from nns_plugin.subnets.provenance import Provenance, Trial
 
@@ -27,9 +28,7 @@ def subnet_with(weights: dict[str, Tensor], **changes: Any) -> Subnet:
         "kept": {"a": torch.tensor([0, 2, 11]), "b.c": torch.tensor([3])},
         "sizes": {"a": 12, "b.c": 4},
         "scores": {"a": torch.tensor([1.0, 0.1, 1 / 3], dtype=torch.float64)},
-        "label_names": ("ant", "b\u00e9e", 'c"at'),
-        "labels": (0, 2),
-        "outputs": (0, 2, None),
+        "labels": LabelSet(("ant", "b\u00e9e", 'c"at'), (0, 2), (0, 2, None)),
         "head_layer": "b",
         "weights": weights,
         "inputs": {"tuple": [{"shape": [2, 3], "dtype": "float32"}]},
@@ -68,7 +67,7 @@ def test_what_was_written_comes_back(seed: int, tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.mktemp("file") / "s.safetensors"
     subnet = subnet_with(weights_of(seed))
     again = Subnet.load(subnet.save(path))
-    for field in ("sizes", "label_names", "labels", "outputs", "head_layer", "inputs", "provenance"):
+    for field in ("sizes", "labels", "head_layer", "inputs", "provenance"):
         assert getattr(again, field) == getattr(subnet, field), field
     for field in ("kept", "scores", "weights"):
         left, right = getattr(again, field), getattr(subnet, field)
@@ -135,7 +134,7 @@ def test_any_cut_or_addition_is_found(
 ) -> None:
     place = data.draw(st.integers(0, len(good) - 1))
     more = data.draw(st.binary(min_size=1, max_size=40))
-    folder = tmp_path_factory.mktemp("cut")
+    folder = tmp_path_factory.mktemp("short")
     refused(good[:place], folder)
     refused(good[:place] + more + good[place:], folder)
 

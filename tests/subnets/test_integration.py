@@ -22,6 +22,7 @@ from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.criteria import Semantic  # noqa: E402
 from nns_plugin.errors import NNSError, PruningError, SubnetError  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
+from nns_plugin.labels import LabelSet  # noqa: E402
 from nns_plugin.subnets.integration import RetrainedWarning, within_budget  # noqa: E402
 from nns_plugin.subnets.provenance import Trial  # noqa: E402
 
@@ -65,7 +66,7 @@ def check_equal(left: Subnet, right: Subnet) -> None:
     assert {name: units.tolist() for name, units in left.kept.items()} == {
         name: units.tolist() for name, units in right.kept.items()
     }
-    assert (left.labels, left.outputs) == (right.labels, right.outputs)
+    assert left.labels == right.labels
     assert left.weights.keys() == right.weights.keys()
     for name, value in right.weights.items():
         assert torch.equal(left.weights[name], value), name
@@ -113,7 +114,7 @@ def test_ratios_unite_too() -> None:
     united = integrate(parts, parent, statistics, loader=loader)
     for name, units in united.kept.items():
         assert set(units.tolist()) == set(parts[0].kept[name].tolist()) | set(parts[1].kept[name].tolist())
-    assert united.labels == (2, 5)
+    assert united.labels.indices == (2, 5)
     assert united.provenance.selection == {"union": [{"ratio": 0.7}, {"ratio": 0.7}]}
 
 
@@ -146,7 +147,7 @@ def test_a_budget_for_another_criterion() -> None:
     parts = [subnet_of([label], ratio=0.5, criterion="distinctiveness") for label in (2, 5)]
     united = integrate(parts, parent, loader=loader, budget=10)
     assert sum(units.numel() for units in united.kept.values()) == 10
-    assert united.outputs == (2, 5, None)
+    assert united.labels.outputs == (2, 5, None)
 
 
 def test_subnets_of_different_zetas_and_roundings_are_plain_unions() -> None:
@@ -226,10 +227,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         ([one, subnet_of([2], zeta=0.5, compensation="mean")], "subnet 1 has compensation"),
         ([one, subnet_of([2], zeta=0.5, ignored_layers=["left"])], "subnet 1 has ignored_layers"),
         ([one, subnet_of([2], ratio=0.5, criterion="mean_weight")], "subnet 1 has criterion 'mean_weight'"),
-        ([one, subnet_of([2], zeta=0.5, options={"measure": "frequency"})], "subnet 1 has options"),
+        ([one, subnet_of([2], zeta=0.5, criterion_options={"measure": "frequency"})], "subnet 1 has options"),
         ([changed(one, selection={"angle": {}})], "selected by angles cannot be integrated"),
         (one, "must be a list of Subnet"),  # type: ignore[list-item]
-        ([one, dataclasses.replace(one, label_names=("x",) * LABELS)], "other label names"),
+        ([one, dataclasses.replace(one, labels=LabelSet(("x",) * LABELS, (0,), (0,)))], "other label names"),
         ([one, dataclasses.replace(one, sizes={**one.sizes, "left": 3})], "3 units in 'left', subnet 0 16"),
     ]
     for subnets, message in cases:

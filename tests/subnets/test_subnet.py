@@ -16,13 +16,13 @@ tp = pytest.importorskip("torch_pruning")
 
 from nns_plugin import Subnet  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
-from nns_plugin.compensation.options import Compensation  # noqa: E402
 from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError, SubnetError  # noqa: E402
+from nns_plugin.labels import LabelSet  # noqa: E402
 from nns_plugin.models.fingerprint import digest, fingerprint  # noqa: E402
 from nns_plugin.statistics.calibration import calibrate  # noqa: E402
 from nns_plugin.subnets.head import fit_other  # noqa: E402
 from nns_plugin.subnets.provenance import Provenance  # noqa: E402
-from nns_plugin.subnets.steps import carry_out, prepare  # noqa: E402
+from nns_plugin.subnets.steps import PLAIN, Choice, Preparation, carry_out, prepare  # noqa: E402
 from nns_plugin.subnets.subnet import InexactMaskWarning  # noqa: E402
 
 
@@ -40,29 +40,21 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def cut_of(parent: nn.Module, inputs: Any, count: int, seed: int = 0, **options: Any) -> Any:
-    """A cut that keeps random units of every group; at least one goes where there are two."""
+def extracted_from(parent: nn.Module, inputs: Any, count: int, seed: int = 0, **options: Any) -> Any:
+    """An extraction that keeps random units of every group; at least one goes where there are two."""
     generator = torch.Generator().manual_seed(seed)
-    settings: dict[str, Any] = {"labels": None, "head": "keep", "gram": False, **options}
-    loader = settings.pop("loader")
+    settings: dict[str, Any] = {"labels": None, "names": [str(i) for i in range(count)], "statistics": None, **options}
+    loader, statistics = settings.pop("loader"), settings.pop("statistics")
+    labels = LabelSet.of(settings.pop("names"), settings.pop("labels"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = prepare(
-            parent, inputs, loader, [str(i) for i in range(count)], backend=TorchPruningBackend, **settings
-        )
+        prepared = prepare(parent, inputs, loader, labels, Preparation(**settings), statistics=statistics)
         kept = {
             group.name: torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)].sort().values
             for group in prepared.groups
         }
         scores = {name: torch.rand(group.size).double() for name, group in zip(kept, prepared.groups, strict=True)}
-        return carry_out(
-            prepared,
-            kept,
-            Compensation("none", recalibrate_batch_norms=False),
-            loader,
-            backend=TorchPruningBackend,
-            scores=scores,
-        )
+        return carry_out(prepared, Choice(kept, scores), PLAIN, loader)
 
 
 def quietly(function: Any, *arguments: Any) -> Any:
@@ -87,13 +79,13 @@ def test_the_small_model_is_the_masked_parent_on_every_topology(zoo: Any) -> Non
         parent = case.make().eval()
         loader = zoo.labelled(name, 8)
         try:
-            extractions = [cut_of(parent, case.inputs(2), 3, seed, loader=loader) for seed in range(3)]
+            extractions = [extracted_from(parent, case.inputs(2), 3, seed, loader=loader) for seed in range(3)]
         except PruningError:  # a case without usable groups
             assert not case.groups
             continue
         named: set[str] = set()
         for extraction in extractions:
-            subnet = Subnet.of(extraction, ["0", "1", "2"], provenance(parent))
+            subnet = Subnet.of(extraction, provenance(parent))
             small = quietly(subnet.materialise, lambda case=case, parent=parent: copy.deepcopy(parent))
             snapshot = zoo.Snapshot(parent)
             with warnings.catch_warnings(record=True) as caught:
@@ -140,14 +132,14 @@ def test_groups_that_see_who_is_missing_are_exempt_and_named(mix: Any) -> None:
     torch.manual_seed(0)
     parent = Mixing(mix).eval()
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    subnet = Subnet.of(cut_of(parent, torch.randn(2, 4), 3, loader=loader), ["0", "1", "2"], provenance(parent))
+    subnet = Subnet.of(extracted_from(parent, torch.randn(2, 4), 3, loader=loader), provenance(parent))
     assert set(subnet.kept) == {"first", "second"}
     with pytest.warns(InexactMaskWarning, match="differs from the small one at second:"):
         subnet.mask(parent)
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, cut apart by removal."""
+    """Two layers with one weight, narrowed apart by removal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +155,7 @@ def test_a_shared_weight_is_masked_for_each_layer() -> None:
     torch.manual_seed(0)
     parent = Tied().eval()
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    subnet = Subnet.of(cut_of(parent, torch.randn(2, 4), 3, loader=loader), ["0", "1", "2"], provenance(parent))
+    subnet = Subnet.of(extracted_from(parent, torch.randn(2, 4), 3, loader=loader), provenance(parent))
     inputs = torch.randn(5, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", InexactMaskWarning)
@@ -172,11 +164,11 @@ def test_a_shared_weight_is_masked_for_each_layer() -> None:
     assert parent.third.weight is parent.second.weight
 
 
-def test_a_model_that_somebody_has_is_not_cut(zoo: Any) -> None:
+def test_a_model_that_is_in_use_is_left_as_it_is(zoo: Any) -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent))
+    extraction = extracted_from(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    subnet = Subnet.of(extraction, provenance(parent))
     snapshot = zoo.Snapshot(parent)
     small = subnet.materialise(lambda: parent)
     snapshot.check()
@@ -206,16 +198,16 @@ class Odd(nn.Module):
 )
 def test_a_head_whose_rows_are_not_the_outputs_is_not_shrunk(ending: Any) -> None:
     loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
-    with pytest.raises(PruningError, match="the model's outputs are not what its head 'head' gives"):
-        cut_of(Odd(ending).eval(), torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    with pytest.raises(PruningError, match="the model's outputs are not those of its head 'head'"):
+        extracted_from(Odd(ending).eval(), torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
 
 
 @pytest.mark.parametrize("ending", [torch.softmax, torch.log_softmax, lambda x, _: x.sigmoid()])
 def test_a_head_behind_a_softmax_or_sigmoid_is_shrunk(ending: Any) -> None:
     loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
     model = Odd(lambda head, z: ending(head(z), 1)).eval()
-    extraction = cut_of(model, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    assert extraction.outputs == (0, 2)
+    extraction = extracted_from(model, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    assert extraction.labels.outputs == (0, 2)
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -225,7 +217,7 @@ def test_other_is_fitted_to_what_the_features_have_become(gram: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(90, 4, generator=generator), torch.arange(90) % 3
     loader = [(inputs, labels)]
-    extraction = cut_of(parent, inputs[:2], 3, labels=[0, 2], head="open", gram=gram, loader=loader)
+    extraction = extracted_from(parent, inputs[:2], 3, labels=[0, 2], head="open", gram=gram, loader=loader)
     with torch.no_grad():
         features = extraction.model.norm(extraction.model.first(inputs)).relu()
         kept = features @ extraction.model.head.weight[:2].T + extraction.model.head.bias[:2]
@@ -238,10 +230,10 @@ def test_other_is_fitted_to_what_the_features_have_become(gram: bool) -> None:
 def test_a_label_called_other_needs_another_head() -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(9, 4), torch.arange(9) % 3)]
-    options: dict[str, Any] = {"labels": [0], "gram": False, "backend": TorchPruningBackend}
+    labels = LabelSet.of(["other", "b", "c"], [0])
     with pytest.raises(LabelError, match="a kept label is called 'other'"):
-        prepare(parent, torch.randn(2, 4), loader, ["other", "b", "c"], head="open", **options)
-    assert prepare(parent, torch.randn(2, 4), loader, ["other", "b", "c"], head="closed", **options).outputs == (0,)
+        prepare(parent, torch.randn(2, 4), loader, labels, Preparation("open"))
+    assert prepare(parent, torch.randn(2, 4), loader, labels, Preparation("closed")).labels.outputs == (0,)
 
 
 class Remembering(nn.Sequential):
@@ -256,9 +248,9 @@ class Remembering(nn.Sequential):
 
 def test_a_state_that_is_no_tensor_is_told() -> None:
     model = Remembering(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    extraction = cut_of(model, torch.randn(2, 4), 3, loader=[(torch.randn(6, 4), torch.arange(6) % 3)])
-    with pytest.raises(SubnetError, match="_extra_state, which is no tensor"):
-        Subnet.of(extraction, ["0", "1", "2"], provenance(model))
+    extraction = extracted_from(model, torch.randn(2, 4), 3, loader=[(torch.randn(6, 4), torch.arange(6) % 3)])
+    with pytest.raises(SubnetError, match="_extra_state, which is not a tensor"):
+        Subnet.of(extraction, provenance(model))
 
 
 class NormHead(nn.Module):
@@ -278,12 +270,14 @@ def test_every_head_survives_the_round_trip(head: str, gram: bool, tmp_path: Any
     parent = randomised(NormHead())
     generator = torch.Generator().manual_seed(0)
     loader = [(torch.randn(30, 4, generator=generator), torch.arange(30) % 3) for _ in range(3)]
-    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head=head, gram=gram, loader=loader)
-    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent, head))
+    extraction = extracted_from(
+        parent, torch.randn(2, 4), 3, labels=[0, 2], names=["a", "b", "c"], head=head, gram=gram, loader=loader
+    )
+    subnet = Subnet.of(extraction, provenance(parent, head))
     again = Subnet.load(subnet.save(tmp_path / "subnet.safetensors"))
     assert again.output_names == {"keep": ("a", "b", "c"), "closed": ("a", "c"), "open": ("a", "c", "other")}[head]
     assert again.provenance == subnet.provenance
-    assert (again.labels, again.outputs, again.head_layer) == (subnet.labels, subnet.outputs, subnet.head_layer)
+    assert (again.labels, again.head_layer) == (subnet.labels, subnet.head_layer)
     assert again.inputs == subnet.inputs
     assert {name: value.tolist() for name, value in again.kept.items()} == {
         name: value.tolist() for name, value in subnet.kept.items()
@@ -312,8 +306,8 @@ def test_torch_pruning_rebuilds_the_small_model_from_the_history(zoo: Any) -> No
     torch.manual_seed(0)
     case = zoo.CASES["residual"]
     parent = case.make().eval()
-    extraction = cut_of(parent, case.inputs(2), 3, loader=zoo.labelled("residual", 8))
-    subnet = Subnet.of(extraction, ["0", "1", "2"], provenance(parent))
+    extraction = extracted_from(parent, case.inputs(2), 3, loader=zoo.labelled("residual", 8))
+    subnet = Subnet.of(extraction, provenance(parent))
     history = subnet.pruning_history(parent)
     fresh = case.make().eval()
     graph = tp.DependencyGraph().build_dependency(fresh, case.inputs(2))
@@ -327,12 +321,12 @@ def test_torch_pruning_rebuilds_the_small_model_from_the_history(zoo: Any) -> No
 def test_a_model_that_is_not_the_parent_is_refused() -> None:
     parent = randomised(NormHead())
     loader = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
-    subnet = Subnet.of(extraction, ["a", "b", "c"], provenance(parent))
+    extraction = extracted_from(parent, torch.randn(2, 4), 3, labels=[0, 2], head="closed", loader=loader)
+    subnet = Subnet.of(extraction, provenance(parent))
     other = copy.deepcopy(parent)
     with torch.no_grad():
         other.first.weight[0, 0] += 1
-    with pytest.raises(SubnetError, match="pass the parent as it was when the subnet was cut"):
+    with pytest.raises(SubnetError, match="pass the parent as it was when the subnet was extracted"):
         subnet.mask(other)
 
     def wider() -> nn.Module:
@@ -346,7 +340,7 @@ def test_a_model_that_is_not_the_parent_is_refused() -> None:
     def longer() -> nn.Module:
         return nn.Sequential(NormHead(), nn.Softmax(1))
 
-    with pytest.raises(SubnetError, match="no head 'head'"):
+    with pytest.raises(SubnetError, match="no such head 'head'"):
         subnet.materialise(longer)
 
     def headed() -> nn.Module:
@@ -365,17 +359,19 @@ def test_statistics_of_the_parent_are_used_and_others_refused() -> None:
     loader = [(torch.randn(30, 4), torch.arange(30) % 3)]
     groups = TorchPruningBackend(copy.deepcopy(parent), torch.randn(2, 4)).groups()
     statistics = calibrate(parent, loader, groups)
-    extraction = cut_of(parent, torch.randn(2, 4), 3, labels=[0, 1], head="closed", loader=None, statistics=statistics)
-    assert extraction.outputs == (0, 1)
+    extraction = extracted_from(
+        parent, torch.randn(2, 4), 3, labels=[0, 1], head="closed", loader=None, statistics=statistics
+    )
+    assert extraction.labels.outputs == (0, 1)
     with pytest.raises(StaleStatisticsError, match="have no Gram matrix of what 'head' reads"):
-        cut_of(parent, torch.randn(2, 4), 3, loader=None, statistics=statistics, gram=True)
+        extracted_from(parent, torch.randn(2, 4), 3, loader=None, statistics=statistics, gram=True)
     with torch.no_grad():
         parent.first.bias += 1
     with pytest.raises(StaleStatisticsError, match="'first.bias' has other values"):
-        cut_of(parent, torch.randn(2, 4), 3, loader=None, statistics=statistics)
+        extracted_from(parent, torch.randn(2, 4), 3, loader=None, statistics=statistics)
     with pytest.raises(PruningError, match="neither statistics nor a loader"):
-        cut_of(parent, torch.randn(2, 4), 3, loader=None)
+        extracted_from(parent, torch.randn(2, 4), 3, loader=None)
     with pytest.raises(PruningError, match="head 'open' is fitted on labelled inputs"):
-        cut_of(parent, torch.randn(2, 4), 3, loader=None, labels=[0], head="open", gram=True)
+        extracted_from(parent, torch.randn(2, 4), 3, loader=None, labels=[0], head="open", gram=True)
     with pytest.raises(PruningError, match="head is 'round'"):
-        cut_of(parent, torch.randn(2, 4), 3, loader=loader, head="round")
+        extracted_from(parent, torch.randn(2, 4), 3, loader=loader, head="round")

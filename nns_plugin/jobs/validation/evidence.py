@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from nns_plugin.adapters.onnxruntime import OnnxFile, TorchModels, values_of
 from nns_plugin.errors import LabelError, RecipeError
 from nns_plugin.jobs.data import Datasets
-from nns_plugin.jobs.extraction import chosen_labels, stage
 from nns_plugin.jobs.loading import call_factory
 from nns_plugin.jobs.models import load_checkpoint
 from nns_plugin.jobs.recipe import Recipe
-from nns_plugin.labels import OTHER
+from nns_plugin.jobs.stages import stage
+from nns_plugin.labels import OTHER, LabelSet
 from nns_plugin.models.batches import batches
 from nns_plugin.subnets.subnet import InexactMaskWarning, Subnet
 
@@ -65,10 +65,10 @@ def evidence_of(recipe: Recipe, files: Sequence[OnnxFile], subnet: Path | None) 
     inputs = by_name if isinstance(found[0].inputs, Mapping) else tuple(by_name.values())
     labels = torch.cat([batch.labels for batch in found if batch.labels is not None])
     names = None
-    chosen = chosen_labels(recipe, data.label_names)
-    if files[1].labels is None and chosen is not None and recipe.effective_head != "keep":
-        kept = tuple(data.label_names[label] for label in chosen)
-        names = (*kept, OTHER) if recipe.effective_head == "open" else kept
+    options = recipe.to_options()
+    kept, head = LabelSet.of(data.label_names, options.labels), options.effective_head
+    if files[1].labels is None and options.labels is not None and head != "keep":
+        names = kept.opened().output_names if head == "open" else kept.kept_names
     models = None if subnet is None else _models(recipe, data, subnet)
     if files[0].labels is None:
         return Evidence(inputs, labels, data.label_names, names, models)
