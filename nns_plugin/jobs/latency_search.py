@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Timing:
 
     batch: int = 1
     opset: int | None = None
-    latency: LatencyOptions = LatencyOptions()
+    latency: LatencyOptions = field(default_factory=LatencyOptions)
 
 
 class Stopwatch:

@@ -198,7 +198,7 @@ def test_a_job_reaches_its_target_and_tells_how(
         "max_balanced_accuracy_drop": 0.5, "target_latency_ms": 60_000.0, "confidence": 0.95, "roundings": [8]
     }  # fmt: skip
     printed = capsys.readouterr().out
-    assert "search for the best subnet that is fast enough" in printed
+    assert "search for the most accurate subnet that is fast enough" in printed
     assert re.search(r"0\.0 +│ +8 +│", printed)
 
 
