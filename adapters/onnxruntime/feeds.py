@@ -1,4 +1,4 @@
-"""Inputs for an ONNX file: given, read or drawn at random, checked against what it takes, and cut into batches."""
+"""Inputs for an ONNX file: given, read or drawn at random, checked against the file, and split into batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nns_plugin.errors import ExportError
 from nns_plugin.evaluation.metrics import Array
 
 Values: TypeAlias = Mapping[str, Array]
-"""Inputs by name, ``[N, ...]``; those of a file that takes another size than N are the same in every run."""
+"""Inputs by name, ``[N, ...]``; an input whose first size is fixed to another number is the same in every run."""
 
-LABELS = "labels"  # the entry of a data file that holds the inputs' labels
+LABELS = "labels"  # entry of a data file that holds the labels of the inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Feeds:
     Attributes:
         inputs: Number of inputs, N.
         batched: ``[N, ...]`` by name.
-        constant: By name what every run takes as it is.
+        constant: Inputs by name that are the same in every run.
         fixed: The only batch size that the file takes; ``None`` if it takes any.
         path: The file.
     """
@@ -42,17 +42,19 @@ class Feeds:
     path: str
 
     def batch(self, size: int) -> dict[str, Array]:
-        """One batch of the first inputs, repeated if they are too few.
+        """One batch of the first inputs, repeated if there are too few.
 
         Raises:
-            ExportError: If the file takes another batch size only.
+            ExportError: If the file takes only another batch size.
         """
         if self.fixed not in (None, size):
-            raise ExportError(f"{self.path!r} takes batches of {self.fixed} only, found {size}: measure with that one")
+            raise ExportError(
+                f"{self.path!r} takes batches of {self.fixed} only, found {size}: measure with {self.fixed}"
+            )
         return self._taken(np.arange(size) % self.inputs)
 
     def batches(self, first: int, end: int) -> Iterator[tuple[dict[str, Array], int, int]]:
-        """Some inputs in batches, the size of each, and how many of it count: a fixed size is filled up."""
+        """Inputs in batches, with the size of each and how many of its inputs count: a fixed batch size is padded."""
         size = self.fixed or max(1, end - first)
         for start in range(first, end, size):
             count = min(size, end - start)
@@ -64,10 +66,10 @@ class Feeds:
 
 
 def values_of(inputs: Any, file: OnnxFile) -> dict[str, Array]:
-    """Inputs by the names of a file: of a tensor or array, several in order, or by name.
+    """Inputs by the names of a file, from one tensor or array, several in order, or several by name.
 
     Raises:
-        ExportError: If they are no tensors or arrays, or not as many as the file takes.
+        ExportError: If they are not tensors or arrays, or not as many as the file takes.
     """
     names = [spec.name for spec in file.inputs]
     single = isinstance(inputs, (Tensor, np.ndarray))
@@ -91,22 +93,22 @@ def _array(name: str, value: Any) -> Array:
     try:
         return np.asarray(value.detach().cpu().numpy())
     except TypeError as error:
-        raise ExportError(f"input {name!r} is {value.dtype}, which NumPy has not; convert it first") from error
+        raise ExportError(f"input {name!r} is {value.dtype}, which NumPy lacks; convert it first") from error
 
 
 def read_values(path: str | os.PathLike[str], file: OnnxFile) -> tuple[dict[str, Array], Array | None]:
-    """Inputs of a file, and their labels, out of a NumPy archive.
+    """Read the inputs of a file, and their labels, from a NumPy archive.
 
     Args:
-        path: An ``.npz`` file: one array a name of an input, and ``labels`` with ``[N]`` integers, if known. With one
-            input its array may have any name.
+        path: An ``.npz`` file: one array per input name, and ``labels`` with ``[N]`` integers, if known. If the model
+            has one input, its array may have any name.
         file: The ONNX file.
 
     Returns:
         The inputs by name, and the labels.
 
     Raises:
-        ExportError: If it cannot be read, or its entries are others.
+        ExportError: If the archive cannot be read, or its entries do not match.
     """
     where = Path(path)
     names = [spec.name for spec in file.inputs]
@@ -119,7 +121,7 @@ def read_values(path: str | os.PathLike[str], file: OnnxFile) -> tuple[dict[str,
                 entries = {name: archive[name] for name in archive.files}
     except ExportError:
         raise
-    except Exception as error:  # damaged archives raise errors of several libraries
+    except Exception as error:  # damaged archives raise errors from several libraries
         text = " ".join(str(error).split())[:200]
         raise ExportError(f"{str(path)!r} cannot be read as an .npz archive: {type(error).__name__}: {text}") from error
     labels = entries.pop(LABELS, None) if LABELS not in names else None
@@ -133,15 +135,15 @@ def read_values(path: str | os.PathLike[str], file: OnnxFile) -> tuple[dict[str,
 
 
 def random_values(file: OnnxFile, count: int, seed: int = 0) -> dict[str, Array]:
-    """Inputs of the shapes that a file takes: normal numbers, and zeros and ones where it takes integers or booleans.
+    """Random inputs for a file: normal numbers, and zeros and ones if it takes integers or booleans.
 
     Args:
         file: The file.
-        count: How many.
-        seed: Of the numbers.
+        count: Number of inputs.
+        seed: Seed of the numbers.
 
     Raises:
-        ExportError: If a size beside the batch is free, or an element type has no random numbers.
+        ExportError: If a size other than the batch is free, or inputs of an element type cannot be drawn.
     """
     rng = np.random.default_rng(seed)
     fixed = file.fixed_batch
@@ -150,7 +152,7 @@ def random_values(file: OnnxFile, count: int, seed: int = 0) -> dict[str, Array]
         sizes = spec.shape
         if sizes is None or any(not isinstance(size, int) for size in sizes[1:]):
             raise ExportError(
-                f"{file.path!r} takes {spec}: its free sizes are not known, so inputs cannot be drawn; give data"
+                f"{file.path!r} takes {spec}: its free sizes are unknown, so inputs cannot be drawn; give data"
             )
         whole = [count if size == fixed or not isinstance(size, int) else size for size in sizes[:1]]
         shape = tuple(size for size in (*whole, *sizes[1:]) if isinstance(size, int))
@@ -164,11 +166,11 @@ def _drawn(spec: TensorSpec, file: OnnxFile, shape: tuple[int, ...], rng: np.ran
         return np.asarray(rng.standard_normal(shape)).astype(kind)
     if kind == "bool" or kind.startswith(("int", "uint")):
         return np.asarray(rng.integers(0, 2, shape)).astype(kind)
-    raise ExportError(f"{file.path!r} takes {spec}, of which no inputs can be drawn; give data")
+    raise ExportError(f"{file.path!r} takes {spec}, for which inputs cannot be drawn; give data")
 
 
 def feeds_of(file: OnnxFile, values: Values) -> Feeds:
-    """Check inputs against what a file takes; a narrowed model's are picked out of the wide ones that it tells.
+    """Check inputs against what a file takes; the features of a narrowed model are selected from the wide inputs.
 
     Args:
         file: The file.
@@ -195,12 +197,12 @@ def feeds_of(file: OnnxFile, values: Values) -> Feeds:
             batched[spec.name] = array
     counts = {name: len(array) for name, array in batched.items()}
     if len(set(counts.values())) > 1 or 0 in counts.values():
-        raise ExportError(f"the inputs hold {counts} examples; expected as many of each, at least one")
+        raise ExportError(f"the inputs hold {counts} examples; expected equally many of each, at least one")
     return Feeds(next(iter(counts.values()), 1), batched, constant, fixed, file.path)
 
 
 def _narrowed(file: OnnxFile, wide: Array) -> Array:
-    """The inputs that a narrowed model works on, out of the wide ones that it tells of; others as they are."""
+    """The features that a narrowed model takes, selected from wide inputs; other inputs are returned as they are."""
     selection = file.selection
     if selection is None or wide.ndim < 2:
         return wide
@@ -211,11 +213,11 @@ def _narrowed(file: OnnxFile, wide: Array) -> Array:
 
 
 def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
-    """An array in the element type that a file takes, if that is of the same kind; its shape is checked."""
+    """An array converted to the element type that a file takes, if that is of the same kind; its shape is checked."""
     try:
         wanted = np.dtype(spec.dtype)
     except TypeError as error:
-        raise ExportError(f"{file.path!r} takes {spec}, which NumPy has not; export it with another type") from error
+        raise ExportError(f"{file.path!r} takes {spec}, which NumPy lacks; export it with another type") from error
     if not np.can_cast(array.dtype, wanted, "same_kind"):
         raise ExportError(f"{file.path!r} takes {spec}, found {array.dtype}{list(array.shape)}; convert it first")
     if spec.shape is None and array.ndim == 0:
@@ -231,5 +233,5 @@ def _fitting(file: OnnxFile, spec: TensorSpec, array: Array) -> Array:
         cast = array.astype(wanted, copy=False)
     lost = (cast != array).any() if wanted.kind in "iu" else (np.isfinite(array) & ~np.isfinite(cast)).any()
     if cast is not array and lost:
-        raise ExportError(f"{file.path!r} takes {spec}, and the {array.dtype} inputs hold numbers beyond that")
+        raise ExportError(f"{file.path!r} takes {spec}, and the {array.dtype} inputs hold numbers out of its range")
     return cast

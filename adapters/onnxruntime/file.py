@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, and what is wrong with one that cannot be used."""
+"""ONNX files: what a file declares, and what is wrong with one that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nns_plugin.errors import ExportError
 from nns_plugin.synapses.input_selection import InputSelection
 
 LABELS_KEY = "nns.labels"
-"""Key of the ONNX metadata under which the names of the outputs' labels stand, as a JSON list."""
+"""Key of the ONNX metadata entry with the label names of the first output, as a JSON list."""
 
 FEATURES_KEY = "nns.features"
-"""Key under which the indices of the inputs that a narrowed model works on stand, as a JSON list."""
+"""Key of the metadata entry with the indices of the input features that a narrowed model takes, as a JSON list."""
 
 SELECTION_KEY = "nns.features.of"
-"""Key under which stands what those indices count, as a JSON object with ``axis``, ``flat`` and ``total``."""
+"""Key of the metadata entry that says what those indices count, as a JSON object: ``axis``, ``flat``, ``total``."""
 
 _CHUNK = 2**20
 
@@ -33,9 +33,9 @@ class TensorSpec:
     """An input or output of a file.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         dtype: NumPy's name of its element type, such as ``float32``.
-        shape: Sizes; a name where one is free, ``None`` where it has not even a name. ``None`` if nothing is said.
+        shape: Sizes: a name for a free size, ``None`` for a free size without a name. ``None`` if undeclared.
     """
 
     name: str
@@ -49,18 +49,18 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an ONNX file says of itself.
+    """What an ONNX file declares.
 
     Attributes:
-        path: Where it is.
-        sha256: Of the file, and of the files with its external weights, by path from its folder.
-        file_bytes: Size of all of them.
+        path: Path of the file.
+        sha256: SHA-256 of the file and of the files with its external weights, by path relative to its folder.
+        file_bytes: Size of all these files.
         opset: Version of ONNX's own operator set.
-        producer: What wrote it.
-        inputs: What it takes.
-        outputs: What it gives.
-        labels: Names of the first output's labels, if it was exported with some.
-        metadata: All that it says besides.
+        producer: Software that wrote it.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph.
+        labels: Names of the first output's labels, if it was exported with them.
+        metadata: All metadata entries.
     """
 
     path: str
@@ -75,7 +75,7 @@ class OnnxFile:
 
     @property
     def fixed_batch(self) -> int | None:
-        """The only batch size that it takes, that of its first input; ``None`` if some input's first size is free."""
+        """The only batch size that the file takes; ``None`` if the first size of any input is free."""
         sizes = [spec.shape[0] for spec in self.inputs if spec.shape]
         if not sizes or any(spec.shape is None for spec in self.inputs):
             return None
@@ -84,31 +84,31 @@ class OnnxFile:
 
     @property
     def selection(self) -> InputSelection | None:
-        """Which inputs of a wider model this narrowed one works on; ``None`` if it takes them all.
+        """The input features of the wide model that this narrowed one takes; ``None`` if it takes all.
 
         Raises:
             ExportError: If the metadata cannot be read.
         """
         if FEATURES_KEY not in self.metadata or SELECTION_KEY not in self.metadata:
             return None
-        indices, told = (_parsed(self.path, self.metadata, key) for key in (FEATURES_KEY, SELECTION_KEY))
+        indices, indexed = (_parsed(self.path, self.metadata, key) for key in (FEATURES_KEY, SELECTION_KEY))
         try:
-            total = int(told["total"])
+            total = int(indexed["total"])
             if not indices or any(type(index) is not int or not 0 <= index < total for index in indices):
                 raise ValueError(f"indices of {total}")
-            return InputSelection(torch.tensor(indices), total, int(told["axis"]), bool(told["flat"]))
+            return InputSelection(torch.tensor(indices), total, int(indexed["axis"]), bool(indexed["flat"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{self.path!r} has {FEATURES_KEY} {str(indices)[:60]} and {SELECTION_KEY} {told!r}; expected "
-                "total, axis and flat, and indices under the total: export it again"
+                f"{self.path!r} has {FEATURES_KEY} {str(indices)[:60]} and {SELECTION_KEY} {indexed!r}; expected "
+                "total, axis and flat, and indices below total: export it again"
             ) from error
 
 
 def read_file(path: str | os.PathLike[str]) -> OnnxFile:
-    """Read what an ONNX file says of itself, without its weights.
+    """Read what an ONNX file declares, without its weights.
 
     Raises:
-        ExportError: If it is missing, no ONNX file, cut short, without a graph, or without its external weights.
+        ExportError: If the file is missing, is not an ONNX file, is truncated, or lacks its graph or external weights.
     """
     where = Path(path)
     if not where.is_file():
@@ -142,16 +142,16 @@ def read_file(path: str | os.PathLike[str]) -> OnnxFile:
 
 
 def _undecodable(path: Path) -> str:
-    """Why a file is no message: a model begins with its version of the format."""
+    """Why a file cannot be decoded: a model begins with its version of the format."""
     with path.open("rb") as file:
         start = file.read(2)
     if start[:1] == b"\x08" and 1 <= start[-1] < 128:
-        return f"{str(path)!r} is cut short or damaged ({path.stat().st_size:,} bytes); export or copy it again"
-    return f"{str(path)!r} is no ONNX file; expected a model in ONNX's format"
+        return f"{str(path)!r} is truncated or damaged ({path.stat().st_size:,} bytes); export or copy it again"
+    return f"{str(path)!r} is not an ONNX file; expected a model in the ONNX format"
 
 
 def _external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """The files beside it that hold weights, in order of name."""
+    """The files beside it that hold its weights, sorted by name."""
     names = {
         entry.value
         for tensor in _tensors(model.graph)
@@ -162,7 +162,7 @@ def _external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
     missing = sorted(name for name in names if not (path.parent / name).is_file())
     if missing:
         raise ExportError(
-            f"{str(path)!r} keeps its weights in {', '.join(map(repr, missing))}, which is not beside it; copy both"
+            f"{str(path)!r} keeps its weights in {', '.join(map(repr, missing))}, not found beside it; copy both"
         )
     return [path.parent / name for name in sorted(names)]
 
@@ -197,7 +197,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _is_text(name: Any) -> bool:
-    """Whether a name is text that can be written to files."""
+    """Whether a name is text that can be encoded."""
     return isinstance(name, str) and name.encode("utf-8", "replace").decode() == name
 
 
@@ -205,7 +205,7 @@ def _parsed(path: str, metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata[key])
     except ValueError as error:
-        raise ExportError(f"{path!r} has {key} {metadata[key][:60]!r}, which is no JSON; export it again") from error
+        raise ExportError(f"{path!r} has {key} {metadata[key][:60]!r}, which is not JSON; export it again") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The gate: thresholds in, a comparison of a candidate with its baseline judged, pass or fail with every reason."""
+"""The gate: decides by thresholds whether a candidate passes against its baseline, with every reason."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Subject = Literal["provider", "parity", "accuracy", "latency"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was judged.
+    """The result of one check.
 
     Attributes:
-        subject: What it is about.
+        subject: What the check is about.
         name: The threshold, and what it was applied to.
-        passed: Whether it holds.
-        found: The value that was judged: of an interval, the end that is worse for the candidate.
+        passed: Whether the check passed.
+        found: The value that was checked: the pessimistic end of an interval.
         limit: The threshold.
-        text: What was found and what was allowed, in one line.
+        text: The value and the threshold, in one line.
     """
 
     subject: Subject
@@ -39,11 +39,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of a comparison.
+    """The decision of a gate on a comparison.
 
     Attributes:
-        passed: Whether every check holds.
-        checks: All of them: providers first, then parity, accuracy and latency.
+        passed: Whether every check passed.
+        checks: All checks: providers first, then parity, accuracy and latency.
     """
 
     passed: bool
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """The checks that do not hold."""
+        """The checks that failed."""
         return tuple(check for check in self.checks if not check.passed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,23 +62,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a candidate must hold to be shipped; a threshold that is None cannot fail.
+    """What a candidate must satisfy to be shipped; a threshold that is ``None`` cannot fail.
 
-    Latency and accuracy are judged at the unfavourable end of their intervals, so that neither a noisy machine nor a
-    lucky sample can pass; tolerances and agreement, on the inputs that are given. Two things need no threshold: the
-    nodes of a file must not all have been run by another provider than the one that was asked for, and of torch models
-    that were compared, the files and the removal must answer as they do.
+    Latency and accuracy are checked at the pessimistic end of their intervals, so that neither a noisy machine nor a
+    lucky sample can pass; tolerances and agreement are checked on the given inputs. Two checks need no threshold: at
+    least one node of each file must have been run by the requested provider, and if torch models were compared, their
+    files and the removal must agree with them.
 
     Attributes:
-        min_speedup: Least ratio of medians, baseline over candidate, at every batch size.
-        max_p90_ms: Most that the candidate's 90th percentile may be, in milliseconds, at every batch size.
-        max_accuracy_drop: How far the accuracy may fall, as a share: open-set accuracy, which is the usual one with
-            all labels; with a closed head, closed-set accuracy.
-        max_label_drop: How far each label's balanced accuracy may fall, as a share.
-        rtol: The dense and the pruned file's outputs for the kept labels must agree with this relative tolerance, which
-            the comparison must have been made with.
-        atol: The same of the absolute tolerance; with one of the two, the comparison's other is taken.
-        min_top1_agreement: Least share of inputs that both answer with the same label.
+        min_speedup: Minimum speed-up (ratio of medians, baseline over candidate) at every batch size.
+        max_p90_ms: Maximum p90 latency of the candidate in ms, at every batch size.
+        max_accuracy_drop: Maximum drop of accuracy, as a share: open-set accuracy, which with all labels is the usual
+            accuracy; closed-set accuracy for a closed head.
+        max_label_drop: Maximum drop of each label's balanced accuracy, as a share.
+        rtol: Relative tolerance within which the outputs of both files for the kept labels must agree; the comparison
+            must have been made with it.
+        atol: The same for the absolute tolerance. If only one of the two is given, the other is the comparison's.
+        min_top1_agreement: Minimum share of inputs that both files answer with the same label.
 
     Example:
         >>> Gate(min_speedup=1.3, max_accuracy_drop=0.01).needs_labels
@@ -98,31 +98,33 @@ class Gate:
             value = getattr(self, field.name)
             share = field.name.endswith(("_drop", "_agreement"))
             if value is not None and not (0 <= value <= (1 if share else math.inf) and math.isfinite(value)):
-                allowed = "a share from 0 to 1" if share else "a number from 0 on"
+                allowed = "a share from 0 to 1" if share else "a number of at least 0"
                 raise GateError(f"{field.name} is {value}; expected {allowed}")
 
     @property
     def needs_labels(self) -> bool:
-        """Whether a threshold is about accuracy, which takes inputs with labels."""
+        """Whether a threshold is about accuracy, which needs inputs with labels."""
         return self.max_accuracy_drop is not None or self.max_label_drop is not None
 
     def judge(self, comparison: Comparison) -> Verdict:
-        """Judge a comparison.
+        """Check a comparison against the thresholds.
 
         Raises:
-            GateError: If what a threshold is about was not measured, or not with its tolerances.
+            GateError: If what a threshold needs was not measured, or not with its tolerances.
         """
         checks = (
-            *_judged_providers(comparison),
-            *self._judged_parity(comparison),
-            *self._judged_accuracy(comparison),
-            *(check for latency in comparison.latency for check in self._judged_latency(latency)),
+            *_provider_checks(comparison),
+            *self._parity_checks(comparison),
+            *self._accuracy_checks(comparison),
+            *(check for latency in comparison.latency for check in self._latency_checks(latency)),
         )
         if not comparison.latency and (self.min_speedup is not None or self.max_p90_ms is not None):
-            raise GateError("min_speedup and max_p90_ms need latencies, found none; compare with a batch size")
+            raise GateError(
+                "min_speedup and max_p90_ms need latencies, found none; compare with at least one batch size"
+            )
         return Verdict(all(check.passed for check in checks), checks)
 
-    def _judged_parity(self, comparison: Comparison) -> Iterator[Check]:
+    def _parity_checks(self, comparison: Comparison) -> Iterator[Check]:
         for report in comparison.parity:
             if report.kind != "dense against pruned":
                 yield _within_tolerance(report)
@@ -130,13 +132,15 @@ class Gate:
             for name in ("rtol", "atol"):
                 asked, used = getattr(self, name), getattr(report, name)
                 if asked is not None and asked != used:
-                    raise GateError(f"{name} is {asked:g}, but the comparison was made with {used:g}; compare again")
+                    raise GateError(
+                        f"{name} is {asked:g}, but the comparison was made with {used:g}; compare again with {asked:g}"
+                    )
             if self.rtol is not None or self.atol is not None:
                 yield _within_tolerance(report)
             if self.min_top1_agreement is not None:
                 yield _agreeing(report, self.min_top1_agreement)
 
-    def _judged_accuracy(self, comparison: Comparison) -> Iterator[Check]:
+    def _accuracy_checks(self, comparison: Comparison) -> Iterator[Check]:
         if not self.needs_labels:
             return
         found = comparison.accuracy
@@ -161,18 +165,18 @@ class Gate:
                 text,
             )
 
-    def _judged_latency(self, latency: LatencyComparison) -> Iterator[Check]:
+    def _latency_checks(self, latency: LatencyComparison) -> Iterator[Check]:
         where = f"batch {latency.batch}"
         if self.min_speedup is not None:
             if latency.sessions < 2:
                 raise GateError(
-                    f"min_speedup needs two pairs of sessions and 10 samples in each, found {latency.samples} "
+                    f"min_speedup needs at least two pairs of sessions with 10 samples each, found {latency.samples} "
                     f"in {latency.sessions}; measure more"
                 )
             low, limit = latency.ratio_low, self.min_speedup
             text = (
                 f"{where}: {latency.ratio:.3f} times as fast, at least {low:.3f} at 97.5 %; "
-                f"{_word(low >= limit)} {limit:g} that are asked for"
+                f"{_word(low >= limit)} required {limit:g}"
             )
             yield Check("latency", f"min_speedup, {where}", low >= limit, low, limit, text)
         if self.max_p90_ms is not None:
@@ -181,7 +185,7 @@ class Gate:
             high, limit = latency.candidate.p90_interval_ms[1], self.max_p90_ms
             text = (
                 f"{where}: p90 is {latency.candidate.p90_ms:.4f} ms, at most {high:.4f} at 97.5 %; "
-                f"{'within' if high <= limit else 'over'} the {limit:g} ms that are allowed"
+                f"{'within' if high <= limit else 'over'} the allowed {limit:g} ms"
             )
             yield Check("latency", f"max_p90_ms, {where}", high <= limit, high, limit, text)
 
@@ -190,7 +194,7 @@ def _word(enough: bool) -> str:
     return "not under the" if enough else "under the"
 
 
-def _judged_providers(comparison: Comparison) -> Iterator[Check]:
+def _provider_checks(comparison: Comparison) -> Iterator[Check]:
     for compared in comparison.profiles[:1]:
         for side, name in (("baseline", comparison.baseline.path), ("candidate", comparison.candidate.path)):
             of = getattr(compared, side)
@@ -200,17 +204,17 @@ def _judged_providers(comparison: Comparison) -> Iterator[Check]:
 
 
 def _within_tolerance(report: ParityReport) -> Check:
-    told = f"{report.kind}, {report.candidate} beside {report.reference}"
+    compared = f"{report.kind}, {report.candidate} beside {report.reference}"
     if report.incomparable:
-        text = f"{told}: {'; '.join(report.incomparable)}"
+        text = f"{compared}: {'; '.join(report.incomparable)}"
     elif report.passed:
-        text = f"{told}: largest error {report.max_absolute_error:.2e}, within {_tolerance(report)}"
+        text = f"{compared}: largest error {report.max_absolute_error:.2e}, within {_tolerance(report)}"
     else:
         first = report.first_divergence
         place = "" if first is None else f", first at {first.output}{list(first.position)}: {first.found:.6g}"
-        expected = "" if first is None else f" in place of {first.expected:.6g}"
+        expected = "" if first is None else f" instead of {first.expected:.6g}"
         text = (
-            f"{told}: largest error {report.max_absolute_error:.2e} in {report.worst_output}, over "
+            f"{compared}: largest error {report.max_absolute_error:.2e} in {report.worst_output}, over "
             f"{_tolerance(report)}{place}{expected}"
         )
     return Check("parity", f"tolerance, {report.kind}", report.passed, report.max_absolute_error, None, text)
@@ -224,12 +228,12 @@ def _agreeing(report: ParityReport, limit: float) -> Check:
     found = report.top1_agreement
     if found is None and not report.incomparable:
         raise GateError(
-            "min_top1_agreement needs first outputs [N, labels], two labels at least, and inputs that the dense model "
-            f"answers with labels of both; found none (outputs: {', '.join(report.outputs)}); drop it"
+            "min_top1_agreement needs first outputs [N, labels] with at least two labels, and inputs that the dense "
+            f"model answers with labels of both; found none (outputs: {', '.join(report.outputs)}); drop it"
         )
     passed = found is not None and found >= limit and not report.incomparable
-    told = "; ".join(report.incomparable) or f"{found:.4f} of the answers agree, {limit:g} asked for"
-    return Check("parity", "min_top1_agreement", passed, found, limit, f"{report.kind}: {told}")
+    result = "; ".join(report.incomparable) or f"{found:.4f} of the answers agree, {limit:g} required"
+    return Check("parity", "min_top1_agreement", passed, found, limit, f"{report.kind}: {result}")
 
 
 def _drop_text(what: str, found: AccuracyReport, drop: float, bound: float, limit: float) -> str:
@@ -238,5 +242,5 @@ def _drop_text(what: str, found: AccuracyReport, drop: float, bound: float, limi
         f"{100 * limit:g} are allowed"
     )
     if drop <= limit < bound:
-        text += " (more inputs narrow that)"
+        text += " (more inputs narrow this bound)"
     return text

@@ -1,4 +1,4 @@
-"""The layers of an ONNX file: its convolutions and matrix products with constant weights, and how wide they are."""
+"""Layers of an ONNX file: its convolutions and matrix products with constant weights, and their widths."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import onnx
 from onnx import helper
 
-MULTIPLES = (16, 8)  # kernels work on channels in blocks of these: of 16 with AVX-512, of 8 with less
-IMAGE_CHANNELS = 4  # inputs that are colours, not units
+MULTIPLES = (16, 8)  # block sizes of the kernels: 16 channels with AVX-512, 8 without
+IMAGE_CHANNELS = 4  # up to this many input channels are colours, not units
 
 
 @dataclass(frozen=True)
 class OnnxLayer:
-    """A layer with constant weights.
+    """A layer of an ONNX graph with constant weights.
 
     Attributes:
-        name: Of the node.
-        operator: Its type.
-        input: Name of what it reads.
-        attributes: Of the node.
-        inputs: Channels in.
-        outputs: Channels out.
-        kernel: Size of a convolution's kernel; empty of a product.
-        groups: Of a convolution; 1 of a product.
-        is_float32: Whether its weights are.
+        name: Name of the node.
+        operator: Type of the node.
+        input: Name of the tensor that it reads.
+        attributes: Attributes of the node.
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        kernel: Kernel size of a convolution; empty for a matrix product.
+        groups: Groups of a convolution; 1 for a matrix product.
+        is_float32: Whether its weights are float32.
     """
 
     name: str
@@ -42,23 +42,23 @@ class OnnxLayer:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is one, and no product."""
+        """Whether the layer is a convolution, not a matrix product."""
         return self.operator == "Conv"
 
     def is_odd(self, multiple: int) -> bool:
-        """Whether its channels, of those that can be rounded up, are no multiple of a number."""
+        """Whether any of its channel counts that can be rounded up is not a multiple of a number."""
         channels = self.inputs, self.outputs
         return rounded_up(*channels, multiple, self.is_convolution) != channels
 
 
 def rounded_up(inputs: int, outputs: int, multiple: int, is_convolution: bool) -> tuple[int, int]:
-    """Channels of a layer rounded up: not those of an image, nor the outputs of a product, which may be labels."""
+    """Channels of a layer, rounded up; except those of an image, and outputs of a product, which may be labels."""
     up = [size if size <= IMAGE_CHANNELS else -(-size // multiple) * multiple for size in (inputs, outputs)]
     return up[0], up[1] if is_convolution else outputs
 
 
 def layers(model: onnx.ModelProto) -> tuple[OnnxLayer, ...]:
-    """The layers of a model, in the order of its nodes; its weights need not be loaded."""
+    """The layers of a model, in node order; its weights need not be loaded."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         for entry in node.attribute if node.op_type == "Constant" else ():
@@ -92,5 +92,5 @@ def read_layers(path: str | os.PathLike[str]) -> tuple[OnnxLayer, ...]:
 
 
 def odd_layers(found: Sequence[OnnxLayer], multiple: int = MULTIPLES[0]) -> tuple[OnnxLayer, ...]:
-    """The layers whose channels are no multiple of a number."""
+    """The layers with channels that are not a multiple of a number."""
     return tuple(layer for layer in found if layer.is_odd(multiple))

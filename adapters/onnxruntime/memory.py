@@ -1,6 +1,8 @@
-"""How much memory a session adds to a process; run as a script, it measures in a process of its own.
+"""Memory that a session adds to a process; run as a script, this file measures itself.
 
-At its head it imports nothing of the package, whose imports would be most of the process that is measured.
+The script must not import the package, whose imports would make up most of the process that is measured. Therefore
+``_measure`` sets its session options itself instead of calling ``session.create_session``, and the imports of
+``session_memory`` stand in the function.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """What a session adds to the resident memory of a process.
+    """Resident memory that a session adds to a process.
 
     Attributes:
-        session_bytes: When it is open: weights, also as they are packed for its kernels, and the graph.
-        running_bytes: After some runs: activations with it.
+        session_bytes: Once it is open: the graph, and the weights, including copies packed for its kernels.
+        running_bytes: After some runs: activations as well.
     """
 
     session_bytes: int
@@ -33,13 +35,13 @@ class SessionMemory:
 def session_memory(
     path: str | os.PathLike[str], feed: dict[str, Any], *, provider: str = "CPUExecutionProvider", threads: int = 1
 ) -> SessionMemory:
-    """Open and run an ONNX file in a new process, and see what that adds to its resident memory on the host.
+    """Open and run an ONNX file in a new process, and measure what that adds to its resident memory.
 
     Args:
         path: The file.
         feed: Arrays by name of the input.
         provider: ONNX Runtime's name of the execution provider.
-        threads: Threads within an operator.
+        threads: Intra-op threads.
 
     Raises:
         ExportError: If the process fails.
@@ -50,15 +52,15 @@ def session_memory(
 
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder, "feed.npz")
-        np.savez(arrays, *feed.values())  # names of inputs may be none that an archive takes
+        np.savez(arrays, *feed.values())  # input names may not be valid names in an archive
         names = json.dumps(list(feed))
         command = [sys.executable, "-P", __file__, os.fspath(path), str(arrays), names, provider, str(threads)]
-        paths = os.pathsep.join(part for part in sys.path if part)  # a process of its own finds what this one found
+        paths = os.pathsep.join(part for part in sys.path if part)  # the new process finds the same libraries
         environment = os.environ | {"PYTHONPATH": paths}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ExportError(f"the memory of {str(path)!r} cannot be measured ({last[:300]}); see whether it runs alone")
+        raise ExportError(f"the memory of {str(path)!r} cannot be measured ({last[:300]}); check whether it runs alone")
     return SessionMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 

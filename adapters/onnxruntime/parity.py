@@ -1,4 +1,4 @@
-"""Parity with a torch model: of an ONNX file that was exported from it, and of a smaller model cut out of it."""
+"""Parity with a torch model: of the ONNX file exported from it, and of the smaller model left after removal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_parity(
 ) -> ParityReport:
     """Compare an ONNX file's outputs with the model's, at two batch sizes.
 
-    The second batch is the first input alone (twice, if it is the only one), so that a file whose batch axis is not
-    dynamic is found out.
+    The second batch is the first input alone (twice, if it is the only one), to detect a file whose batch axis is not
+    dynamic.
 
     Args:
         model: The model, run in eval mode on its own device and left exactly as it was.
@@ -46,13 +46,13 @@ def check_parity(
         The report, over all outputs and both batches.
 
     Raises:
-        ExportError: If the file cannot be loaded or run, or if its outputs do not correspond to the model's.
+        ExportError: If the file cannot be loaded or run, or if its outputs do not match the model's.
         ProviderError: If the session does not get the provider.
     """
     arguments = Arguments.of(inputs)
     check_tolerances(rtol, atol)
     session = create_session(path, provider, threads=torch.get_num_threads())
-    comparing = ParityAccumulator([put.name for put in session.get_outputs()], rtol, atol)
+    accumulator = ParityAccumulator([put.name for put in session.get_outputs()], rtol, atol)
     other = arguments.map(lambda tensor: tensor[:1]) if arguments.batch > 1 else arguments.doubled()
     agreement = None
     for batch in (other, arguments):
@@ -62,12 +62,12 @@ def check_parity(
         shapes = [list(value.shape) for value in expected], [list(value.shape) for value in found]
         if shapes[0] != shapes[1]:
             raise ExportError(
-                f"{str(path)!r} gives outputs {shapes[1]} for a batch of {batch.batch}, {type(model).__name__} gives "
-                f"{shapes[0]}; export this model, and keep the batch in dimension 0"
+                f"{str(path)!r} returns outputs {shapes[1]} for a batch of {batch.batch}, "
+                f"{type(model).__name__} returns {shapes[0]}; export this model, and keep the batch in dimension 0"
             )
-        comparing.add(expected, found)
+        accumulator.add(expected, found)
         agreement = top1_agreement(expected[0], found[0])
-    return comparing.report(
+    return accumulator.report(
         "torch against ONNX",
         (type(model).__name__, os.path.basename(path)),
         inputs=arguments.batch,
@@ -80,30 +80,30 @@ def check_parity(
 def check_removal(
     masked: nn.Module, removed: nn.Module, inputs: Inputs, *, rtol: float = 1e-3, atol: float = 1e-5
 ) -> ParityReport:
-    """Compare the outputs of a model without some units with those of the model in which they are masked.
+    """Compare the outputs of a model from which units were removed with those of the model in which they are masked.
 
-    Where a group passes a layer or group norm, whose statistics masks change, the two do differ.
+    If a group passes a layer norm or group norm, whose statistics change under masks, the two do differ.
 
     Args:
-        masked: The wide model with masks; left exactly as it was, like the other.
+        masked: The wide model with masks. Both models are left exactly as they were.
         removed: The small model.
         inputs: Inputs of both, ``[N, ...]``; they are run as one batch.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
 
     Raises:
-        ExportError: If a model cannot run, or their outputs do not correspond.
+        ExportError: If a model cannot run, or their outputs do not match.
     """
     arguments = Arguments.of(inputs)
     expected, found = (_model_outputs(model, arguments) for model in (masked, removed))
     shapes = [list(value.shape) for value in expected], [list(value.shape) for value in found]
     if shapes[0] != shapes[1] or not expected:
         raise ExportError(
-            f"the masked model gives outputs {shapes[0]}, the one without those units {shapes[1]}; expected the same"
+            f"the masked model returns outputs {shapes[0]}, the small model {shapes[1]}; expected the same"
         )
-    comparing = ParityAccumulator([f"output {place}" for place in range(len(expected))], rtol, atol)
-    comparing.add(expected, found)
-    return comparing.report(
+    accumulator = ParityAccumulator([f"output {place}" for place in range(len(expected))], rtol, atol)
+    accumulator.add(expected, found)
+    return accumulator.report(
         "masked against removed",
         (f"masked {type(masked).__name__}", f"small {type(removed).__name__}"),
         inputs=arguments.batch,

@@ -1,4 +1,4 @@
-"""Where the time of an ONNX file goes, by ONNX Runtime's own profile: operators, kernels, and who ran them."""
+"""Where the time of an ONNX file goes, from ONNX Runtime's own profile: operators, kernels and providers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", 
 
 @dataclass(frozen=True)
 class NodeTime:
-    """What one node took.
+    """Time of one node.
 
     Attributes:
-        name: Its name.
-        operator: Its type, as it was run: what optimisation fused and reordered is in it.
+        name: Name of the node.
+        operator: Its type as it was run, after fusion and other optimisations.
         provider: The execution provider that ran it.
-        mean_us: Mean of the timed runs, in microseconds.
-        input_shapes: Shapes of what it took, weights included.
-        output_shapes: Shapes of what it gave.
+        mean_us: Mean over the timed runs, in microseconds.
+        input_shapes: Shapes of its inputs, including weights.
+        output_shapes: Shapes of its outputs.
         is_layer: Whether it is a convolution or matrix product with weights.
     """
 
@@ -49,9 +49,9 @@ class Profile:
     """The nodes of one file, in the order in which they ran.
 
     Attributes:
-        provider: The execution provider that was asked for.
-        runs: Timed runs that the means are of.
-        batch: Inputs in one run.
+        provider: The requested execution provider.
+        runs: Number of timed runs.
+        batch: Number of inputs in one run.
         nodes: All nodes that ran.
     """
 
@@ -62,17 +62,17 @@ class Profile:
 
     @property
     def total_us(self) -> float:
-        """Of all nodes in one run, in microseconds; what lies between them is not in it."""
+        """Time of all nodes in one run, in microseconds, without the time between nodes."""
         return sum(node.mean_us for node in self.nodes)
 
     @property
     def fallen_back(self) -> tuple[NodeTime, ...]:
-        """The nodes that another provider ran than the one that was asked for."""
+        """The nodes that were run by another provider than the requested one."""
         return tuple(node for node in self.nodes if node.provider != self.provider)
 
     @property
     def operators(self) -> dict[str, tuple[int, float]]:
-        """For each type of operator how many nodes there are, and what they took together, in microseconds."""
+        """Number of nodes and their total time in microseconds, by type of operator."""
         found: dict[str, tuple[int, float]] = {}
         for node in self.nodes:
             count, total = found.get(node.operator, (0, 0.0))
@@ -82,14 +82,14 @@ class Profile:
 
 @dataclass(frozen=True)
 class OperatorChange:
-    """What the nodes of one type took in two files.
+    """Time of the nodes of one type in two files.
 
     Attributes:
-        operator: Their type.
-        baseline_nodes: How many the baseline has.
-        candidate_nodes: How many the candidate has.
-        baseline_us: What they took in one run of it, in microseconds.
-        candidate_us: What they took in one run of the candidate, in microseconds.
+        operator: Type of the nodes.
+        baseline_nodes: Number of these nodes in the baseline.
+        candidate_nodes: Number of these nodes in the candidate.
+        baseline_us: Their total time in one run of the baseline, in microseconds.
+        candidate_us: Their total time in one run of the candidate, in microseconds.
     """
 
     operator: str
@@ -104,10 +104,10 @@ class ProfileComparison:
     """Where the time of two files goes.
 
     Attributes:
-        baseline: Of the baseline.
-        candidate: Of the candidate.
-        operators: Totals for each type of operator, the largest differences first.
-        notes: What explains why the candidate is not as fast as it could be, one line each.
+        baseline: Profile of the baseline.
+        candidate: Profile of the candidate.
+        operators: Totals by type of operator, the largest differences first.
+        notes: Reasons why the candidate is not as fast as it could be, one line each.
     """
 
     baseline: Profile
@@ -127,15 +127,15 @@ def profile(
 ) -> Profile:
     """Run an ONNX file with ONNX Runtime's profiler.
 
-    Profiling itself costs time, so that the sums are more than the latency; compare them with each other.
+    Profiling itself takes time, so the sums exceed the latency; compare them only with each other.
 
     Args:
         path: The file.
         feed: Arrays by name of the input.
-        batch: Inputs in the feed.
-        runs: Timed runs, after a few that are not.
+        batch: Number of inputs in the feed.
+        runs: Number of timed runs, after a few untimed ones.
         provider: Execution provider of the session.
-        threads: Threads within an operator.
+        threads: Intra-op threads.
 
     Raises:
         ExportError: If the file cannot be loaded or run.
@@ -155,7 +155,7 @@ def profile(
 
 
 def _nodes(events: Sequence[Mapping[str, Any]], runs: int) -> tuple[NodeTime, ...]:
-    """The nodes of a profile with the means over its last runs, in the order of the first of these."""
+    """The nodes of a profile with means over its last runs, in the order in which they first ran."""
     times: dict[tuple[str, str], list[tuple[float, Mapping[str, Any]]]] = {}
     for event in events:
         if event.get("cat") == "Node" and str(event.get("name", "")).endswith(_KERNEL):
@@ -164,7 +164,7 @@ def _nodes(events: Sequence[Mapping[str, Any]], runs: int) -> tuple[NodeTime, ..
             times.setdefault(key, []).append((float(event["dur"]), arguments))
     found = []
     for (_, name), measured in times.items():
-        last = measured[-runs:]  # a node in a loop runs more than once a run: its mean would be too small
+        last = measured[-runs:]  # a node in a loop runs more than once per run, so its mean is too small
         each = len(measured) / (runs + _WARMUP)
         arguments = last[-1][1]
         found.append(
@@ -182,21 +182,21 @@ def _nodes(events: Sequence[Mapping[str, Any]], runs: int) -> tuple[NodeTime, ..
 
 
 def _has_weights(arguments: Mapping[str, Any]) -> bool:
-    """Whether a node has constant weights; those that are packed for its kernel are not told as inputs."""
+    """Whether a node has constant weights; weights packed for its kernel are not listed as inputs."""
     return len(arguments.get("input_type_shape", ())) == 1 or int(arguments.get("parameter_size", 0)) > 0
 
 
-def _shapes(told: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(size) for size in shape) for tensor in told for shape in tensor.values())
+def _shapes(listed: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(size) for size in shape) for tensor in listed for shape in tensor.values())
 
 
 def compare_profiles(baseline: Profile, candidate: Profile, layers: Sequence[OnnxLayer] = ()) -> ProfileComparison:
-    """Totals for each type of operator, and what explains a candidate that is slower than its operations say.
+    """Totals by type of operator, and reasons why the candidate is slower than its MACs suggest.
 
     Args:
-        baseline: Of the baseline.
-        candidate: Of the candidate.
-        layers: The candidate's layers, for notes about their channels: profiles tell those as kernels pad them.
+        baseline: Profile of the baseline.
+        candidate: Profile of the candidate.
+        layers: The candidate's layers, for notes about their channels; profiles list channels as padded by kernels.
     """
     left, right = baseline.operators, candidate.operators
     changes = [
@@ -224,15 +224,15 @@ def _notes(baseline: Profile, candidate: Profile, layers: Sequence[OnnxLayer]) -
         more = ", ..." if len(odd) > 5 else ""
         smaller = len(odd_layers(layers, MULTIPLES[-1]))
         notes.append(
-            f"candidate: {len(odd)} of {len(layers)} layers have channels that are no multiple of {MULTIPLES[0]} "
-            f"({smaller} of them none of {MULTIPLES[-1]}), to which kernels pad them: {shown}{more}"
+            f"candidate: {len(odd)} of {len(layers)} layers have channels that are not a multiple of {MULTIPLES[0]} "
+            f"({smaller} of them not of {MULTIPLES[-1]} either), to which kernels pad them: {shown}{more}"
         )
     notes += _other_kernels(baseline, candidate)
     return notes
 
 
 def _other_kernels(baseline: Profile, candidate: Profile) -> list[str]:
-    """Layers whose kernel is another than the baseline's; layers correspond in order, where there are as many."""
+    """Layers that run another kernel than in the baseline; layers correspond in order if there are equally many."""
     layers = [[node for node in of.nodes if node.is_layer] for of in (baseline, candidate)]
     if len(layers[0]) != len(layers[1]):
         return []
@@ -251,7 +251,7 @@ def _other_kernels(baseline: Profile, candidate: Profile) -> list[str]:
 
 
 def _blocked(node: NodeTime) -> bool:
-    """Whether ONNX Runtime chose the kernel for channels in blocks."""
+    """Whether ONNX Runtime chose the kernel with blocked channels."""
     return "_nchwc" in node.name
 
 

@@ -1,6 +1,6 @@
-"""What more channels would gain: layers of an ONNX file measured alone, as they are and rounded up.
+"""What rounding up channels would gain: layers of an ONNX file measured alone, as they are and rounded up.
 
-Kernels work on channels in blocks of 8 or 16, so that a layer with 21 can take longer than one with 24.
+Kernels process channels in blocks of 8 or 16, so a layer with 21 channels can take longer than one with 24.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _OPSET = 17
 
 @dataclass(frozen=True)
 class RoundingGain:
-    """What it would gain to round the channels of some layers up.
+    """What rounding up the channels of some layers would gain.
 
     Attributes:
-        layer: The layers, alike in all sizes: the first's name, and how many more there are.
-        count: How many layers.
-        batch: Inputs in one run.
-        multiple: What the channels were rounded up to a multiple of.
-        channels: In and out, as they are.
-        rounded: In and out, rounded up.
-        latency_ms: Median of one such layer alone, as it is.
-        rounded_ms: The same, rounded up.
-        ratio: Of the medians: above 1, the layer with more channels is faster.
-        ratio_low: Lower end of its 95 % interval.
-        ratio_high: Upper end of its 95 % interval.
+        layer: The layers, all of the same sizes: name of the first, and how many more there are.
+        count: Number of layers.
+        batch: Number of inputs in one run.
+        multiple: The channels were rounded up to a multiple of this.
+        channels: Input and output channels as they are.
+        rounded: Input and output channels rounded up.
+        latency_ms: Median latency of one such layer alone, as it is.
+        rounded_ms: Median latency of the layer rounded up.
+        ratio: Ratio of the medians; above 1, the layer with more channels is faster.
+        ratio_low: Lower end of the ratio's 95 % interval.
+        ratio_high: Upper end of the interval.
     """
 
     layer: str
@@ -57,7 +57,7 @@ class RoundingGain:
 
 
 class _LayerKind(NamedTuple):
-    """What decides how long a layer takes: its operator with attributes, its sizes, and where its input's end."""
+    """What determines the latency of a layer: its operator with attributes, and its sizes."""
 
     operator: str
     attributes: tuple[tuple[str, Any], ...]
@@ -71,17 +71,17 @@ class _LayerKind(NamedTuple):
         return self.operator == "Conv"
 
     def rounded(self, multiple: int) -> _LayerKind:
-        """With more channels."""
+        """The same with channels rounded up."""
         inputs, outputs = rounded_up(self.inputs, self.outputs, multiple, self.is_convolution)
         return self._replace(inputs=inputs, outputs=outputs)
 
     def feed(self, batch: int) -> dict[str, Array]:
-        """Random inputs."""
+        """Random inputs of the layer."""
         shape = (batch, self.inputs, *self.places) if self.is_convolution else (batch, *self.places, self.inputs)
         return {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 
     def alone(self) -> onnx.ModelProto:
-        """A model of this layer only, with random weights."""
+        """A model with this layer alone, with random weights."""
         rng = np.random.default_rng(0)
         shape = (self.outputs, self.inputs, *self.kernel) if self.is_convolution else (self.inputs, self.outputs)
         weights = numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), "w")
@@ -104,22 +104,22 @@ def rounding_gains(
     samples: int = 100,
     sessions: int = 5,
 ) -> tuple[RoundingGain, ...]:
-    """Measure every kind of layer in a file whose channels are no multiple of 8 or 16 against the same, rounded up.
+    """Measure each kind of layer whose channels are not a multiple of 8 or 16 against the same layer rounded up.
 
     Each is measured alone, with random weights, under the conditions of a comparison and at each of its batch sizes.
-    What lies between layers, such as changing the order of channels, is not in it: whole models that were pruned with
-    another rounding tell more, see ``round_to`` of a recipe.
+    Work between layers, such as reordering channels, is not included: whole models pruned with another rounding are
+    more conclusive, see ``round_to`` of a recipe.
 
     Args:
         path: The file.
-        comparison: Gives provider, threads and batch sizes.
-        multiples: What to round up to.
-        samples: Timed runs of each layer.
-        sessions: Pairs of sessions that they are taken in.
+        comparison: Provides the execution provider, threads and batch sizes.
+        multiples: Multiples to round up to.
+        samples: Number of timed runs of each layer.
+        sessions: Number of pairs of sessions in which they are taken.
 
     Returns:
-        What was measured, layers that gain most first; only convolutions and matrix products with constant float32
-        weights whose sizes the file tells, and no convolutions in several groups.
+        The gains, largest first; only for ungrouped convolutions and matrix products with constant float32 weights
+        whose sizes can be inferred from the file.
     """
     found = []
     for latency in comparison.latency:
@@ -167,7 +167,7 @@ def rounding_gains(
 
 
 def _layers(path: Path, batch: int) -> Iterator[tuple[str, _LayerKind]]:
-    """Layers of a file that can be measured alone at a batch size, with their names."""
+    """The layers of a file that can be measured alone at a batch size, with their names."""
     model = onnx.load(str(path))
     constants = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
@@ -190,14 +190,14 @@ def _layers(path: Path, batch: int) -> Iterator[tuple[str, _LayerKind]]:
 
 
 def _plain(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Attributes that can be compared."""
+    """Attributes in hashable form."""
     return tuple(
         sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in attributes.items())
     )
 
 
 def _sizes(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
-    """The shape of a value; None if a size is free."""
+    """The shape of a value; ``None`` if a size is free."""
     sizes = value.type.tensor_type.shape.dim
     if not all(size.HasField("dim_value") for size in sizes):
         return None

@@ -92,11 +92,11 @@ def one_at_a_time(path: Path) -> Path:
 UNUSABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda path: path, "there is no file"),
     "folder": (lambda path: path.parent, "there is no file"),
-    "truncated": (lambda path: of_bytes(path, lambda content: content[:-20]), "is cut short or damaged (122 bytes)"),
-    "truncated early": (lambda path: of_bytes(path, lambda content: content[:5]), "is cut short or damaged (5 bytes)"),
+    "truncated": (lambda path: of_bytes(path, lambda content: content[:-20]), "is truncated or damaged (122 bytes)"),
+    "truncated early": (lambda path: of_bytes(path, lambda content: content[:5]), "is truncated or damaged (5 bytes)"),
     "empty": (lambda path: of_bytes(path, lambda content: b""), "holds no graph"),
-    "not an ONNX file": (lambda path: of_bytes(path, lambda content: b"PK\3\4" + content), "is no ONNX file"),
-    "external data missing": (lambda path: external(path, Path.unlink), "'weights.bin', which is not beside it"),
+    "not an ONNX file": (lambda path: of_bytes(path, lambda content: b"PK\3\4" + content), "is not an ONNX file"),
+    "external data missing": (lambda path: external(path, Path.unlink), "'weights.bin', not found beside it"),
     "external data short": (lambda path: external(path, lambda file: file.write_bytes(b"abc")), "cannot load"),
     "opset too new": (lambda path: linear(path, opset=99), "asks for opset 99 of ai.onnx, and this ONNX Runtime knows"),
     "labels that are no text": (
@@ -265,7 +265,7 @@ def test_a_file_of_another_exporter_is_compared(kind: str, tmp_path: Path, capsy
 def test_a_free_size_besides_the_batch_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = save(tmp_path / "a.onnx", [value("x", "n", "m")], [value("y", "n", "m")], [node("Relu", "x", "y")])
     assert validate(free, free) == 2
-    assert "takes x float32[n, m]: its free sizes are not known, so inputs cannot be drawn" in complaint(capsys)
+    assert "takes x float32[n, m]: its free sizes are unknown, so inputs cannot be drawn" in complaint(capsys)
     assert validate(free, free, "--data", data(tmp_path / "data.npz", x=INPUTS), "--rtol", "0") == 0
 
 

@@ -71,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("--threads 0", "threads 0; expected"),
         ("--seed -1", "seed"),
         ("--confidence 1", "confidence is 1.0"),
-        ("--min-speedup -1", "min_speedup is -1.0; expected a number from 0 on"),
+        ("--min-speedup -1", "min_speedup is -1.0; expected a number of at least 0"),
         ("--max-p90-ms nan --samples 100", "max_p90_ms is nan"),
         ("--max-p90-ms 1 --samples 99", "max_p90_ms needs at least 100 samples, found 99"),
         ("--max-accuracy-drop 1.01", "max_accuracy_drop is 1.01; expected a share from 0 to 1"),
@@ -321,4 +321,4 @@ def test_an_unusable_recipe_is_reported(
 def test_a_subnet_of_another_model_is_reported(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--recipe", job / "recipe.yaml", "--subnet", job / "subnet.safetensors")
     assert validate(job / "baseline.onnx", job / "baseline.onnx", *given) == 2
-    assert "gives outputs [[1, 10]] for a batch of 1, Sequential gives [[1, 3]]" in complaint(capsys)
+    assert "returns outputs [[1, 10]] for a batch of 1, Sequential returns [[1, 3]]" in complaint(capsys)

@@ -216,9 +216,9 @@ def test_odd_channels_are_reported_once_and_below_the_table(tmp_path: Path) -> N
     odd = convolutions(tmp_path / "odd.onnx", 21)
     assert validate(odd, odd, "--batch", "1,2", *reports(tmp_path)) == 0
     lines = read_markdown(tmp_path)
-    (place,) = (here for here, line in enumerate(lines) if "no multiple of 16" in line)
+    (place,) = (here for here, line in enumerate(lines) if "not a multiple of 16" in line)
     assert lines[place].startswith(
-        "- candidate: 3 of 3 layers have channels that are no multiple of 16 (3 of them none of 8)"
+        "- candidate: 3 of 3 layers have channels that are not a multiple of 16 (3 of them not of 8 either)"
     )
     assert lines[place - 1] == "", "a list right below a table is a row of it"
 
@@ -249,7 +249,7 @@ def test_rounding_is_suggested_for_odd_channels_only(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "text"),
     [
-        ("", 2, "ExportError", "is cut short or damaged"),
+        ("", 2, "ExportError", "is truncated or damaged"),
         ("--provider magic", 6, "ProviderError", "asked ONNX Runtime for magic"),
         ("--max-label-drop 0.1", 2, "GateError", "need inputs with labels"),
         ("--min-speedup -1", 2, "GateError", "min_speedup is -1.0"),

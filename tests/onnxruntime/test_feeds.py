@@ -81,7 +81,7 @@ def test_one_input_needs_no_name(inputs: Any) -> None:
         (floats(4, 2), r"has the inputs \['x', 'z'\], found 1"),
         ([floats(4, 2), [1.0]], "input 'z' is a list"),
         ({"x": 1.0, "z": floats(4, 3)}, "input 'x' is a float"),
-        ([floats(4, 2), torch.zeros(4, 3, dtype=torch.bfloat16)], "input 'z' is torch.bfloat16, which NumPy has not"),
+        ([floats(4, 2), torch.zeros(4, 3, dtype=torch.bfloat16)], "input 'z' is torch.bfloat16, which NumPy lacks"),
     ],
 )
 def test_what_are_no_inputs(inputs: Any, message: str) -> None:
@@ -302,7 +302,7 @@ def test_a_number_where_nothing_is_said_of_the_shape_is_no_batch() -> None:
 
 @pytest.mark.parametrize("counts", [(4, 3), (0, 0)])
 def test_as_many_examples_of_each_are_needed(counts: tuple[int, int]) -> None:
-    with pytest.raises(ExportError, match="expected as many of each, at least one"):
+    with pytest.raises(ExportError, match="expected equally many of each, at least one"):
         feeds_of(TWO, {"x": floats(counts[0], 2), "z": floats(counts[1], 3)})
 
 

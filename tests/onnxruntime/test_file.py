@@ -234,7 +234,7 @@ def test_a_truncated_file_is_named(share: float, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     message = refusal(path)
-    assert "cut short or damaged" in message
+    assert "truncated or damaged" in message
     assert f"({path.stat().st_size:,} bytes)" in message
 
 
@@ -242,7 +242,7 @@ def test_a_truncated_file_is_named(share: float, tmp_path: Path) -> None:
 def test_what_is_no_onnx_file_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    assert "is no ONNX file" in refusal(path)
+    assert "is not an ONNX file" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x08", onnx.ModelProto(ir_version=8).SerializeToString()])

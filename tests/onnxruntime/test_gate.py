@@ -117,7 +117,7 @@ def test_the_label_with_the_worst_bound_is_named() -> None:
     assert check.name == "max_label_drop, cat"
     assert check.text == "label 'cat' falls by 2.00 points, by at most 5.00 at 95 %; 1 are allowed"
     (check,) = Gate(max_label_drop=0.04).judge(comparison()).failures
-    assert check.text.endswith("4 are allowed (more inputs narrow that)")
+    assert check.text.endswith("4 are allowed (more inputs narrow this bound)")
 
 
 @pytest.mark.parametrize("name", ["rtol", "atol"])
@@ -128,7 +128,7 @@ def test_a_tolerance_asks_for_parity(name: str) -> None:
     assert [check.name for check in verdict.checks if check.subject == "parity"] == ["tolerance, dense against pruned"]
     (check,) = gate.judge(comparison(parity=(FAILED,))).failures
     assert (check.subject, check.found) == ("parity", 0.25)
-    assert check.text.endswith("over rtol 0.001, atol 1e-05, first at y[3, 1]: 1.75 in place of 1.5")
+    assert check.text.endswith("over rtol 0.001, atol 1e-05, first at y[3, 1]: 1.75 instead of 1.5")
 
 
 def test_what_cannot_be_compared_fails_and_is_told() -> None:
@@ -253,7 +253,7 @@ def test_a_provider_that_runs_nothing_fails(batches: tuple[int, ...], tmp_path: 
         (
             {"min_speedup": 1},
             {"latency": (replace(of_latency(), sessions=1),)},
-            "min_speedup needs two pairs of sessions",
+            "min_speedup needs at least two pairs of sessions",
         ),
         ({"max_p90_ms": 1}, {"latency": ()}, "need latencies, found none"),
         ({"max_p90_ms": 1}, {"latency": (of_latency(p90_high=None),)}, "needs at least 100 samples, found 50"),

@@ -45,7 +45,7 @@ def test_memory_of_a_file_that_does_not_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="the memory of .*model.onnx' cannot be measured") as failure:
         session_memory(path, {"x": X[:, :2]})
     assert len(str(failure.value).splitlines()) == 1
-    assert "see whether it runs alone" in str(failure.value)
+    assert "check whether it runs alone" in str(failure.value)
 
 
 def test_memory_is_measured_where_libraries_are_on_the_path_of_this_process_alone(

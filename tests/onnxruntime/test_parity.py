@@ -142,6 +142,6 @@ def test_inputs_that_do_not_fit_the_file(inputs: Any, options: dict[str, Any], m
 
 def test_outputs_of_another_model_are_an_error(exported: tuple[nn.Module, Path]) -> None:
     other = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    with pytest.raises(ExportError, match=r"outputs \[\[1, 5\]\] .*Sequential gives \[\[1, 4\]\]") as failure:
+    with pytest.raises(ExportError, match=r"outputs \[\[1, 5\]\] .*Sequential returns \[\[1, 4\]\]") as failure:
         adapter.check_parity(other, exported[1], torch.randn(2, 3, 8, 8))
     one_line(failure)
