@@ -152,7 +152,7 @@ PARITY: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Path], tuple[st
         ("--rtol", "1e-3"),
         "output 'y' is missing from the candidate, which has 'a', 'b'",
     ),
-    "NaN": (linear, lambda path: shifted(path, [0, np.nan, 0]), ("--rtol", "1e-3"), "first at y[0, 1]: nan in place"),
+    "NaN": (linear, lambda path: shifted(path, [0, np.nan, 0]), ("--rtol", "1e-3"), "first at y[0, 1]: nan instead"),
     "NaN, wide tolerance": (linear, lambda path: shifted(path, [np.nan] * 3), ("--atol", "1e9"), "largest error nan"),
     "NaN, answers": (linear, lambda path: shifted(path, [np.nan] * 3), ("--min-top1-agreement", "0.05"), "agree"),
     "NaN in both": (

@@ -233,8 +233,8 @@ def test_odd_channels_of_the_candidate_are_noted() -> None:
     layers = [layer(channels=(16, 24), name="one"), layer(), layer("Gemm", channels=(20, 10), name="two")]
     (note,) = compare_profiles(of(node()), of(node()), layers).notes
     assert note == (
-        "candidate: 2 of 3 layers have channels that are not a multiple of 16 (1 of them not of 8 either), to which kernels "
-        "pad them: one (16 -> 24), two (20 -> 10)"
+        "candidate: 2 of 3 layers have channels that are not a multiple of 16 (1 of them not of 8 either), to which "
+        "kernels pad them: one (16 -> 24), two (20 -> 10)"
     )
     many = [layer(channels=(16, 20), name=f"n{i}") for i in range(7)]
     (note,) = compare_profiles(of(node()), of(node()), many).notes
