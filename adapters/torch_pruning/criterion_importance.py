@@ -103,7 +103,8 @@ class CriterionImportance(tp.importance.Importance):
         settings = {"gram": needs.gram, **(calibration_options or {})}
         recalibration = Recalibration(loader, unit_groups(model, example_inputs), settings)
         statistics = recalibration.statistics_of(model)
-        importance = cls(statistics, *arguments, **options)
+        constructor: Any = cls  # a subclass takes its criterion's evidence
+        importance: Self = constructor(statistics, *arguments, **options)
         importance._evidence["statistics"] = FollowedStatistics(statistics, recalibration)
         return importance
 

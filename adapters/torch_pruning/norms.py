@@ -23,7 +23,7 @@ class MisprunedNormWarning(UserWarning):
     """torch-pruning's own step removes the channels of a norm wrongly."""
 
 
-class NormPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class NormPruner(tp.pruner.function.BasePruningFunc):
     """Removes channels of a ``LayerNorm`` or ``RMSNorm`` for torch-pruning."""
 
     def prune_out_channels(self, layer: Norm, idxs: Sequence[int]) -> Norm:
