@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 
 def default_recipe() -> dict[str, Any]:
-    """The recipe of ``nns run`` without one: digits that come with scikit-learn, labels 3 and 5."""
+    """The default recipe: scikit-learn's handwritten digits, labels 3 and 5."""
     return {
         "model": {"factory": "nns_plugin.jobs.models:digits_classifier"},
         "data": {"factory": "nns_plugin.jobs.data:digits"},

@@ -228,7 +228,7 @@ class SweepSection(Section):
 
 
 class Recipe(ExtractionSection):
-    """A whole job."""
+    """A recipe: everything about a job."""
 
     model: ModelSection
     data: DataSection
@@ -243,16 +243,15 @@ class Recipe(ExtractionSection):
 
     @model_validator(mode="after")
     def _turns(self) -> Recipe:
-        if self.iterative is not None and not self.fine_tune.epochs:
-            raise ValueError("iterative fine-tunes after each removal: give fine_tune.epochs, at least 1")
-        if self.iterative is not None and self.to_options().has_target:
-            raise ValueError("iterative removes the same in each turn: not target_latency_ms or target_speedup")
-        if self.iterative is not None and self.max_balanced_accuracy_drop is not None:
-            raise ValueError(
-                "iterative has a max_drop of its own: give ratio, zeta or angle for what each turn removes"
-            )
-        if self.iterative is not None and self.to_options().effective_criterion == "wsf":
-            raise ValueError(
-                "iterative has no weights from before training for the smaller models of its turns: not wsf"
-            )
+        if self.iterative is None:
+            return self
+        options = self.to_options()
+        if not self.fine_tune.epochs:
+            raise ValueError("iterative fine-tunes after each removal: set fine_tune.epochs to at least 1")
+        if options.has_target:
+            raise ValueError("iterative removes the same share in each turn; drop target_latency_ms and target_speedup")
+        if self.max_balanced_accuracy_drop is not None:
+            raise ValueError("iterative has its own max_drop; give ratio, zeta or angle for what each turn removes")
+        if options.effective_criterion == "wsf":
+            raise ValueError("wsf needs weights from before training, which the smaller models of iterative lack")
         return self

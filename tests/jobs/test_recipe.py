@@ -81,7 +81,7 @@ def test_criterion_and_compensation_by_default(
         ({"iterative": {}}, "iterative fine-tunes after each removal"),
         (
             {"iterative": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1},
-            "iterative has a max_drop of its own",
+            "iterative has its own max_drop",
         ),
         ({"synapses": {"rule": "none"}}, "field 'synapses.rule': found 'none'"),
         ({"angle": {"merge": "twice"}}, "field 'angle.merge': found 'twice'"),
@@ -144,7 +144,7 @@ def test_a_target_goes_with_a_budget_and_roundings_alone(tmp_path: Path) -> None
         ({"target_speedup": 2.0, "roundings": [8], "framework": "nni"}, "NNI's masks cannot be rounded"),
         (
             {"target_speedup": 2.0, "iterative": {}, "fine_tune": {"epochs": 1}},
-            "iterative removes the same in each turn",
+            "iterative removes the same share in each turn",
         ),
     ):
         with pytest.raises(RecipeError, match=message):
