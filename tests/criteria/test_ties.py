@@ -1,4 +1,4 @@
-"""Ties between scores are told apart, and no other order changes."""
+"""Ties between scores are separated, and no other order changes."""
 
 from __future__ import annotations
 

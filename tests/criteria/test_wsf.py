@@ -181,7 +181,7 @@ def test_files(tmp_path: Path) -> None:
         before.save(tmp_path / "none" / "x.safetensors")
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_a_snapshot_that_does_not_fit_is_an_error() -> None:
     model, group = pair()
     with pytest.raises(SnapshotError, match=r"'0.weight' is \[5, 4\] in it and \[5, 3\] in the model"):
         WSF(model, WeightSnapshot(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))))(group)
@@ -233,7 +233,7 @@ def test_the_snapshot_follows_iterative_pruning_with_training_in_between(zoo: An
 
 
 @pytest.mark.host("torch_pruning")
-def test_removals_that_cannot_be_followed_are_told(zoo: Any) -> None:
+def test_removals_that_cannot_be_followed_are_errors(zoo: Any) -> None:
     tp = pytest.importorskip("torch_pruning")
     from nns_plugin.adapters.torch_pruning import WSFImportance
 

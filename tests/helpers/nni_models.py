@@ -46,7 +46,7 @@ def simple(seed: int = 0) -> nn.Module:
 
 
 def moved_snapshot(model: nn.Module) -> WeightSnapshot:
-    """Of weights from which these have moved."""
+    """A snapshot of other weights, from which these have moved."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def masks_of(config: Any, model: nn.Module, **options: Any) -> dict[str, dict[st
 
 
 def lively(model: nn.Module) -> nn.Module:
-    """Norms whose shifts, scales and statistics are no ones and zeros, so that masked units would show."""
+    """Give norms shifts, scales and statistics other than 0 and 1, so that masked units would show."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
@@ -120,7 +120,7 @@ def made(zoo: Any, case: str, count: int = 5) -> tuple[nn.Module, Any]:
 def masked(
     model: nn.Module, inputs: Any, ratio: float = 0.5, grouped: bool = True, kind: type[Any] = MeanWeightPruner
 ) -> tuple[dict[str, Any], Tensor]:
-    """Masks of a pruner, and what the model gives inside NNI's wrappers."""
+    """Masks of a pruner, and the outputs of the model inside NNI's wrappers."""
     config: Any = [{"op_types": KINDS, "exclude_op_names": ["head"], "sparse_ratio": ratio}]
     if grouped:
         config = with_dependency_groups(config, model, inputs)

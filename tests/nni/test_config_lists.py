@@ -217,7 +217,7 @@ def test_a_layer_that_cannot_be_scored_stays_whole() -> None:
         ([{"op_names": ["conv1"], "sparse_ratio": 0.5, "target_names": ["none"]}], "NNI refuses the config list"),
     ],
 )
-def test_wrong_config_lists_are_told_before_anything_changes(config: Any, message: str) -> None:
+def test_wrong_config_lists_are_refused_before_anything_changes(config: Any, message: str) -> None:
     model = simple()
     with pytest.raises(PruningError, match=message):
         ours.MeanWeightPruner(model, config, example_inputs=IMAGES[:2])
@@ -248,7 +248,7 @@ def test_wrong_config_lists_are_told_before_anything_changes(config: Any, messag
         ),
     ],
 )
-def test_what_cannot_be_masked_is_told_and_no_mask_changes(config: Any, message: str) -> None:
+def test_what_cannot_be_masked_is_an_error_and_no_mask_changes(config: Any, message: str) -> None:
     pruner = ours.MeanWeightPruner(simple(), [config], example_inputs=IMAGES[:2])
     with pytest.raises(PruningError, match=message):
         pruner.compress()

@@ -92,7 +92,7 @@ def test_global_ranking_and_thresholds_align_with_the_first(zoo: Any) -> None:
         assert 0 < sum(kept) < 6
 
 
-def test_what_cannot_be_one_mask_is_told(zoo: Any) -> None:
+def test_layers_that_cannot_share_a_mask_are_reported(zoo: Any) -> None:
     model, inputs = made(zoo, "residual")
     with pytest.warns(UngroupedLayersWarning, match="'stem' shares its units with outer, which the config list leaves"):
         with_dependency_groups([{"op_names": ["stem"], "sparse_ratio": 0.5}], model, inputs)
@@ -124,7 +124,7 @@ class Summed(nn.Module):
         return self.head(torch.relu(self.norm(total)))
 
 
-def test_a_concatenation_that_joins_a_sum_is_told() -> None:
+def test_a_concatenation_that_joins_a_sum_is_reported() -> None:
     torch.manual_seed(0)
     model = lively(Summed(left=nn.Conv2d(3, 4, 1), right=nn.Conv2d(3, 4, 1), c=nn.Conv2d(3, 8, 1)).eval())
     inputs = torch.randn(2, 3, 4, 4)
@@ -192,7 +192,7 @@ def test_blocks_that_lie_side_by_side(units: list[int], blocks: int) -> None:
     assert GroupedLayer("layer", torch.tensor(units), (len(units),), 0).blocks == blocks
 
 
-def test_group_ids_and_granularities_of_the_users_own(zoo: Any) -> None:
+def test_the_users_own_group_ids_and_granularities(zoo: Any) -> None:
     model, inputs = made(zoo, "residual")
     for rule in ({"sparse_ratio": 0.5, "global_group_id": 1}, {"sparse_threshold": 1.0}):
         config = [{"op_names": ["stem", "outer"], "dependency_group_id": "mine", **rule}]

@@ -109,7 +109,7 @@ def test_the_same_units_stay_as_with_torch_pruning(zoo: Any, criterion: str) -> 
     assert small.conv1.out_channels == 2
 
 
-def test_masked_units_stay_masked_whatever_becomes_of_their_weights() -> None:
+def test_masked_units_stay_masked_whatever_their_weights_become() -> None:
     model = simple()
     pruner = ours.MeanWeightPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.25}], example_inputs=IMAGES[:2])
     _, masks = pruner.compress()
@@ -120,8 +120,8 @@ def test_masked_units_stay_masked_whatever_becomes_of_their_weights() -> None:
     assert again.bool().tolist() == (~gone).tolist()
 
 
-def test_equal_scores_do_not_count_for_more_than_they_are() -> None:
-    """At a threshold, ties are what they are; at a ratio they are told apart, the same way in every layer."""
+def test_thresholds_and_ratios_treat_ties_as_they_should() -> None:
+    """A threshold treats ties alike; a ratio separates them, the same way in every layer."""
     model = simple()
     with torch.no_grad():
         model.fc1.weight.fill_(1.0)
@@ -137,7 +137,7 @@ def test_equal_scores_do_not_count_for_more_than_they_are() -> None:
     assert torch.equal(masks["conv2"]["weight"], masks["conv3"]["weight"])
 
 
-def test_calibration_sees_the_masked_model_without_a_word_of_masked_units() -> None:
+def test_calibration_sees_the_model_with_masked_units_silent() -> None:
     """A masked unit is silent for its consumers, although a batch norm would make a constant of it."""
     model = simple()
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_single_weights_by_significance(how: dict[str, Any]) -> None:
     assert "no complete unit, so nothing is removed" in (small.reason or "")
 
 
-def test_a_switcher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switcher_computes_its_factors_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model = simple()
     torch.manual_seed(0)
     switcher = SwitcherNetwork(model, IMAGES[:2], architecture=SwitcherArchitecture(2, 1, 8), budget=None)
@@ -186,7 +186,7 @@ def test_a_switcher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not np.allclose(pruner.scores()["conv1"], first["conv1"])
 
 
-def test_what_is_missing_or_too_much_is_told() -> None:
+def test_missing_and_superfluous_arguments_are_refused() -> None:
     model = simple()
     statistics = calibrate(model, BATCHES, unit_groups(model, IMAGES[:2]))
     for kind, options, message in (
@@ -213,7 +213,7 @@ def test_what_is_missing_or_too_much_is_told() -> None:
     assert pruner._is_wrapped
 
 
-def test_given_statistics_serve_until_weights_change() -> None:
+def test_given_statistics_are_valid_until_weights_change() -> None:
     model = simple()
     statistics = calibrate(model, BATCHES, unit_groups(model, IMAGES[:2]))
     pruner = ours.SemanticPruner(model, CONFIG, example_inputs=IMAGES[:2], statistics=statistics)

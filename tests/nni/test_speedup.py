@@ -74,7 +74,7 @@ def test_training_modes_come_back_and_nothing_is_printed(zoo: Any, capfd: pytest
     assert levels == {name: logging.getLogger(name).level for name in levels}
 
 
-def test_norms_that_were_not_masked_are_masked_and_told(zoo: Any) -> None:
+def test_norms_that_were_not_masked_are_masked_and_reported(zoo: Any) -> None:
     """NNI's masks leave a batch norm's shift where a unit was; without it the small model cannot be the masked one."""
     model, inputs = made(zoo, "conv_norm")
     masks, wrapped = masked(model, inputs, grouped=False)
@@ -94,8 +94,8 @@ def test_norms_that_were_not_masked_are_masked_and_told(zoo: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_that_contradict_each_other_are_told(zoo: Any, backend: Any) -> None:
-    """Of a residual stream a unit goes if both layers mask it; where one does, its weights stay as zeros."""
+def test_conflicting_masks_are_reported(zoo: Any, backend: Any) -> None:
+    """A unit of a residual stream goes if both layers mask it; if one does, its weights are kept as zeros."""
     model, inputs = made(zoo, "residual")
     masks: dict[str, Any] = {
         name: {"weight": torch.ones_like(getattr(model, name).weight)} for name in ("stem", "outer")
@@ -221,7 +221,7 @@ def test_survivors_take_over(zoo: Any, case: str) -> None:
         assert float((run(by_statistics.model, inputs) - dense).square().mean()) == errors["mean"]
 
 
-def test_wrong_masks_and_options_are_told(zoo: Any) -> None:
+def test_wrong_masks_and_options_are_refused(zoo: Any) -> None:
     model, inputs = made(zoo, "mlp")
     masks, _ = masked(model, inputs)
     whole = {"weight": torch.ones_like(model.fc1.weight)}
@@ -325,7 +325,7 @@ def test_what_layers_have_besides_weights_stays(zoo: Any, backend: Any) -> None:
 
 
 def test_nni_may_not_remove_more_than_was_masked(zoo: Any) -> None:
-    """It does where nothing reads a unit; the units that are told to be kept would be others."""
+    """It does where nothing reads a unit; the reported kept units would be wrong."""
     model, inputs = made(zoo, "mlp")
     masks: dict[str, Any] = {name: {"weight": torch.ones_like(getattr(model, name).weight)} for name in ("fc1", "fc2")}
     masks["fc1"]["weight"][[0, 1]] = 0
@@ -336,7 +336,7 @@ def test_nni_may_not_remove_more_than_was_masked(zoo: Any) -> None:
     assert "other widths than the masks leave, at fc1" in (found.reason or "")
 
 
-def test_stale_statistics_are_told(zoo: Any) -> None:
+def test_stale_statistics_are_refused(zoo: Any) -> None:
     model, inputs = made(zoo, "mlp")
     masks, _ = masked(model, inputs)
     statistics = calibrate(model, [inputs], unit_groups(model, inputs), gram=True)
