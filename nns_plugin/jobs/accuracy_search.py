@@ -16,10 +16,10 @@ from nns_plugin.evaluation.intervals import percentile, rule_of_three
 from nns_plugin.evaluation.metrics import log_probabilities
 from nns_plugin.evaluation.prediction import predict
 from nns_plugin.labels import LabelSet
+from nns_plugin.subnets.extraction import Choice, Extraction
 from nns_plugin.subnets.head import cross_calibrated
 from nns_plugin.subnets.options import CONFIDENCE
 from nns_plugin.subnets.provenance import Trial
-from nns_plugin.subnets.steps import Choice, Extraction
 
 BISECTIONS = 8
 RESAMPLES = 1000

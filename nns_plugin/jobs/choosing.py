@@ -14,8 +14,8 @@ from nns_plugin.errors import CriterionError, LabelError, RecipeError, Selection
 from nns_plugin.selection import AngleRule, keep_by_ratio, keep_by_threshold
 from nns_plugin.statistics.macs import layer_macs, unit_macs
 from nns_plugin.statistics.sensitivity import output_sensitivity
+from nns_plugin.subnets.extraction import Choice, Prepared
 from nns_plugin.subnets.options import RATIO, ExtractionOptions
-from nns_plugin.subnets.steps import Choice, Prepared
 
 Loader = Any
 

@@ -21,9 +21,10 @@ from nns_plugin.models.fingerprint import digest, fingerprint
 from nns_plugin.models.inputs import device_of, run_model, to_device
 from nns_plugin.models.preserve import preserved
 from nns_plugin.statistics.statistics import Statistics
+from nns_plugin.subnets.extraction import Choice, Extraction, Preparation, Prepared
 from nns_plugin.subnets.options import CONFIDENCE, ExtractionOptions
 from nns_plugin.subnets.provenance import Provenance, Trial
-from nns_plugin.subnets.steps import PLAIN, Choice, Extraction, Preparation, Prepared, carry_out, prepare
+from nns_plugin.subnets.steps import PLAIN, carry_out, prepare
 from nns_plugin.subnets.subnet import Subnet
 from nns_plugin.synapses.snapshot import WeightSnapshot
 

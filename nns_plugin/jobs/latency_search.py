@@ -15,8 +15,8 @@ from nns_plugin.adapters.onnxruntime import LatencyComparison, LatencyOptions, e
 from nns_plugin.errors import LabelError, SelectionError
 from nns_plugin.jobs.accuracy_search import mark_of
 from nns_plugin.models.inputs import repeated
+from nns_plugin.subnets.extraction import Choice, Extraction
 from nns_plugin.subnets.provenance import Trial
-from nns_plugin.subnets.steps import Choice, Extraction
 
 BISECTIONS = 6
 MOST = 0.99  # share of units that is tried first, to see whether the target can be met at all

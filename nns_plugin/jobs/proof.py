@@ -33,8 +33,8 @@ from nns_plugin.jobs.latency_search import Target, Timing
 from nns_plugin.jobs.recipe import Recipe
 from nns_plugin.jobs.reports import ModelReport, Report
 from nns_plugin.jobs.stages import stage
+from nns_plugin.subnets.extraction import Extraction
 from nns_plugin.subnets.provenance import Trial
-from nns_plugin.subnets.steps import Extraction
 from nns_plugin.subnets.subnet import Subnet
 
 PARITY_INPUTS = 64

@@ -11,7 +11,8 @@ from nns_plugin.compensation.options import Method
 from nns_plugin.criteria import available
 from nns_plugin.errors import MissingExtraError
 from nns_plugin.selection import Complement
-from nns_plugin.subnets.options import Angles, ExtractionOptions, Framework, Head
+from nns_plugin.subnets.angles import Angles
+from nns_plugin.subnets.options import ExtractionOptions, Framework, Head
 
 try:
     from pydantic import (

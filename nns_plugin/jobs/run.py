@@ -19,8 +19,9 @@ from nns_plugin.jobs.reports import Report
 from nns_plugin.jobs.stages import stage
 from nns_plugin.jobs.turns import iterative_extraction, masked_synapses
 from nns_plugin.models.preserve import seeded
+from nns_plugin.subnets.extraction import Extraction
 from nns_plugin.subnets.provenance import Trial
-from nns_plugin.subnets.steps import Extraction, calibrate_head
+from nns_plugin.subnets.steps import calibrate_head
 
 FIGURES = ("activity-*.png", "overlap.png", "integration.png", "size.png")
 FILES = ("baseline.onnx", "subnet.onnx", "subnet.safetensors", "report.json")

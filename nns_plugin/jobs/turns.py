@@ -17,7 +17,8 @@ from nns_plugin.jobs.iterative import prune_iteratively
 from nns_plugin.jobs.job import Job
 from nns_plugin.jobs.recipe import IterativeSection, SynapsesSection
 from nns_plugin.jobs.stages import stage
-from nns_plugin.subnets.steps import PLAIN, Choice, Extraction, Preparation, carry_out, finish_head, prepare
+from nns_plugin.subnets.extraction import Choice, Extraction, Preparation
+from nns_plugin.subnets.steps import PLAIN, carry_out, finish_head, prepare
 from nns_plugin.synapses.mean_weight import prune_under_mean
 
 

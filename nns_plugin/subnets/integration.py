@@ -18,7 +18,8 @@ from nns_plugin.labels import LabelSet
 from nns_plugin.models.inputs import device_of, inputs_like
 from nns_plugin.selection import keep_by_threshold
 from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.steps import Choice, Preparation, Prepared, carry_out, prepare
+from nns_plugin.subnets.extraction import Choice, Preparation, Prepared
+from nns_plugin.subnets.steps import carry_out, prepare
 from nns_plugin.subnets.subnet import Subnet
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from nns_plugin.compensation.least_squares import Merge
 from nns_plugin.compensation.options import Compensation, Method
 from nns_plugin.criteria.contract import needs_of, options_of
 from nns_plugin.criteria.registry import BUILT_IN, available, find
 from nns_plugin.errors import CriterionError, RecipeError
-from nns_plugin.selection import Complement
+from nns_plugin.subnets.angles import Angles
+from nns_plugin.subnets.option_checks import as_tuple, check, check_choice, check_count, check_number
 
 Head = Literal["keep", "closed", "open"]
 Framework = Literal["torch_pruning", "nni"]
@@ -27,31 +26,6 @@ EVIDENCE = ("statistics", "model", "snapshot")  # what an extraction can build a
 TARGETS = ("target_latency_ms", "target_speedup")
 SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list", *TARGETS)
 TOGETHER = frozenset({"max_balanced_accuracy_drop", "confidence", "roundings", *TARGETS})  # others exclude each other
-
-
-@dataclass(frozen=True)
-class Angles:
-    """Selection by the angles between units' vectors.
-
-    Attributes:
-        similar: One unit of a pair goes below this angle, in degrees.
-        complementary: Units of a pair are complementary above this angle, in degrees.
-        complement: Whether ``"one"`` or ``"both"`` units of a complementary pair go.
-        merge: How the survivor of a pair takes over: ``"none"``, ``"add"`` or ``"scaled"``.
-    """
-
-    similar: float = 15.0
-    complementary: float = 165.0
-    complement: Complement = "one"
-    merge: Merge = "scaled"
-
-    def __post_init__(self) -> None:
-        _check_number("angle.similar", self.similar, 0, 180)
-        _check_number("angle.complementary", self.complementary, 0, 180)
-        _check_choice("angle.complement", self.complement, Complement)
-        _check_choice("angle.merge", self.merge, Merge)
-        if self.similar > self.complementary:
-            raise RecipeError("angle: similar must be at most complementary")
 
 
 @dataclass(frozen=True)
@@ -127,7 +101,7 @@ class ExtractionOptions:
 
     def __post_init__(self) -> None:
         for name in ("labels", "label_names", "ignored_layers", "config_list", "roundings"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(_plain(label) for label in self.labels))
         if self.label_names is not None:
@@ -155,30 +129,30 @@ class ExtractionOptions:
     def _check_values(self) -> None:
         if self.labels is not None:
             allowed = all(isinstance(label, (int, str)) and not isinstance(label, bool) for label in self.labels)
-            _check("labels", self.labels, bool(self.labels) and allowed, "at least one label, by index or name")
-        _check("ignored_layers", self.ignored_layers, all(isinstance(n, str) for n in self.ignored_layers), "names")
-        _check_choice("framework", self.framework, Framework)
+            check("labels", self.labels, bool(self.labels) and allowed, "at least one label, by index or name")
+        check("ignored_layers", self.ignored_layers, all(isinstance(n, str) for n in self.ignored_layers), "names")
+        check_choice("framework", self.framework, Framework)
         if self.criterion is not None and self.criterion not in BUILT_IN:
             names = available()
-            _check("criterion", self.criterion, self.criterion in names, f"one of {', '.join(sorted(names))}")
-        _check("criterion_options", self.criterion_options, isinstance(self.criterion_options, Mapping), "a mapping")
-        _check("angle", self.angle, isinstance(self.angle, (Angles, type(None))), "Angles")
+            check("criterion", self.criterion, self.criterion in names, f"one of {', '.join(sorted(names))}")
+        check("criterion_options", self.criterion_options, isinstance(self.criterion_options, Mapping), "a mapping")
+        check("angle", self.angle, isinstance(self.angle, (Angles, type(None))), "Angles")
         for name, kind in (("compensation", Method), ("head", Head)):
             if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), kind)
+                check_choice(name, getattr(self, name), kind)
         for name, low, high in (("ratio", 0, 1), ("zeta", 0, 1), ("max_balanced_accuracy_drop", 0, 1)):
-            _check_number(name, getattr(self, name), low, high, below=name == "ratio")
-        _check_number("confidence", self.confidence, 0.5, 0.999)
+            check_number(name, getattr(self, name), low, high, below=name == "ratio")
+        check_number("confidence", self.confidence, 0.5, 0.999)
         for name in (*TARGETS, "ridge"):
-            _check_number(name, getattr(self, name), 0, math.inf, above=True)
+            check_number(name, getattr(self, name), 0, math.inf, above=True)
         for name in ("round_to", "max_unfolded"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("roundings", "config_list"):
-            _check(name, getattr(self, name), getattr(self, name) != (), "at least one entry")
+            check(name, getattr(self, name), getattr(self, name) != (), "at least one entry")
         for multiple in self.roundings or ():
-            _check_count("roundings", multiple)
+            check_count("roundings", multiple)
         for name in ("sequential", "global_pruning", "recalibrate_batch_norms", "calibrate_head"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+            check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
 
     def _check_rules(self) -> None:
         given = [name for name in SELECTIONS if getattr(self, name) is not None]
@@ -321,13 +295,6 @@ class ExtractionOptions:
         return (given or {"ratio": RATIO}) | {k: value for k, value in more.items() if value not in (None, False, 1)}
 
 
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...] | None:
-    if value is None and name != "ignored_layers":
-        return None
-    _check(name, value, isinstance(value, Iterable) and not isinstance(value, (str, Mapping)), "a list")
-    return tuple(value)
-
-
 def _plain(label: Any) -> Any:
     """A label as a Python integer or string: NumPy and torch have integers of their own."""
     if isinstance(label, (str, bool)):
@@ -336,26 +303,3 @@ def _plain(label: Any) -> Any:
         return operator.index(label)
     except TypeError:
         return label
-
-
-def _check(name: str, value: Any, allowed: bool, expected: str) -> None:
-    if not allowed:
-        raise RecipeError(f"option {name!r}: found {value!r}; expected {expected}")
-
-
-def _check_choice(name: str, value: Any, kind: Any) -> None:
-    _check(name, value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    _check(name, value, isinstance(value, Integral) and not isinstance(value, bool) and value >= 1, "at least 1")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> None:
-    """Refuse all but ``None`` and numbers from ``low`` to ``high``, these excluded if ``above`` or ``below``."""
-    if value is None:
-        return
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    inside = number and (value > low if above else value >= low) and (value < high if below else value <= high)
-    shown = f"{'(' if above else '['}{low:g}, {high:g}{')' if below or math.isinf(high) else ']'}"
-    _check(name, value, inside, f"a number in {shown}")

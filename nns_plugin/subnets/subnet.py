@@ -18,11 +18,11 @@ from nns_plugin.models.fingerprint import digest, fingerprint
 from nns_plugin.models.inputs import device_of, inputs_like, kinds_of
 from nns_plugin.models.preserve import copied
 from nns_plugin.subnets.content import SubnetContent
+from nns_plugin.subnets.extraction import Extraction
 from nns_plugin.subnets.file import load, save
 from nns_plugin.subnets.head import linear_head, resize_head
 from nns_plugin.subnets.masking import origins, scatter, untied
 from nns_plugin.subnets.provenance import Provenance
-from nns_plugin.subnets.steps import Extraction
 from nns_plugin.units import UnitGroup
 
 

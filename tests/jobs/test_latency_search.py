@@ -24,8 +24,8 @@ from nns_plugin.adapters.onnxruntime import LatencyComparison, latency_report, m
 from nns_plugin.cli import main  # noqa: E402
 from nns_plugin.errors import LabelError, SelectionError  # noqa: E402
 from nns_plugin.jobs.latency_search import MOST, Candidates, Target, fast_enough  # noqa: E402
+from nns_plugin.subnets.extraction import Choice  # noqa: E402
 from nns_plugin.subnets.provenance import Trial  # noqa: E402
-from nns_plugin.subnets.steps import Choice  # noqa: E402
 
 pytestmark = pytest.mark.host("onnxruntime")
 

@@ -35,8 +35,8 @@ from nns_plugin.jobs.accuracy_search import Judge, smallest_within  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
 from nns_plugin.labels import LabelSet  # noqa: E402
+from nns_plugin.subnets.extraction import Choice, Extraction  # noqa: E402
 from nns_plugin.subnets.head import cross_calibrated  # noqa: E402
-from nns_plugin.subnets.steps import Choice, Extraction  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
 LABELS = 4

@@ -20,9 +20,10 @@ from nns_plugin.errors import LabelError, PruningError, StaleStatisticsError, Su
 from nns_plugin.labels import LabelSet  # noqa: E402
 from nns_plugin.models.fingerprint import digest, fingerprint  # noqa: E402
 from nns_plugin.statistics.calibration import calibrate  # noqa: E402
+from nns_plugin.subnets.extraction import Choice, Preparation  # noqa: E402
 from nns_plugin.subnets.head import fit_other  # noqa: E402
 from nns_plugin.subnets.provenance import Provenance  # noqa: E402
-from nns_plugin.subnets.steps import PLAIN, Choice, Preparation, carry_out, prepare  # noqa: E402
+from nns_plugin.subnets.steps import PLAIN, carry_out, prepare  # noqa: E402
 from nns_plugin.subnets.subnet import InexactMaskWarning  # noqa: E402
 
 
