@@ -227,7 +227,7 @@ def test_a_nan_never_passes_and_is_found(place: int, sides: str) -> None:
     assert report.first_divergence.position == (place,)
 
 
-def test_infinities_that_differ_are_told_without_a_warning() -> None:
+def test_infinities_that_differ_are_reported_without_a_warning() -> None:
     report = compared({"y": (array(1, INF, -INF, INF), array(INF, INF, INF, 2))}, rtol=10, atol=10)
     assert not report.passed
     assert report.max_absolute_error == INF

@@ -232,8 +232,8 @@ def test_no_batches_are_no_latency(dense: Path) -> None:
 def test_a_narrowed_candidate_takes_its_part_of_the_inputs(dense: Path, tmp_path: Path) -> None:
     wide = np.concatenate([X, X], 1)
     one = linear(tmp_path / "wide.onnx", np.concatenate([np.zeros_like(W), W]), NAMES)
-    told = {FEATURES_KEY: "[3, 4, 5]", SELECTION_KEY: '{"axis": 1, "flat": false, "total": 6}'}
-    small = linear(tmp_path / "small.onnx", W, NAMES, metadata=told, put="features")
+    metadata = {FEATURES_KEY: "[3, 4, 5]", SELECTION_KEY: '{"axis": 1, "flat": false, "total": 6}'}
+    small = linear(tmp_path / "small.onnx", W, NAMES, metadata=metadata, put="features")
     found = quick_compare(one, small, wide)
     assert parity(found).passed
     assert found.latency[0].batch == 1
@@ -271,9 +271,9 @@ def test_nan_outputs_never_pass_and_agree_with_nothing(tmp_path: Path) -> None:
 
 def test_a_comparison_with_nan_is_json(dense: Path, tmp_path: Path) -> None:
     broken = linear(tmp_path / "broken.onnx", W * np.float32(np.nan))
-    told = json.loads(json.dumps(quick_compare(dense, broken, X).to_dict(), allow_nan=False))
-    assert told["parity"][0]["max_absolute_error"] is None
-    assert told["candidate"]["path"] == str(broken)
+    saved = json.loads(json.dumps(quick_compare(dense, broken, X).to_dict(), allow_nan=False))
+    assert saved["parity"][0]["max_absolute_error"] is None
+    assert saved["candidate"]["path"] == str(broken)
 
 
 # Torch models ---------------------------------------------------------------------------------------------------

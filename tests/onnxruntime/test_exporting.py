@@ -57,19 +57,19 @@ def test_labels_and_metadata_make_the_round_trip(exported: tuple[nn.Module, Path
     assert adapter.LABELS_KEY == "nns.labels"
 
 
-def test_the_inputs_of_a_narrowed_model_are_told(tmp_path: Path) -> None:
+def test_the_features_of_a_narrowed_model_are_in_the_metadata(tmp_path: Path) -> None:
     path = adapter.export(nn.Linear(3, 2), TWO, tmp_path / "model.onnx", features=torch.tensor([5, 2, 7]))
     found = adapter.create_session(path).get_modelmeta().custom_metadata_map
     assert found == {"nns.features": "[5, 2, 7]"}
     selection = InputSelection(torch.tensor([2, 5, 7]), total=9, axis=-1, flat=False)
     path = adapter.export(nn.Linear(3, 2), TWO, tmp_path / "model.onnx", features=selection)
     found = adapter.create_session(path).get_modelmeta().custom_metadata_map
-    told = {"nns.features": "[2, 5, 7]", "nns.features.of": '{"axis": -1, "flat": false, "total": 9}'}
-    assert found == told
-    assert tuple(told) == (adapter.FEATURES_KEY, adapter.SELECTION_KEY)
+    expected = {"nns.features": "[2, 5, 7]", "nns.features.of": '{"axis": -1, "flat": false, "total": 9}'}
+    assert found == expected
+    assert tuple(expected) == (adapter.FEATURES_KEY, adapter.SELECTION_KEY)
 
 
-def test_the_file_stands_alone_and_tells_nothing_about_this_machine(exported: tuple[nn.Module, Path]) -> None:
+def test_the_file_stands_alone_and_reveals_nothing_about_this_machine(exported: tuple[nn.Module, Path]) -> None:
     path = exported[1]
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     content = path.read_bytes()

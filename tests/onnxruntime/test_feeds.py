@@ -30,8 +30,8 @@ def file_with(*inputs: tuple[str, Shape] | tuple[str, Shape, str], **metadata: s
 
 
 def narrowed(indices: list[int], total: int, axis: int, flat: bool, shape: Shape) -> OnnxFile:
-    told = json.dumps({"axis": axis, "flat": flat, "total": total})
-    return file_with(("x", shape), **{FEATURES_KEY: json.dumps(indices), SELECTION_KEY: told})
+    indexed = json.dumps({"axis": axis, "flat": flat, "total": total})
+    return file_with(("x", shape), **{FEATURES_KEY: json.dumps(indices), SELECTION_KEY: indexed})
 
 
 def floats(*shape: int) -> Any:
@@ -212,7 +212,7 @@ def test_free_batches_are_cut_with_a_short_last_one() -> None:
         np.testing.assert_array_equal(np.concatenate([values[name] for values, _, _ in extraction]), floats(5, columns))
 
 
-def test_a_fixed_batch_is_filled_up_and_told_how_many_count() -> None:
+def test_a_fixed_batch_is_padded_and_its_real_inputs_are_counted() -> None:
     feeds = feeds_of(file_with(("x", (4, 1))), {"x": floats(6, 1)})
     assert (feeds.inputs, feeds.fixed) == (6, 4)
     extraction = [(values["x"].ravel().tolist(), whole, count) for values, whole, count in feeds.batches(0, 6)]

@@ -105,7 +105,7 @@ def test_the_facts_of_a_file(tmp_path: Path) -> None:
     assert read_file(str(path)) == found
 
 
-def test_every_kind_of_input_is_told(tmp_path: Path) -> None:
+def test_every_kind_of_input_is_described(tmp_path: Path) -> None:
     types = onnx.TensorProto
     inputs = [
         put("images", "batch", 3, None, 8, kind=types.FLOAT16),
@@ -148,7 +148,7 @@ def test_external_weights_are_counted_and_hashed(tmp_path: Path) -> None:
     assert [spec.name for spec in found.inputs] == ["x"]
 
 
-def test_external_files_of_one_name_are_both_told(tmp_path: Path) -> None:
+def test_external_files_of_one_name_are_both_listed(tmp_path: Path) -> None:
     constants = {"v": np.ones(2, np.float32), "w": np.full(2, 2, np.float32)}
     nodes = [onnx.helper.make_node("Add", ["x", "v"], ["z"]), onnx.helper.make_node("Mul", ["z", "w"], ["y"])]
     path = save(tmp_path / "model.onnx", [put("x", "n", 2)], [put("y", "n", 2)], nodes, constants=constants)
@@ -209,9 +209,9 @@ def test_labels_that_are_no_list_of_names(labels: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indices", ["[0, 1]", "zero", '["a"]', "[[0], [1, 2]]"])
-@pytest.mark.parametrize("told", ["{}", "[]", "no", '{"total": "x", "axis": 1, "flat": false}'])
-def test_a_selection_that_cannot_be_read(indices: str, told: str, tmp_path: Path) -> None:
-    metadata = {adapter.FEATURES_KEY: indices, adapter.SELECTION_KEY: told}
+@pytest.mark.parametrize("indexed", ["{}", "[]", "no", '{"total": "x", "axis": 1, "flat": false}'])
+def test_a_selection_that_cannot_be_read(indices: str, indexed: str, tmp_path: Path) -> None:
+    metadata = {adapter.FEATURES_KEY: indices, adapter.SELECTION_KEY: indexed}
     found = read_file(relu(tmp_path / "model.onnx", metadata=metadata))
     with pytest.raises(ExportError, match="export it again") as failure:
         _ = found.selection
@@ -220,9 +220,9 @@ def test_a_selection_that_cannot_be_read(indices: str, told: str, tmp_path: Path
 
 @pytest.mark.parametrize("indices", ["[0, 9]", "[-1, 0]", "[0.5, 1]", "[[0, 1]]", "[]"])
 def test_a_selection_of_what_is_not_there(indices: str, tmp_path: Path) -> None:
-    told = json.dumps({"total": 4, "axis": 1, "flat": False})
+    indexed = json.dumps({"total": 4, "axis": 1, "flat": False})
     found = read_file(
-        relu(tmp_path / "model.onnx", metadata={adapter.FEATURES_KEY: indices, adapter.SELECTION_KEY: told})
+        relu(tmp_path / "model.onnx", metadata={adapter.FEATURES_KEY: indices, adapter.SELECTION_KEY: indexed})
     )
     with pytest.raises(ExportError, match="export it again"):
         _ = found.selection
@@ -273,7 +273,7 @@ def test_external_weights_that_are_cut_short_do_not_become_a_session(tmp_path: P
     assert len(str(failure.value).splitlines()) == 1
 
 
-def test_an_opset_from_the_future_is_told_in_numbers(tmp_path: Path) -> None:
+def test_an_opset_from_the_future_is_reported_in_numbers(tmp_path: Path) -> None:
     path = relu(tmp_path / "model.onnx", opset=99)
     assert read_file(path).opset == 99
     with pytest.raises(ExportError) as failure:
@@ -285,7 +285,7 @@ def test_an_opset_from_the_future_is_told_in_numbers(tmp_path: Path) -> None:
     assert len(message.splitlines()) == 1
 
 
-def test_a_format_from_the_future_is_told_in_numbers(tmp_path: Path) -> None:
+def test_a_format_from_the_future_is_reported_in_numbers(tmp_path: Path) -> None:
     path = relu(tmp_path / "model.onnx", ir_version=99)
     assert read_file(path).inputs[0].name == "x"
     with pytest.raises(ExportError, match="IR version: 99, max supported IR version") as failure:

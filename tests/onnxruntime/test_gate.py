@@ -131,14 +131,14 @@ def test_a_tolerance_asks_for_parity(name: str) -> None:
     assert check.text.endswith("over rtol 0.001, atol 1e-05, first at y[3, 1]: 1.75 instead of 1.5")
 
 
-def test_what_cannot_be_compared_fails_and_is_told() -> None:
+def test_what_cannot_be_compared_fails_with_a_reason() -> None:
     report = replace(PARITY, passed=False, top1_agreement=None, incomparable=("output 'a' is missing", "b"))
     verdict = Gate(rtol=1e-3, min_top1_agreement=0.5).judge(comparison(parity=(report,)))
     assert [check.name for check in verdict.failures] == ["tolerance, dense against pruned", "min_top1_agreement"]
     assert all("output 'a' is missing; b" in check.text for check in verdict.failures)
 
 
-def test_every_batch_size_is_judged() -> None:
+def test_every_batch_size_is_checked() -> None:
     latency = (of_latency(1), of_latency(8, low=1.0), of_latency(32, p90_high=9.0))
     verdict = Gate(min_speedup=1.2, max_p90_ms=5).judge(comparison(latency=latency))
     assert [check.name for check in verdict.failures] == ["min_speedup, batch 8", "max_p90_ms, batch 32"]
@@ -203,8 +203,8 @@ def test_a_verdict_on_nan_is_json() -> None:
     report = replace(FAILED, max_absolute_error=math.nan, first_divergence=Divergence("y", (0,), 1.0, math.nan))
     verdict = Gate(rtol=1e-3).judge(comparison(parity=(report,)))
     assert not verdict.passed
-    told = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
-    assert told["checks"][-1]["found"] is None
+    saved = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+    assert saved["checks"][-1]["found"] is None
 
 
 # Providers ------------------------------------------------------------------------------------------------------

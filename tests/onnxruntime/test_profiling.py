@@ -163,7 +163,7 @@ def test_means_are_those_of_the_timed_runs(tmp_path: Path, monkeypatch: pytest.M
     assert {(each.operator, each.provider) for each in found.nodes} == {("Add", CPU)}
 
 
-def test_profiles_of_another_provider_are_told_to_have_fallen_back(tmp_path: Path) -> None:
+def test_nodes_run_by_another_provider_have_fallen_back(tmp_path: Path) -> None:
     if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this build has no provider that runs nothing")
     path = linear(tmp_path / "model.onnx", W)

@@ -129,7 +129,7 @@ def test_session_options_are_as_asked(exported: tuple[nn.Module, Path]) -> None:
         adapter.create_session(exported[1], threads=0)
 
 
-def test_session_providers_tells_what_sessions_get(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_providers_are_those_that_sessions_get(monkeypatch: pytest.MonkeyPatch) -> None:
     found = adapter.session_providers()
     assert list(found) == onnxruntime.get_available_providers()
     assert found["CPUExecutionProvider"] == ["CPUExecutionProvider"]
