@@ -97,7 +97,7 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ),
         ({"framework": "tensorflow"}, "field 'framework': found 'tensorflow'"),
         ({"framework": "nni", "config_list": []}, "field 'config_list'"),
-        ({"framework": "nni", "global_pruning": True}, "global_pruning ranks units, and NNI shares of weights"),
+        ({"framework": "nni", "global_pruning": True}, "global_pruning ranks units, but NNI ranks shares of weights"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(None, {"round_to": 1, **overrides})
@@ -105,7 +105,7 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ({"op_types": ["LSTM"], "sparse_ratio": 0.5}, PruningError, "selects no layer"),
         ({"op_names": ["99"], "sparse_ratio": 0.5}, PruningError, "op_names has '99'"),
         ({"op_types": ["Conv2d"], "sparse_ratio": 1.0}, PruningError, "would leave nothing"),
-        ({"op_types": ["Conv2d"], "sparse_ratio": 0.0}, SelectionError, "masks no unit whole"),
+        ({"op_types": ["Conv2d"], "sparse_ratio": 0.0}, SelectionError, "masks no complete unit"),
         ({"op_types": ["Conv2d"], "sparsity": 0.5, "exclude": True}, PruningError, "NNI|selects no layer"),
     ):
         with pytest.raises(kind, match=message):
