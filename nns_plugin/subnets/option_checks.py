@@ -31,7 +31,7 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """Refuse all but positive integers."""
-    check(name, value, isinstance(value, Integral) and not isinstance(value, bool) and value >= 1, "at least 1")
+    check(name, value, isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1, "at least 1")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> None:
