@@ -1,0 +1,92 @@
+"""The public surface: every name of the faces imports, docs/api.md lists it, and importing costs no host.
+
+``python tests/project/test_api.py`` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "api.md"
+FACES = {
+    "nns_plugin": "What most people import. Names load lazily: `import nns_plugin` imports neither torch nor a host.",
+    "nns_plugin.adapters.torch_pruning": "Importances for torch-pruning's pruners, and removal with compensation.",
+    "nns_plugin.adapters.nni": "Pruners for NNI, and masked models made small. Needs the extra `nni`.",
+    "nns_plugin.adapters.onnxruntime": "Export, measurement and the gate. Needs the extra `onnx`.",
+}
+HOSTS = (
+    "torch_pruning",
+    "nni",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "sklearn",
+    "matplotlib",
+    "typer",
+    "rich",
+    "pydantic",
+    "yaml",
+)
+
+
+def summary(name: str, value: object) -> str:
+    """First line of a docstring; constants and type aliases have none of their own."""
+    if inspect.isclass(value) or inspect.isfunction(value):
+        return (inspect.getdoc(value) or "").partition("\n")[0]
+    return f"`{value}`" if name != "__version__" else "Version of the installed package."
+
+
+def section(face: str) -> str:
+    """The part of the page about one face."""
+    module = importlib.import_module(face)
+    rows = [f"| `{name}` | {summary(name, getattr(module, name))} |" for name in sorted(module.__all__, key=str.lower)]
+    return "\n".join([f"## {face}", "", FACES[face], "", "| name | |", "|---|---|", *rows, ""])
+
+
+@pytest.mark.host("torch_pruning", "nni", "onnxruntime")
+@pytest.mark.parametrize("face", FACES)
+def test_the_page_lists_every_public_name(face: str) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    expected = section(face)
+    assert expected in text, f"docs/api.md is not what {face} exports: run python {Path(__file__).name}"
+    assert text.count("\n## ") == len(FACES)
+
+
+@pytest.mark.host("torch_pruning", "nni", "onnxruntime")
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_name_has_a_docstring(face: str) -> None:
+    module = importlib.import_module(face)
+    assert len(set(module.__all__)) == len(module.__all__)
+    missing = [name for name in module.__all__ if not summary(name, getattr(module, name))]
+    assert missing == []
+
+
+def loaded_after(statements: str, folder: Path) -> list[str]:
+    """Which of torch and the hosts a fresh process has loaded after some statements."""
+    script = f"{statements}\nimport sys\nprint(*(name for name in {('torch', *HOSTS)!r} if name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_a_fresh_import_loads_nothing(tmp_path: Path) -> None:
+    assert loaded_after("import nns_plugin; nns_plugin.__version__; dir(nns_plugin)", tmp_path) == []
+
+
+def test_the_core_loads_no_host(tmp_path: Path) -> None:
+    import nns_plugin
+
+    names = ", ".join(name for name in nns_plugin.__all__)
+    assert loaded_after(f"from nns_plugin import {names}", tmp_path) == ["torch"]
+
+
+if __name__ == "__main__":
+    head = "# API\n\nEvery public name, with the first line of its docstring; `help(name)` has the rest.\n\n"
+    PAGE.write_text(head + "\n".join(section(face) for face in FACES), encoding="utf-8")
