@@ -1,8 +1,8 @@
-"""The seeds' tables: distinctiveness and mean-weight threshold in the iterative of training, pruning and fine-tuning.
+"""The seeds' tables: distinctiveness and mean-weight threshold in iterative pruning.
 
 Waveform with 40 and 21 attributes (50 sigmoid hidden units), 32x32 cats against dogs (two convolutions and a hidden
 layer), and the other seed's two nets on data that comes with scikit-learn, since its own is not public. Every variant
-gets the same networks, data, and epochs; test data decides nothing: the iterative judges by a validation share of the
+gets the same networks, data, and epochs; test data decides nothing: iterative pruning is judged by a validation share of the
 training data. Published numbers stand beside ours. Mean and standard deviation over seeds.
 """
 
@@ -47,7 +47,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and labels: of training, of validation (the iterative's judge) and of the test."""
+    """Inputs and labels: of training, of validation (the judge of iterative pruning) and of the test."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -281,7 +281,7 @@ def compare(
 FIRST_RULE = AngleRule(15, 165, "one")
 WORDS_RULE, CODE_RULE = AngleRule(15, 165, "both"), AngleRule(15, 180)
 DISTINCTIVENESS, THRESHOLD = "distinctiveness (the seed's)", "mean-weight threshold (the seed's)"
-OURS, CIRCLE, REGRESSION = "span + refit (ours)", "span + refit, iterative (ours)", "logistic regression"
+OURS, ITERATIVE, REGRESSION = "span + refit (ours)", "span + refit, iterative (ours)", "logistic regression"
 
 
 def waveform(data_dir: Path, seeds: list[int]) -> None:
@@ -313,7 +313,7 @@ def waveform(data_dir: Path, seeds: list[int]) -> None:
                 DISTINCTIVENESS: lambda task: (by_angle(task, FIRST_RULE, 0.5, "activations", "none"), 1, 1.0),
                 THRESHOLD: lambda task: (by_mean_weight(task), 1, 1.0),
                 OURS: lambda task: (by_span(task, 0.6), 1, 1.0),
-                CIRCLE: lambda task: (by_span(task, 0.5), 5, 0.005),
+                ITERATIVE: lambda task: (by_span(task, 0.5), 5, 0.005),
             },
             seeds,
             published[attributes],
@@ -350,7 +350,7 @@ def images(data_dir: Path, seeds: list[int]) -> None:
             DISTINCTIVENESS: lambda task: (by_angle(task, FIRST_RULE, None, "activations", "none"), 1, 1.0),
             THRESHOLD: lambda task: (by_mean_weight(task), 1, 1.0),
             OURS: lambda task: (by_span(task, 0.5), 1, 1.0),
-            CIRCLE: lambda task: (by_span(task, 0.3), 5, 0.01),
+            ITERATIVE: lambda task: (by_span(task, 0.3), 5, 0.01),
         },
         seeds,
         {DISTINCTIVENESS: "65.00 at 43.1 % / 23.5 %", THRESHOLD: "61.07 at 46.6 % / 49.4 %"},

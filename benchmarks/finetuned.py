@@ -1,4 +1,4 @@
-"""Accuracy after two epochs of fine-tuning: the shared ResNet-20 at 2.1x fewer operations, per importance.
+"""Accuracy after two epochs of fine-tuning: the shared ResNet-20 at 2.1x fewer MACs, per importance.
 
 Importances rank the units of all groups together, at the ratio that reaches the speed-up. torch-pruning's get batch
 norms recalibrated after removal, ours its compensation as well; then all are trained with the same schedule, data order

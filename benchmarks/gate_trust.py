@@ -1,4 +1,4 @@
-"""Whether the gate can be trusted: a file measured against itself, and against one with twice the work.
+"""Can the gate be trusted? A file measured against itself, and against one with twice the work.
 
 Measured against itself, a file must not look faster or slower: the interval of the ratio has to hold 1. Measured
 against two nets of its kind in one file, the interval has to lie wholly on one side of 1, the right one. The first is

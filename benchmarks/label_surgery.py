@@ -1,7 +1,7 @@
 """What a label set costs: balanced accuracy against kept units on MNIST, and the smallest subnets of a ResNet-20.
 
 MNIST: a perceptron 784-100-10 and a small convolutional net with 100 units are trained on 50 000 images. For every
-label alone, and for random label sets of 2, 3 and 5, subnets of a given number of units are cut out on other training
+label alone, and for random label sets of 2, 3 and 5, subnets of a given number of units are extracted on other training
 images and judged on the 10 000 test images, by the mean balanced accuracy of their labels.
 
 - "zeroed": the source paper's method. The units that score lowest are zeroed, with their biases, and the dense head
@@ -89,7 +89,7 @@ def convolutional() -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """How subnets are cut.
+    """How subnets are extracted.
 
     Attributes:
         options: Of ``extract_subnet``.

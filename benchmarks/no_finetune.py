@@ -1,8 +1,8 @@
-"""Accuracy after removal without any training: which importance selects x how the survivors compensate.
+"""Accuracy after removal without any training: which importance selects x how the kept units compensate.
 
 MNIST: a perceptron 784-300-100-10 is trained once a seed; every importance removes the same share of both hidden
 layers. ResNet-20 on CIFAR-10: importances rank the units of all groups together (torch-pruning's global mode), with
-the ratio that reaches a given speed-up in multiply-accumulate operations, found by bisection; statistics, batch norms
+the ratio that reaches a given reduction of MACs, found by bisection; statistics, batch norms
 and refit see the same unlabelled training images, those of a seed. Importances that need gradients get the labels, too.
 Accuracy is that of the 10 000 test images.
 """
@@ -132,7 +132,7 @@ def compared(
 def show(
     title: str, rows: list[Row], dense: list[float], columns: list[str], goals: tuple[float, ...], best: str
 ) -> None:
-    """Mean and standard deviation over the seeds, the operations left, and whether the goals are met."""
+    """Mean and standard deviation over the seeds, the MACs left, and whether the goals are met."""
     seeds = len(dense)
     table = Table(
         title=f"{title}, no training after removal; test accuracy in %, {seeds} seeds, dense {np.mean(dense):.2f} "

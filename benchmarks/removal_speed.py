@@ -1,4 +1,4 @@
-"""What scoring and removing cost on a ResNet-50: span elimination against torch-pruning's L2, without calibration."""
+"""What scoring and removal cost on a ResNet-50: span elimination against torch-pruning's L2, without calibration."""
 
 from __future__ import annotations
 

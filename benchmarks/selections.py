@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nns_plugin.adapters.torch_pruning import count_macs
 
 HESSIAN_INPUTS = 256
-# No layer loses more, under any importance: some would cut the network in two.
+# No layer loses more, under any importance: some would disconnect the network.
 MAX_RATIO = 0.95
 BISECTIONS = 12
 
@@ -95,15 +95,15 @@ def maker(
 
 
 def ratio_for(speed_up: float, make: Callable[[nn.Module, float], Any], model: nn.Module, example: Tensor) -> float:
-    """The ratio with which a pruner's step reaches a speed-up in multiply-accumulate operations, by bisection."""
+    """The ratio with which a pruner's step reaches a given reduction of MACs, by bisection."""
     dense, _ = count_macs(model, example)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
         smaller = copy.deepcopy(model)
         make(smaller, ratio).step()
-        operations, _ = count_macs(smaller, example)
-        low, high = (ratio, high) if dense / operations < speed_up else (low, ratio)
+        macs, _ = count_macs(smaller, example)
+        low, high = (ratio, high) if dense / macs < speed_up else (low, ratio)
     return (low + high) / 2
 
 
