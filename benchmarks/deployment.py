@@ -3,8 +3,8 @@
 The trained network loses units by torch-pruning's L2 importance, ranked across all groups, its consumers are refitted,
 and nothing is trained. Widths are left as they come, or rounded to multiples of 8 or 16 by torch-pruning, which rounds
 down and leaves a group alone that would lose everything: MACs then do not fall steadily with the ratio, and not every
-number of them can be reached. The ratio is the smallest that comes close to the wanted MACs, or else the closest; compare
-speed-ups with the MACs that were reached in mind.
+number of them can be reached. The ratio is the smallest that comes close to the wanted MACs, or else the closest;
+compare speed-ups with the MACs that were reached in mind.
 
 Each is exported and compared with the dense file on test images that nothing else has seen.
 """

@@ -2,8 +2,8 @@
 
 Waveform with 40 and 21 attributes (50 sigmoid hidden units), 32x32 cats against dogs (two convolutions and a hidden
 layer), and the other seed's two nets on data that comes with scikit-learn, since its own is not public. Every variant
-gets the same networks, data, and epochs; test data decides nothing: iterative pruning is judged by a validation share of the
-training data. Published numbers stand beside ours. Mean and standard deviation over seeds.
+gets the same networks, data and epochs; test data decides nothing: iterative pruning is judged by a validation share of
+the training data. Published numbers stand beside ours. Mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
