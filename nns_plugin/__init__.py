@@ -1,31 +1,14 @@
-"""Importance criteria for structured pruning that torch-pruning and NNI lack, with evidence for what they keep."""
+"""Criteria for structured pruning that torch-pruning and NNI lack, compensation, and evidence for what is kept."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-from nns_plugin.errors import NNSError
-from nns_plugin.statistics.calibration import calibrate
-from nns_plugin.statistics.statistics import Statistics
-from nns_plugin.subnets.integration import integrate
-from nns_plugin.subnets.subnet import Subnet
-from nns_plugin.synapses.minimal import MinimalNetwork, minimal_network
-from nns_plugin.synapses.snapshot import WeightSnapshot
-from nns_plugin.units import Port, UnitGroup
+import lazy_loader
 
 try:
     __version__ = version("nns-plugin")
 except PackageNotFoundError:  # the source tree, not installed
     __version__ = "0+unknown"
 
-__all__ = [
-    "MinimalNetwork",
-    "NNSError",
-    "Port",
-    "Statistics",
-    "Subnet",
-    "UnitGroup",
-    "WeightSnapshot",
-    "__version__",
-    "calibrate",
-    "integrate",
-    "minimal_network",
-]
+# The public names are those of __init__.pyi; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]

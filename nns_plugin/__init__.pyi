@@ -1,0 +1,30 @@
+from .compensation.options import Compensation as Compensation
+from .criteria import WSF as WSF
+from .criteria import Distinctiveness as Distinctiveness
+from .criteria import MeanWeight as MeanWeight
+from .criteria import Semantic as Semantic
+from .criteria import Switcher as Switcher
+from .errors import NNSError as NNSError
+from .jobs.extraction import extract_subnet as extract_subnet
+from .jobs.iterative import IterativePruning as IterativePruning
+from .jobs.iterative import prune_iteratively as prune_iteratively
+from .statistics.calibration import calibrate as calibrate
+from .statistics.statistics import Statistics as Statistics
+from .subnets.integration import integrate as integrate
+from .subnets.subnet import Subnet as Subnet
+from .switcher import ScalingFactors as ScalingFactors
+from .switcher import SwitchedTrainingOptions as SwitchedTrainingOptions
+from .switcher import SwitcherNetwork as SwitcherNetwork
+from .switcher import fold as fold
+from .switcher import switch_off as switch_off
+from .switcher import train_switched as train_switched
+from .synapses import Compact as Compact
+from .synapses import MinimalNetwork as MinimalNetwork
+from .synapses import MinimalNetworkOptions as MinimalNetworkOptions
+from .synapses import WeightSnapshot as WeightSnapshot
+from .synapses import compact as compact
+from .synapses import minimal_network as minimal_network
+from .units import Port as Port
+from .units import UnitGroup as UnitGroup
+
+__version__: str
