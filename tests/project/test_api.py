@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ HOSTS = (
 def summary(name: str, value: object) -> str:
     """First line of a docstring; constants and type aliases have none of their own."""
     if inspect.isclass(value) or inspect.isfunction(value):
-        return (inspect.getdoc(value) or "").partition("\n")[0]
+        return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", (inspect.getdoc(value) or "").partition("\n")[0])
     return f"`{value}`" if name != "__version__" else "Version of the installed package."
 
 
@@ -66,6 +67,16 @@ def test_every_public_name_has_a_docstring(face: str) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
     missing = [name for name in module.__all__ if not summary(name, getattr(module, name))]
     assert missing == []
+
+
+def test_pages_import_public_names_only() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for face, names in re.findall(
+            r"^ *from (nns_plugin[\w.]*) import (.+)$", page.read_text("utf-8"), re.MULTILINE
+        ):
+            assert face in FACES, f"{page.name} imports from {face}"
+            listed = PAGE.read_text("utf-8").split(f"\n## {face}\n")[1].partition("\n## ")[0]
+            assert not [name for name in names.split(", ") if f"| `{name}` |" not in listed], f"{page.name}: {names}"
 
 
 def loaded_after(statements: str, folder: Path) -> list[str]:
