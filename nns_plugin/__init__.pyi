@@ -1,9 +1,9 @@
 from .compensation import Compensation as Compensation
+from .criteria import WSF as WSF
 from .criteria import Distinctiveness as Distinctiveness
 from .criteria import MeanWeight as MeanWeight
 from .criteria import Semantic as Semantic
 from .criteria import Switcher as Switcher
-from .criteria import WSF as WSF
 from .errors import NNSError as NNSError
 from .jobs.extraction import extract_subnet as extract_subnet
 from .jobs.figures import activity_figure as activity_figure
