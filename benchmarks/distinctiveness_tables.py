@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 from tqdm import tqdm
 
 from nns_plugin import calibrate
-from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle
+from nns_plugin.adapters.torch_pruning.angle_pruning import AngleOptions, prune_by_angle
 from nns_plugin.adapters.torch_pruning.graph import build_graph
 from nns_plugin.adapters.torch_pruning.groups import graph_groups, resolve_layers
 from nns_plugin.adapters.torch_pruning.removals import PrunableGraph, removals_of
@@ -104,9 +104,7 @@ def by_angle(task: Task, rule: AngleRule, center: float | None, vectors: str, me
             example,
             statistics,
             rule,
-            center=center,
-            vectors=vectors,
-            merge=merge,
+            AngleOptions(vectors, center, merge),
             loader=batches(task.split.train),
         )
         return found.removed
@@ -455,7 +453,7 @@ def without_training(
         for name, (rule, vectors, merge) in variants.items():
             model = copy.deepcopy(dense)
             statistics, example = observed(task, model)
-            found = prune_by_angle(model, example, statistics, rule, vectors=vectors, merge=merge, groups=[group])
+            found = prune_by_angle(model, example, statistics, rule, AngleOptions(vectors, merge=merge, groups=[group]))
             rows.setdefault(name, []).append(
                 Removal(before, accuracy(model, *task.split.test), found.pairs, found.removed)
             )

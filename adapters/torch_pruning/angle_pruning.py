@@ -21,6 +21,35 @@ from nns_plugin.statistics.angles import Center
 from nns_plugin.statistics.statistics import Statistics
 
 
+@dataclass(frozen=True)
+class AngleOptions:
+    """How angles are measured, in which groups, and how survivors take over.
+
+    Attributes:
+        vectors: ``"activations"``, or ``"weights"`` for the incoming weights.
+        center: Subtracted from the activations: ``None``, a number (0.5 for sigmoid units) or ``"mean"``.
+        merge: How a survivor takes over: ``"none"``, ``"add"`` (the removed unit's outgoing weights are added to its
+            own) or ``"scaled"`` (exact for a pair whose centred vectors are parallel).
+        groups: Names of the groups to prune; all of the statistics' by default.
+        recalibrate_batch_norms: Whether to recalibrate batch norms, where there is a loader.
+
+    Raises:
+        PruningError: If ``merge`` is unknown, or ``groups`` is a string.
+    """
+
+    vectors: Vectors = "activations"
+    center: Center = None
+    merge: Merge = "scaled"
+    groups: Sequence[str] | None = None
+    recalibrate_batch_norms: bool = True
+
+    def __post_init__(self) -> None:
+        if self.merge not in get_args(Merge):
+            raise PruningError(f"merge is {self.merge!r}; it must be one of {', '.join(get_args(Merge))}")
+        if isinstance(self.groups, str):
+            raise PruningError(f"groups is {self.groups!r}; expected a list of names")
+
+
 @dataclass(frozen=True, eq=False)
 class AnglePruning:
     """The result of pruning by angles.
@@ -43,13 +72,9 @@ def prune_by_angle(
     example_inputs: Any,
     statistics: Statistics,
     rule: AngleRule = AngleRule(),  # noqa: B008, it is frozen
+    options: AngleOptions = AngleOptions(),
     *,
-    vectors: Vectors = "activations",
-    center: Center = None,
-    merge: Merge = "scaled",
-    groups: Sequence[str] | None = None,
     loader: Iterable[Any] | None = None,
-    recalibrate_batch_norms: bool = True,
 ) -> AnglePruning:
     """Remove redundant units by the angles between their vectors, and merge them into those that stay.
 
@@ -58,16 +83,11 @@ def prune_by_angle(
         example_inputs: As for torch-pruning.
         statistics: Of the model, with ``gram=True``.
         rule: Decides which pairs are redundant.
-        vectors: ``"activations"``, or ``"weights"`` for the incoming weights.
-        center: Subtracted from the activations: ``None``, a number (0.5 for sigmoid units) or ``"mean"``.
-        merge: How a survivor takes over: ``"none"``, ``"add"`` (the removed unit's outgoing weights are added to its
-            own) or ``"scaled"`` (exact for a pair whose centred vectors are parallel).
-        groups: Names of the groups to prune; all of the statistics' by default.
+        options: How angles are measured, in which groups, and how survivors take over.
         loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are recalibrated.
-        recalibrate_batch_norms: Whether to do so.
 
     Raises:
-        PruningError: If an option is unknown.
+        PruningError: If the statistics have no group of a given name.
         StaleStatisticsError: If the statistics do not belong to the model.
 
     Source:
@@ -83,18 +103,15 @@ def prune_by_angle(
         >>> _ = model[0].bias.data.zero_()
         >>> x = torch.randn(100, 2)
         >>> statistics = calibrate(model, [x], unit_groups(model, x[:2], [model[2]]), gram=True)
-        >>> prune_by_angle(model, x[:2], statistics, center=0.5).kept
+        >>> prune_by_angle(model, x[:2], statistics, options=AngleOptions(center=0.5)).kept
         {'0': tensor([0, 2])}
     """
     names = [group.name for group in statistics.groups]
-    unknown = [name for name in groups or () if name not in names]
-    if isinstance(groups, str) or unknown:
-        raise PruningError(f"groups is {groups!r}; expected a list of names among {', '.join(names)}")
-    if merge not in get_args(Merge):
-        raise PruningError(f"merge is {merge!r}; it must be one of {', '.join(get_args(Merge))}")
+    if any(name not in names for name in options.groups or ()):
+        raise PruningError(f"groups is {options.groups!r}; expected a list of names among {', '.join(names)}")
     statistics.check_current(model)
-    criterion = Distinctiveness(statistics, model, "pairwise", center, vectors)
-    chosen = [group for group in statistics.groups if groups is None or group.name in groups]
+    criterion = Distinctiveness(statistics, model, "pairwise", options.center, options.vectors)
+    chosen = [group for group in statistics.groups if options.groups is None or group.name in options.groups]
     selections = criterion.select(chosen, rule)
     kept = {name: selection.kept for name, selection in selections.items()}
     graph = build_graph(model, example_inputs)
@@ -102,9 +119,9 @@ def prune_by_angle(
         PrunableGraph(graph),
         removals_of(graph, chosen, kept),
         statistics,
-        Compensation("merge", recalibrate_batch_norms=recalibrate_batch_norms),
+        Compensation("merge", recalibrate_batch_norms=options.recalibrate_batch_norms),
         loader,
-        survivors=survivors_of(statistics, chosen, selections, merge, center),
+        survivors=survivors_of(statistics, chosen, selections, options.merge, options.center),
     )
     removed = sum(group.size - kept[group.name].numel() for group in chosen if group.name in kept)
     return AnglePruning(kept, removed, sum(selection.pairs for selection in selections.values()), narrowed)

@@ -68,7 +68,7 @@ class PrunableGraph:
         norm = outputs[0].module
         if norm.running_mean is None or len(outputs[0].inputs) != 1:
             return None
-        return {module: name for name, module in self.model.named_modules()}[norm]
+        return next(name for name, module in self.model.named_modules() if module is norm)
 
 
 def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ pytestmark = pytest.mark.host("torch_pruning")
 pytest.importorskip("torch_pruning")
 
 from nns_plugin import Statistics, calibrate  # noqa: E402
-from nns_plugin.adapters.torch_pruning.angle_pruning import prune_by_angle  # noqa: E402
+from nns_plugin.adapters.torch_pruning.angle_pruning import AngleOptions, prune_by_angle  # noqa: E402
 from nns_plugin.adapters.torch_pruning.groups import unit_groups  # noqa: E402
 from nns_plugin.errors import PruningError, StaleStatisticsError  # noqa: E402
 from nns_plugin.selection import AngleRule  # noqa: E402
@@ -46,7 +45,7 @@ def test_a_complementary_sigmoid_goes_and_the_outputs_stay() -> None:
     with torch.no_grad():
         model[0].weight[5], model[0].bias[5] = -model[0].weight[2], -model[0].bias[2]
     before = model(x)
-    found = prune_by_angle(model, x[:2], observed(model, x, ["2"]), AngleRule(1, 179), center=0.5)
+    found = prune_by_angle(model, x[:2], observed(model, x, ["2"]), AngleRule(1, 179), AngleOptions(center=0.5))
     assert found.kept["0"].tolist() == [0, 1, 2, 3, 4]
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
 
@@ -56,17 +55,19 @@ def parts(model: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "kept", "columns"),
+    ("rule", "options", "kept", "columns"),
     [
         # The first seed: sigmoid units around 0.5, one of both kinds of pairs goes, nothing is merged.
-        ({"rule": AngleRule(complement="one"), "center": 0.5, "merge": "none"}, [0, 1, 2], {0: 0.0, 1: 0.0}),
+        (AngleRule(complement="one"), AngleOptions(center=0.5, merge="none"), [0, 1, 2], {0: 0.0, 1: 0.0}),
         # The second seed's words: both of a pair that cancels, the outgoing weights are added.
-        ({"rule": AngleRule(complement="both"), "center": 0.5, "merge": "add"}, [0, 2], {0: 1.0}),
+        (AngleRule(complement="both"), AngleOptions(center=0.5, merge="add"), [0, 2], {0: 1.0}),
         # Its code: incoming weights, similar pairs alone.
-        ({"rule": AngleRule(complementary=180), "vectors": "weights", "merge": "add"}, [0, 1, 2, 4], {0: 1.0, 1: 0.0}),
+        (AngleRule(complementary=180), AngleOptions("weights", merge="add"), [0, 1, 2, 4], {0: 1.0, 1: 0.0}),
     ],
 )
-def test_each_seeds_variant_is_one_setting(variant: dict[str, Any], kept: list[int], columns: dict[int, float]) -> None:
+def test_each_seeds_variant_is_one_setting(
+    rule: AngleRule, options: AngleOptions, kept: list[int], columns: dict[int, float]
+) -> None:
     """Unit 3 does what unit 0 does, unit 4 the opposite of unit 1; unit 5 is left out."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3)).eval()
@@ -76,7 +77,7 @@ def test_each_seeds_variant_is_one_setting(variant: dict[str, Any], kept: list[i
         model[0].bias.zero_()
         model[0].weight[3], model[0].weight[4] = model[0].weight[0] * 1.01, -model[0].weight[1]
     before, bias = (part.clone() for part in parts(model))
-    found = prune_by_angle(model, x[:2], observed(model, x, ["2"]), **variant)
+    found = prune_by_angle(model, x[:2], observed(model, x, ["2"]), rule, options)
     assert found.kept["0"].tolist() == kept
     after, shifted = parts(model)
     for place, share in columns.items():
@@ -110,7 +111,9 @@ def test_only_the_named_groups_are_pruned_and_nothing_is_an_answer() -> None:
     found = prune_by_angle(whole, x[:2], statistics, AngleRule(similar=0, complementary=180))
     assert (found.removed, found.pairs) == (0, 0)
     torch.testing.assert_close(whole(x), model(x))
-    found = prune_by_angle(model, x[:2], statistics, AngleRule(similar=80, complementary=180), groups=["2"])
+    found = prune_by_angle(
+        model, x[:2], statistics, AngleRule(similar=80, complementary=180), AngleOptions(groups=["2"])
+    )
     assert set(found.kept) == {"2"}
     assert model[0].out_features == 6
     assert model[2].out_features == 5 - found.removed < 5
@@ -125,7 +128,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ({"groups": "0"}, "groups is '0'"),
     ):
         with pytest.raises(PruningError, match=message):
-            prune_by_angle(model, x[:2], statistics, **options)
+            prune_by_angle(model, x[:2], statistics, options=AngleOptions(**options))
     with torch.no_grad():
         model[0].weight.mul_(2)
     with pytest.raises(StaleStatisticsError, match="another state of the model"):
