@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nns_plugin.errors import LabelError
+from nns_plugin.errors import CalibrationError, LabelError
 from nns_plugin.evaluation.metrics import Array, accuracy, label_metrics, probabilities, rates
 
 
@@ -46,9 +46,13 @@ class Decisions:
         """Decide by the largest output; arguments as for :func:`nns_plugin.evaluation.evaluation.evaluate`.
 
         Raises:
+            CalibrationError: If logits are not finite.
             LabelError: If a label is out of range, or one of the set has no output or no test input.
         """
-        true_labels = np.asarray(truth)
+        true_labels, values = np.asarray(truth), np.asarray(logits)
+        broken = int((~np.isfinite(values)).any(1).sum())
+        if broken:
+            raise CalibrationError(f"the logits of {broken} of {len(values)} inputs are not finite; check the model")
         low, high = int(true_labels.min()), int(true_labels.max())
         if low < 0 or high >= len(names):
             raise LabelError(f"the test data has labels {low}..{high}; expected 0..{len(names) - 1}")
@@ -58,7 +62,7 @@ class Decisions:
                 raise LabelError(f"label {names[label]!r} has no output")
             if not (true_labels == label).any():
                 raise LabelError(f"label {names[label]!r} is not in the test data; every label of the set must be")
-        probability = probabilities(np.asarray(logits))
+        probability = probabilities(values)
         scores = probability[:, [column[label] for label in labels]]
         in_set = np.isin(true_labels, labels)
         return cls(

@@ -98,6 +98,7 @@ def evaluate(
         "other") or the set is all there is; on the inputs of the set alone otherwise (a closed head).
 
     Raises:
+        CalibrationError: If logits are not finite.
         LabelError: If a label is out of range, or one of the set has no output or no test input.
 
     Example:
@@ -195,6 +196,7 @@ def drops(
         seed: Seed of the resamples.
 
     Raises:
+        CalibrationError: If logits are not finite.
         LabelError: If a label is out of range, or one of the set has no output or no test input.
     """
     before, after = (Decisions.of(logits, truth, outputs, labels, names) for logits, outputs in (dense, subnet))

@@ -77,8 +77,9 @@ def extract_subnet(
         >>> subnet.output_names, subnet.weights["0.weight"].shape
         (('0', '2', 'other'), torch.Size([8, 4]))
     """
-    if isinstance(validation, Iterator):
-        raise PruningError("validation is an iterator, which yields once; pass something that yields anew")
+    for name, data in (("the loader", loader), ("validation", validation)):
+        if isinstance(data, Iterator):
+            raise PruningError(f"{name} is an iterator, which yields once; pass something that yields anew")
     options = ExtractionOptions.of(settings, options)
     if validation is None and (options.calibrate_head or options.max_balanced_accuracy_drop is not None):
         raise PruningError("calibrate_head and max_balanced_accuracy_drop need validation data; pass validation")

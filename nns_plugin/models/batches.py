@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import CalibrationError
@@ -49,6 +50,7 @@ def batches(
     Raises:
         CalibrationError: If the loader yields something else, or no inputs at all.
     """
+    check_loader(loader, name)
     device = None if model is None else device_of(model)
     empty = True
     for number, item in enumerate(tqdm(loader, desc=title, disable=not progress, leave=False)):
@@ -57,7 +59,18 @@ def batches(
             empty = False
             yield batch if device is None else batch._replace(inputs=to_device(batch.inputs, device))
     if empty:
-        raise CalibrationError(f"the {name} yielded no inputs; it must yield at least one batch")
+        again = ", anew each time: it is an iterator, which yields once" if isinstance(loader, Iterator) else ""
+        raise CalibrationError(f"the {name} yielded no inputs; it must yield at least one batch{again}")
+
+
+def check_loader(loader: Any, name: str = "loader") -> None:
+    """Refuse what cannot be iterated over batches.
+
+    Raises:
+        CalibrationError: If it is a tensor, a text or a mapping, or not iterable at all.
+    """
+    if isinstance(loader, (Tensor, str, Mapping)) or not isinstance(loader, (Iterable, Dataset)):
+        raise CalibrationError(f"the {name} is a {type(loader).__name__}; expected batches, such as [(inputs, labels)]")
 
 
 def first_inputs(loader: Iterable[Any], model: nn.Module | None = None) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from nns_plugin.errors import CalibrationError, LabelError
-from nns_plugin.models.batches import batches
+from nns_plugin.models.batches import batches, check_loader
 from nns_plugin.models.fingerprint import fingerprint
 from nns_plugin.models.hooks import hooked
 from nns_plugin.models.preserve import preserved
@@ -86,8 +85,7 @@ def _calibrate(
     """The statistics of this process alone."""
     if not groups:
         raise CalibrationError("there are no unit groups to observe: nothing in this model can be pruned")
-    if isinstance(loader, (Tensor, str, Mapping)) or not isinstance(loader, (Iterable, Dataset)):
-        raise CalibrationError(f"the loader is a {type(loader).__name__}; expected batches, such as [(inputs, labels)]")
+    check_loader(loader)
     if math.isnan(threshold):
         raise CalibrationError("threshold is nan; it must be a number that activations can exceed")
     collectors = collectors_of(dict(model.named_modules()), groups, max_gram_units)

@@ -27,8 +27,9 @@ class Angles:
     merge: Merge = "scaled"
 
     def __post_init__(self) -> None:
-        check_number("angle.similar", self.similar, 0, 180)
-        check_number("angle.complementary", self.complementary, 0, 180)
+        for name in ("similar", "complementary"):
+            check_number(f"angle.{name}", getattr(self, name), 0, 180)
+            object.__setattr__(self, name, float(getattr(self, name)))
         check_choice("angle.complement", self.complement, Complement)
         check_choice("angle.merge", self.merge, Merge)
         if self.similar > self.complementary:

@@ -63,7 +63,13 @@ def save(subnet: SubnetContent, path: Path) -> Path:
         "type": most,
         "layout": layout,
     }
-    text = json.dumps(header, separators=(",", ":"))
+    try:
+        text = json.dumps(header, separators=(",", ":"))
+    except TypeError as error:
+        raise SubnetError(
+            f"{str(path)!r} cannot hold the subnet's provenance: {error}; give options of the criterion as plain "
+            "numbers and texts"
+        ) from error
     write_safetensors(path, FORMAT, SubnetError, {"digest": _digest(text, tensors), "nns": text}, tensors)
     return path
 

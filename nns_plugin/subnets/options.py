@@ -24,6 +24,8 @@ RATIO = 0.5
 ROUNDINGS = (1, 8, 16)
 EVIDENCE = ("statistics", "model", "snapshot")  # what an extraction can build a criterion from
 TARGETS = ("target_latency_ms", "target_speedup")
+NUMBERS = ("ratio", "zeta", "max_balanced_accuracy_drop", "confidence", *TARGETS, "ridge")
+COUNTS = ("round_to", "max_unfolded")
 SELECTIONS = ("ratio", "zeta", "angle", "max_balanced_accuracy_drop", "config_list", *TARGETS)
 TOGETHER = frozenset({"max_balanced_accuracy_drop", "confidence", "roundings", *TARGETS})  # others exclude each other
 
@@ -107,6 +109,11 @@ class ExtractionOptions:
         if self.label_names is not None:
             object.__setattr__(self, "label_names", tuple(str(name) for name in self.label_names))
         self._check_values()
+        for name, kind in (*dict.fromkeys(NUMBERS, float).items(), *dict.fromkeys(COUNTS, int).items()):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.roundings is not None:
+            object.__setattr__(self, "roundings", tuple(int(multiple) for multiple in self.roundings))
         self._check_rules()
 
     @classmethod
@@ -132,6 +139,7 @@ class ExtractionOptions:
             check("labels", self.labels, bool(self.labels) and allowed, "at least one label, by index or name")
         check("ignored_layers", self.ignored_layers, all(isinstance(n, str) for n in self.ignored_layers), "names")
         check_choice("framework", self.framework, Framework)
+        check("criterion", self.criterion, isinstance(self.criterion, (str, type(None))), "its name")
         if self.criterion is not None and self.criterion not in BUILT_IN:
             names = available()
             check("criterion", self.criterion, self.criterion in names, f"one of {', '.join(sorted(names))}")
@@ -145,12 +153,14 @@ class ExtractionOptions:
         check_number("confidence", self.confidence, 0.5, 0.999)
         for name in (*TARGETS, "ridge"):
             check_number(name, getattr(self, name), 0, math.inf, above=True)
-        for name in ("round_to", "max_unfolded"):
+        for name in COUNTS:
             check_count(name, getattr(self, name))
         for name in ("roundings", "config_list"):
             check(name, getattr(self, name), getattr(self, name) != (), "at least one entry")
         for multiple in self.roundings or ():
             check_count("roundings", multiple)
+        for config in self.config_list or ():
+            check("config_list", config, isinstance(config, Mapping), "a mapping in each entry")
         for name in ("sequential", "global_pruning", "recalibrate_batch_norms", "calibrate_head"):
             check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
 

@@ -90,6 +90,14 @@ def test_worst_label_is_named() -> None:
     assert evaluate(one_hot([0, 0, 1, 2, 2, 2]), truth, (0, 1, 2), [0, 1, 2], NAMES).worst_label == "bee"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    logits = one_hot([0, 1])
+    logits[1, 2] = value
+    with pytest.raises(CalibrationError, match="the logits of 1 of 2 inputs are not finite"):
+        evaluate(logits, torch.tensor([0, 1]), (0, 1, 2), [0, 1], NAMES)
+
+
 def test_a_label_without_test_inputs_is_an_error() -> None:
     with pytest.raises(LabelError, match="'cat' is not in the test data"):
         evaluate(one_hot([0, 1]), torch.tensor([0, 1]), (0, 1, 2), [2], NAMES)

@@ -41,6 +41,19 @@ def test_a_loader_without_inputs_is_an_error(loader: list[Any]) -> None:
         first_inputs(loader)
 
 
+def test_an_iterator_that_is_used_up_is_named() -> None:
+    used = iter([X])
+    list(batches(used))
+    with pytest.raises(CalibrationError, match="at least one batch, anew each time: it is an iterator"):
+        list(batches(used))
+
+
+@pytest.mark.parametrize("loader", [5, "text", {"x": X}, X])
+def test_what_yields_no_batches_is_refused(loader: Any) -> None:
+    with pytest.raises(CalibrationError, match=f"the test loader is a {type(loader).__name__}; expected batches"):
+        list(batches(loader, name="test loader"))
+
+
 def test_errors_name_the_loader_and_the_batch() -> None:
     with pytest.raises(CalibrationError, match="batch 1 of the training loader has inputs of type str"):
         list(batches([X, "text"], name="training loader"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,10 @@ from nns_plugin.jobs.accuracy_search import Judge, smallest_within  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.jobs.training import train_classifier  # noqa: E402
 from nns_plugin.labels import LabelSet  # noqa: E402
+from nns_plugin.subnets.angles import Angles  # noqa: E402
 from nns_plugin.subnets.extraction import Choice, Extraction  # noqa: E402
 from nns_plugin.subnets.head import cross_calibrated  # noqa: E402
+from nns_plugin.subnets.options import ExtractionOptions  # noqa: E402
 from nns_plugin.synapses.snapshot import WeightSnapshot  # noqa: E402
 
 LABELS = 4
@@ -378,6 +382,36 @@ def test_labels_may_be_integers_of_any_kind() -> None:
     assert left.labels.outputs == right.labels.outputs == (1, 2, None)
 
 
+def test_numbers_may_be_of_numpy(tmp_path: Path) -> None:
+    plain = extracted(labels=[1], ratio=0.25, round_to=2)
+    subnet = extracted(labels=[1], ratio=np.float32(0.25), round_to=np.int64(2))
+    assert subnet.provenance == plain.provenance
+    assert Subnet.load(subnet.save(tmp_path / "subnet.safetensors")).provenance == plain.provenance
+    angles = Angles(np.float32(20), np.int64(160))
+    assert type(angles.similar) is type(angles.complementary) is float
+    options = ExtractionOptions(target_speedup=np.float32(2), roundings=(np.int64(8),))
+    assert json.dumps(options.selection) == '{"target_speedup": 2.0, "roundings": [8]}'
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (iter(batches(100, 1)), "the loader is an iterator, which yields once"),
+        (5, "the loader is a int; expected batches"),
+        ("digits", "the loader is a str; expected batches"),
+    ],
+)
+@pytest.mark.parametrize("criterion", ["semantic", "distinctiveness"])
+def test_a_loader_that_cannot_be_used_is_told(loader: Any, message: str, criterion: str) -> None:
+    with pytest.raises((CalibrationError, PruningError), match=message):
+        extract_subnet(trained(), batches(2, 0)[0][0], loader, labels=[1], ratio=0.5, criterion=criterion)
+
+
+def test_validation_that_cannot_be_used_is_told() -> None:
+    with pytest.raises(CalibrationError, match="is a int; expected batches"):
+        extracted(labels=[1], ratio=0.5, calibrate_head=True, validation=5)
+
+
 def test_example_inputs_that_do_not_fit_are_told() -> None:
     with pytest.raises(RecipeError, match="example_inputs: RuntimeError"):
         extract_subnet(trained(), torch.randn(2, 3), batches(100, 1), labels=[1])
@@ -417,6 +451,12 @@ def test_the_model_is_left_as_it_was(zoo: Any) -> None:
         ({"label_names": ("a", "b", "c", "c")}, LabelError, "expected one for each, distinct"),
         ({"labels": [1], "calibrate_head": True, "validation": iter([])}, PruningError, "validation is an iterator"),
         ({"head": "closed"}, RecipeError, "head 'closed' needs labels"),
+        ({"criterion": ["semantic"]}, RecipeError, r"option 'criterion': found \['semantic'\]; expected its name"),
+        (
+            {"framework": "nni", "config_list": ["all"]},
+            RecipeError,
+            "option 'config_list': found 'all'; expected a map",
+        ),
         ({"criterion": "magic"}, RecipeError, "option 'criterion': found 'magic'; expected one of distinctiveness"),
         ({"compensation": "magic"}, RecipeError, "option 'compensation': found 'magic'"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,14 @@ def test_a_subnet_without_pruned_groups(tmp_path: Path) -> None:
     again = Subnet.load(subnet.save(tmp_path / "s.safetensors"))
     assert again.kept == {}
     assert torch.equal(again.weights["w"], torch.ones(2))
+
+
+def test_a_provenance_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    subnet = subnet_with({"w": torch.ones(2)})
+    subnet = replace(subnet, provenance=replace(subnet.provenance, options={"ridge": torch.tensor(0.1)}))
+    with pytest.raises(SubnetError, match="Tensor is not JSON serializable; give options of the criterion as plain"):
+        subnet.save(tmp_path / "subnet.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
