@@ -169,9 +169,9 @@ MODEL = Observed(CONV.layer())
 GROUPS = consumer(CONV.units)
 
 
-def collect(order: list[int], extractions: list[int]) -> Statistics:
+def collect(order: list[int], cuts: list[int]) -> Statistics:
     """Statistics of the inputs in an order, cut into batches."""
-    edges = [0, *sorted(set(extractions)), len(order)]
+    edges = [0, *sorted(set(cuts)), len(order)]
     batches = [order[start:stop] for start, stop in pairwise(edges) if stop > start]
     return calibrate(MODEL, [(DATA[0][batch], DATA[1][batch]) for batch in batches], GROUPS, labels=LABELS)
 

@@ -1,4 +1,4 @@
-"""The iterative of training, pruning and fine-tuning: when it ends, and with which model."""
+"""Iterative pruning: training, pruning and fine-tuning in turns: when it ends, and with which model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scripted(nn.Module):
 
 
 def run(removals: list[int], accuracies: list[float], **options: object) -> tuple[IterativePruning, Scripted]:
-    """A iterative whose prune steps remove and whose evaluations give what is scripted."""
+    """Iterative pruning whose prune steps remove what is scripted and whose evaluations return what is scripted."""
     model, amounts, scores = Scripted(), iter(removals), iter(accuracies)
 
     def prune(model: nn.Module) -> int:

@@ -225,7 +225,7 @@ def test_random_inputs_are_used_where_none_are_given(dense: Path) -> None:
 
 
 def test_no_batches_are_no_latency(dense: Path) -> None:
-    found = quick_compare(dense, dense, X, **{"batches": ()})
+    found = quick_compare(dense, dense, X, batches=())
     assert (found.latency, len(found.profiles), parity(found).passed) == ((), 1, True)
 
 

@@ -31,10 +31,10 @@ from nns_plugin.units import Port, UnitGroup
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.permutations(range(12)), st.lists(st.integers(1, 11), max_size=5), st.integers(1, 11))
-def test_batches_order_and_merging_do_not_matter(order: list[int], extractions: list[int], split: int) -> None:
+def test_batches_order_and_merging_do_not_matter(order: list[int], cuts: list[int], split: int) -> None:
     whole = collect(list(range(12)), [])
-    assert_same(collect(order, extractions), whole)
-    first, second = collect(order[:split], extractions), collect(order[split:], [])
+    assert_same(collect(order, cuts), whole)
+    first, second = collect(order[:split], cuts), collect(order[split:], [])
     assert_same(first.merge(second), whole)
     assert_same(second.merge(first), whole)
 
