@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.followed_statistics import FollowedStatistics, Recalibration
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning, unit_groups, writes_output
-from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, misprunable_norms
+from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, misprunable_norms, unseen_norms
 from nns_plugin.adapters.torch_pruning.traced_group import TracedGroup, trace_group
 from nns_plugin.criteria.contract import Criterion, needs_of, score
 from nns_plugin.criteria.ties import separate_ties
@@ -142,6 +142,13 @@ class CriterionImportance(tp.importance.Importance):
             warnings.warn(
                 f"norm {name!r}: torch-pruning's own step {fault}; pass customized_pruners=norm_pruners() to the "
                 "pruner, or use compensated_step",
+                MisprunedNormWarning,
+                stacklevel=2,
+            )
+        for name in unseen_norms(group._DG):
+            warnings.warn(
+                f"norm {name!r}: torch-pruning does not see an RMSNorm without weight, and leaves its normalized_shape "
+                "as it is; pass customized_pruners=norm_pruners() to the pruner",
                 MisprunedNormWarning,
                 stacklevel=2,
             )

@@ -2,7 +2,7 @@
 
 Measured with torch-pruning 1.6.1. A ``LayerNorm`` that loses more than a quarter of its channels may end up with the
 kept weights in another order. Of an ``nn.RMSNorm`` the weight is cut, as a parameter that belongs to no layer, but not
-``normalized_shape``, so that the model no longer runs.
+``normalized_shape``, so that the model no longer runs; an ``nn.RMSNorm`` without weight is in no group at all.
 """
 
 from __future__ import annotations
@@ -76,6 +76,15 @@ def misprunable_norms(host_group: tp.dependency.Group) -> dict[str, str]:
         elif norm.elementwise_affine and norm.normalized_shape[-1] > ALWAYS_SORTED:
             found[names[norm]] = "may reorder its weights"
     return found
+
+
+def unseen_norms(graph: tp.DependencyGraph) -> list[str]:
+    """Names of the norms that torch-pruning does not see: ``nn.RMSNorm`` without weight, unless it has a pruner."""
+    return [
+        name
+        for name, module in graph.model.named_modules()
+        if isinstance(module, nn.RMSNorm) and module.weight is None and type(module) not in graph.CUSTOMIZED_PRUNERS
+    ]
 
 
 def prune_group(host_group: tp.dependency.Group) -> None:

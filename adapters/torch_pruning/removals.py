@@ -13,11 +13,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nns_plugin.adapters.torch_pruning.groups import UnusableGroupWarning
-from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, prune_group
+from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning, prune_group, unseen_norms
 from nns_plugin.adapters.torch_pruning.traced_group import trace_group
 from nns_plugin.adapters.torch_pruning.unit_removal import remove_units
 from nns_plugin.compensation.removals import Removal
-from nns_plugin.errors import GroupError
+from nns_plugin.errors import GroupError, PruningError
 from nns_plugin.models.layers import is_batch_norm
 from nns_plugin.units import UnitGroup, complement
 
@@ -72,8 +72,17 @@ class PrunableGraph:
 
 
 def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:
-    """The removals of the pruner's next step, in the order of the groups' first producers; nothing is removed yet."""
+    """The removals of the pruner's next step, in the order of the groups' first producers; nothing is removed yet.
+
+    Raises:
+        PruningError: If the model has norms that the pruner does not see, and whose width would not follow.
+    """
     graph = pruner.DG
+    if names := unseen_norms(graph):
+        raise PruningError(
+            f"torch-pruning does not see RMSNorm {names[0]!r}, which has no weight, so its normalized_shape would not "
+            "follow removals; pass customized_pruners=norm_pruners() to the pruner"
+        )
     removals = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MisprunedNormWarning)  # prune_group handles them

@@ -27,6 +27,7 @@ from nns_plugin.adapters.torch_pruning import (  # noqa: E402
 from nns_plugin.adapters.torch_pruning.backend import TorchPruningBackend  # noqa: E402
 from nns_plugin.adapters.torch_pruning.norms import MisprunedNormWarning  # noqa: E402
 from nns_plugin.compensation.options import Compensation  # noqa: E402
+from nns_plugin.errors import PruningError  # noqa: E402
 from nns_plugin.jobs.extraction import extract_subnet  # noqa: E402
 from nns_plugin.selection import AngleRule  # noqa: E402
 
@@ -98,6 +99,20 @@ def test_compensated_step(norm: str, method: Any) -> None:
     check(model, dense, 10)
 
 
+def test_compensated_step_with_a_norm_that_the_pruner_does_not_see() -> None:
+    model, inputs = made("rms without weight")
+    statistics = observed(model, inputs)
+    pruner = pruner_of(model, inputs, DistinctivenessImportance(statistics, mode="span"))
+    with pytest.raises(PruningError, match=r"RMSNorm '1', which has no weight.*customized_pruners=norm_pruners\(\)"):
+        compensated_step(pruner, statistics, "refit", [inputs])
+    assert (model[0].out_features, pruner.current_step) == (WIDTH, 0)
+    dense = copy.deepcopy(model)
+    importance = DistinctivenessImportance(statistics, mode="span")
+    pruner = pruner_of(model, inputs, importance, customized_pruners=norm_pruners())
+    compensated_step(pruner, statistics, "refit", [inputs])
+    check(model, dense, 10)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_torch_prunings_own_step_with_our_pruners_of_norms(norm: str) -> None:
     model, inputs = made(norm)
@@ -111,7 +126,12 @@ def test_torch_prunings_own_step_with_our_pruners_of_norms(norm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "fault"), [("layer", "may reorder its weights"), ("rms", "leaves its normalized_shape as it is")]
+    ("norm", "fault"),
+    [
+        ("layer", "may reorder its weights"),
+        ("rms", "leaves its normalized_shape as it is"),
+        ("rms without weight", "leaves its normalized_shape as it is"),
+    ],
 )
 def test_without_them_the_fault_is_named(norm: str, fault: str) -> None:
     model, inputs = made(norm)
