@@ -47,8 +47,8 @@ def compensated_step(
         The statistics of the pruned model, narrowed; exact but for what removal itself changed.
 
     Raises:
-        PruningError: If the method is unknown or the loader is missing. After this or any other error, the model and
-            the pruner are as they were.
+        PruningError: If the method is unknown, the loader is missing, or the pruner does not see a norm of the model.
+            After this or any other error, the model and the pruner are as they were.
         StaleStatisticsError: If the statistics do not belong to the model.
     """
     how = Compensation(compensation) if isinstance(compensation, str) else compensation
