@@ -1,1 +1,1 @@
-"""Thin adapters between the nns-plugin core and its hosts; one flat module a host."""
+"""Thin adapters between the nns-plugin core and its hosts; one package per host."""

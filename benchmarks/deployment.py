@@ -1,7 +1,7 @@
 """What ONNX Runtime makes of fewer MACs: ResNet-20 for CIFAR-10 pruned with and without rounded widths.
 
 The trained network loses units by torch-pruning's L2 importance, ranked across all groups, its consumers are refitted,
-and nothing is trained. Widths are left as they come, or rounded to multiples of 8 or 16 by torch-pruning, which rounds
+and nothing is trained. Widths are not rounded, or rounded to multiples of 8 or 16 by torch-pruning, which rounds
 down and leaves a group alone that would lose everything: MACs then do not fall steadily with the ratio, and not every
 number of them can be reached. The ratio is the smallest that comes close to the wanted MACs, or else the closest;
 compare speed-ups with the MACs that were reached in mind.
@@ -130,7 +130,7 @@ def show(found: dict[int, Deployed], options: argparse.Namespace) -> None:
     columns = (
         "widths", "fewer MACs", "accuracy, %", "lost, points (at most)",
         *(f"speed-up, batch {size}" for size in BATCHES), f"session opened / run at batch {max(BATCHES)}, MiB",
-        "same answer, %",
+        "top-1 agreement, %",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
     first = next(iter(found.values())).comparison
@@ -176,7 +176,7 @@ def row(*texts: str) -> None:
 
 
 def name(rounding: int) -> str:
-    return "as they come" if rounding == 1 else f"multiples of {rounding}"
+    return "not rounded" if rounding == 1 else f"multiples of {rounding}"
 
 
 if __name__ == "__main__":

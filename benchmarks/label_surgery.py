@@ -1,4 +1,4 @@
-"""What a label set costs: balanced accuracy against kept units on MNIST, and the smallest subnets of a ResNet-20.
+"""Subnets for label sets: balanced accuracy against kept units on MNIST, and the smallest subnets of a ResNet-20.
 
 MNIST: a perceptron 784-100-10 and a small convolutional net with 100 units are trained on 50 000 images. For every
 label alone, and for random label sets of 2, 3 and 5, subnets of a given number of units are extracted on other training

@@ -39,7 +39,7 @@ class Host:
     """A package that nns-plugin works with.
 
     Attributes:
-        name: Of the distribution.
+        name: Name of the distribution.
         version: The installed version, or ``None`` if it is not installed.
         extra: The extra that brings it; empty for a base dependency.
     """

@@ -82,7 +82,7 @@ class AngleRule:
     Attributes:
         similar: Angle in degrees below which two units do the same: the later one goes.
         complementary: Angle in degrees above which two units cancel each other; 180 for none.
-        complement: Of a pair that cancels, ``"one"`` (the later one) or ``"both"`` go.
+        complement: Which units of a pair that cancels are removed: ``"one"`` (the later one) or ``"both"``.
 
     Raises:
         SelectionError: If an angle is outside its range, or ``complement`` is unknown.

@@ -85,7 +85,7 @@ def kept_by_masks(
     scores: Mapping[str, Tensor],
     config_list: Sequence[Mapping[str, Any]],
 ) -> dict[str, Tensor]:
-    """The units that stay if NNI masks layers by scores, as a config list says.
+    """Return the units that stay if NNI masks layers by scores, following a config list.
 
     Args:
         model: Left as it is.

@@ -31,7 +31,7 @@ def unit_metric(
     Args:
         module: The layer.
         space: The target.
-        shape: Of the target.
+        shape: Shape of the target.
         units: The units of the model.
         scores: For each scored group ``[U]``.
         device: Where NNI expects the metric.

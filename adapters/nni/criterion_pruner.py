@@ -36,7 +36,7 @@ ADVICE = "pass calibration=loader to collect them anew whenever masks are made"
 
 
 class CriterionPruner(_NormPruner):
-    """An NNI pruner whose metrics are the scores of a criterion.
+    """Any criterion as an NNI pruner.
 
     Use it like NNI's norm pruners: ``compress()`` makes masks at once, and schedulers such as ``LinearPruner`` and
     ``AGPPruner`` make them repeatedly while an evaluator trains. Masked units stay masked.
@@ -51,14 +51,14 @@ class CriterionPruner(_NormPruner):
         evaluator: As for NNI's pruners.
         existed_wrappers: As for NNI's pruners.
         example_inputs: Inputs that the model can run on: a tensor, or a tuple or mapping of tensors.
-        calibration: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
+        calibration: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
         statistics: From :func:`nns_plugin.calibrate`, in place of a loader; valid until weights change.
         calibration_options: Options of :func:`nns_plugin.calibrate`.
         labels: The labels to keep, for a criterion that takes a label set.
 
     Raises:
         PruningError: If the config list is wrong or selects nothing, or the model is wrapped already.
-        CriterionError: If the criterion misses something that it needs, or is given something that it does not.
+        CriterionError: If something that the criterion needs is missing, or something is given that it does not take.
         GroupError: If the model cannot be traced.
         StaleStatisticsError: If the statistics belong to other weights.
     """
@@ -112,7 +112,7 @@ class CriterionPruner(_NormPruner):
         evaluator: Evaluator | None = None,
         **options: Any,
     ) -> CriterionPruner:
-        """Go on from another compressor, with its wrappers and its evaluator; see the class for the options."""
+        """Continue from another compressor, with its wrappers and its evaluator; see the class for the options."""
         wrapped = compressor._is_wrapped
         spaces = {name: dict(wrapper.pruning_target_spaces) for name, wrapper in compressor._module_wrappers.items()}
         try:

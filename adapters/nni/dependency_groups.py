@@ -27,7 +27,7 @@ WHOLE = ("default", "out_channel", "in_channel")
 
 
 class UngroupedLayersWarning(UserWarning):
-    """Layers share units, but a config list cannot give them one mask."""
+    """Layers share units, but the config list cannot give them one mask."""
 
 
 def with_dependency_groups(

@@ -16,7 +16,7 @@ from nns_plugin.units import Port, UnitGroup
 
 @dataclass(frozen=True, eq=False)
 class MaskedUnits:
-    """What masks mean for the units of a model.
+    """The units that masks turn off, and what else must be masked to silence them.
 
     Attributes:
         groups: The model's unit groups.

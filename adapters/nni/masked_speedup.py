@@ -71,8 +71,8 @@ def speedup(
             small.
         compensation: How the units that stay take over what the others did; needs ``calibration``, or ``statistics``
             where the method needs no inputs, and torch-pruning.
-        calibration: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
-        statistics: Of the model, with Gram matrices; collected from ``calibration`` by default.
+        calibration: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
+        statistics: Statistics of the model, with Gram matrices; collected from ``calibration`` by default.
         tolerance: Largest error that is no failure, see :class:`Speedup`.
 
     Raises:

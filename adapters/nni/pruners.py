@@ -30,7 +30,7 @@ from nns_plugin.synapses.snapshot import WeightSnapshot
 
 
 class SemanticPruner(CriterionPruner):
-    """Label-driven activity of units, as an NNI pruner.
+    """How active units are on the labels to keep, as an NNI pruner.
 
     ``sparse_threshold`` is the zeta of the source: units that are less active, relative to the most active unit of
     their layer, are masked.
@@ -39,7 +39,7 @@ class SemanticPruner(CriterionPruner):
         *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         measure: ``"mean"`` or ``"frequency"``.
         contrast: ``None`` or ``"rest"``.
-        **options: Of :class:`CriterionPruner`; ``labels`` are the labels to keep, all of them by default.
+        **options: Options of :class:`CriterionPruner`; ``labels`` are the labels to keep, all of them by default.
 
     Source:
         See :class:`nns_plugin.criteria.Semantic`.
@@ -60,7 +60,7 @@ class SemanticPruner(CriterionPruner):
 
 
 class DistinctivenessPruner(CriterionPruner):
-    """Units that others can stand in for go first, as an NNI pruner.
+    """How distinct units are from the others, as an NNI pruner.
 
     Args:
         *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
@@ -68,7 +68,7 @@ class DistinctivenessPruner(CriterionPruner):
         center: ``None``, a number or ``"mean"``, for ``"pairwise"``.
         vectors: ``"activations"`` or ``"weights"``, for ``"pairwise"``.
         ridge: For ``"span"``.
-        **options: Of :class:`CriterionPruner`; statistics need Gram matrices.
+        **options: Options of :class:`CriterionPruner`; statistics need Gram matrices.
 
     Source:
         See :class:`nns_plugin.criteria.Distinctiveness`.
@@ -94,12 +94,12 @@ class DistinctivenessPruner(CriterionPruner):
 
 
 class MeanWeightPruner(CriterionPruner):
-    """Units with the lowest sums of incoming weights go first, as an NNI pruner.
+    """Units' sums of incoming weights, as an NNI pruner.
 
     Args:
         *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         weights: Sum of ``"magnitudes"`` or of ``"values"``.
-        **options: Of :class:`CriterionPruner`.
+        **options: Options of :class:`CriterionPruner`.
 
     Source:
         See :class:`nns_plugin.criteria.MeanWeight`.
@@ -114,7 +114,7 @@ class MeanWeightPruner(CriterionPruner):
 
 
 class WSFPruner(CriterionPruner):
-    """Units, or single weights, that training hardly moved go first, as an NNI pruner.
+    """How far training moved units' synapses, or single weights, as an NNI pruner.
 
     Args:
         *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
@@ -122,7 +122,7 @@ class WSFPruner(CriterionPruner):
         reduction: Over the producers and consumers of a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
         single_weights: Whether the default granularity is single weights, as with NNI's ``LevelPruner``. A
             ``granularity`` that splits units, such as ``[1, 1]`` in a linear layer, asks for them as well.
-        **options: Of :class:`CriterionPruner`.
+        **options: Options of :class:`CriterionPruner`.
 
     Source:
         See :class:`nns_plugin.criteria.WSF` and :func:`nns_plugin.synapses.significance.significance`.
@@ -162,7 +162,7 @@ class WSFPruner(CriterionPruner):
 
 
 class SwitcherPruner(CriterionPruner):
-    """Units with the lowest scaling factors go first, as an NNI pruner.
+    """Units' scaling factors, as an NNI pruner.
 
     ``sparse_threshold`` is the lowest factor that stays.
 
@@ -170,7 +170,7 @@ class SwitcherPruner(CriterionPruner):
         *arguments: As for NNI's pruners; see :class:`CriterionPruner`.
         factors: The factors of a switcher network for the model; or the network itself, which then computes them anew
             whenever masks are made.
-        **options: Of :class:`CriterionPruner`.
+        **options: Options of :class:`CriterionPruner`.
 
     Source:
         See :class:`nns_plugin.criteria.Switcher`.

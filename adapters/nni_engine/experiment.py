@@ -50,7 +50,7 @@ class ExperimentOptions:
 
     Attributes:
         tuner: ``"GridSearch"``, ``"Random"`` or ``"TPE"``.
-        seed: Of the tuners that sample.
+        seed: Seed of the tuners that sample.
         trials: Maximum number of trials.
         concurrency: Trials at a time.
         max_minutes: Maximum time; trials that still run then are stopped.

@@ -18,7 +18,7 @@ from nns_plugin.evaluation.metrics import Array
 
 @dataclass(frozen=True)
 class LabelDrop:
-    """What one label loses.
+    """Drop of one label's balanced accuracy.
 
     Attributes:
         label: Name of the label.

@@ -86,7 +86,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured of a candidate and its baseline.
+    """Everything measured for a candidate and its baseline.
 
     Attributes:
         baseline: Description of the baseline's file.
@@ -125,7 +125,7 @@ class Comparison:
 
 
 def jsonable(value: Any) -> Any:
-    """Nested fields of dataclasses as JSON types; numbers that JSON lacks, such as NaN, become ``None``."""
+    """Convert nested dataclasses to JSON types; numbers that JSON lacks, such as NaN, become ``None``."""
     if isinstance(value, Mapping):
         return {str(name): jsonable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -66,7 +66,7 @@ class Feeds:
 
 
 def values_of(inputs: Any, file: OnnxFile) -> dict[str, Array]:
-    """Inputs by the names of a file, from one tensor or array, several in order, or several by name.
+    """Map inputs (one tensor or array, several in order, or several by name) to a file's input names.
 
     Raises:
         ExportError: If they are not tensors or arrays, or not as many as the file takes.

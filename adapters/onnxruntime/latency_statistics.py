@@ -73,7 +73,7 @@ def latency_report(name: str, times_ms: Array, *, sessions: int = 1, seed: int =
 def median_ratio(
     baseline_ms: Array, candidate_ms: Array, *, sessions: int = 1, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Ratio of the medians of two interleaved measurements, with a 95 % bootstrap interval.
+    """Compute the ratio of the medians of two interleaved measurements, with a 95 % bootstrap interval.
 
     Whole rounds are resampled, so that what slowed down both runs of a round does not widen the interval. The interval
     is that of the logarithm, so that exchanging the two inverts it. If the rounds were taken in several pairs of

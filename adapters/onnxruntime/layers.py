@@ -87,10 +87,10 @@ def _is_float32(tensor: onnx.TensorProto | None) -> bool:
 
 
 def read_layers(path: str | os.PathLike[str]) -> tuple[OnnxLayer, ...]:
-    """The layers of a file."""
+    """Read the layers of an ONNX file that have constant weights."""
     return layers(onnx.load(os.fspath(path), load_external_data=False))
 
 
 def odd_layers(found: Sequence[OnnxLayer], multiple: int = MULTIPLES[0]) -> tuple[OnnxLayer, ...]:
-    """The layers with channels that are not a multiple of a number."""
+    """Select the layers with a channel count that is not a multiple of ``multiple``."""
     return tuple(layer for layer in found if layer.is_odd(multiple))

@@ -82,7 +82,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class OperatorChange:
-    """Time of the nodes of one type in two files.
+    """Total time of the nodes of one type in two files.
 
     Attributes:
         operator: Type of the nodes.
@@ -101,7 +101,7 @@ class OperatorChange:
 
 @dataclass(frozen=True)
 class ProfileComparison:
-    """Where the time of two files goes.
+    """Where two files spend their time.
 
     Attributes:
         baseline: Profile of the baseline.
@@ -191,7 +191,7 @@ def _shapes(listed: Sequence[Mapping[str, Sequence[int]]]) -> tuple[tuple[int, .
 
 
 def compare_profiles(baseline: Profile, candidate: Profile, layers: Sequence[OnnxLayer] = ()) -> ProfileComparison:
-    """Totals by type of operator, and reasons why the candidate is slower than its MACs suggest.
+    """Compare two profiles: totals by type of operator, and reasons why the candidate is slower than its MACs suggest.
 
     Args:
         baseline: Profile of the baseline.

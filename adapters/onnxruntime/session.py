@@ -126,7 +126,7 @@ def _tiny_model() -> bytes:
 
 
 def session_providers() -> dict[str, list[str]]:
-    """The providers that sessions actually get, for each provider that this build of ONNX Runtime claims to offer.
+    """Find the providers that sessions actually get, for each provider that this build of ONNX Runtime claims to offer.
 
     Returns:
         For each available provider, the providers of a session of a tiny model that requested it; if no session could
@@ -147,7 +147,7 @@ def session_providers() -> dict[str, list[str]]:
 
 
 def runtime_build() -> dict[str, str]:
-    """The version, build and device of this ONNX Runtime, and the providers that it offers."""
+    """Return the version, build and device of this ONNX Runtime, and the providers that it offers."""
     return {
         "onnxruntime": onnxruntime.__version__,
         "build": onnxruntime.get_build_info().removeprefix("ORT Build Info: "),

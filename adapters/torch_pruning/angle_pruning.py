@@ -58,7 +58,7 @@ class AnglePruning:
         kept: The kept units of each group, ``[k]`` int64, by name; groups without angles are left out.
         removed: Number of removed units.
         pairs: Number of pairs that lost a unit.
-        statistics: Of the pruned model, narrowed.
+        statistics: Statistics of the pruned model, narrowed.
     """
 
     kept: Mapping[str, Tensor]
@@ -81,7 +81,7 @@ def prune_by_angle(
     Args:
         model: Pruned in place.
         example_inputs: As for torch-pruning.
-        statistics: Of the model, with ``gram=True``.
+        statistics: Statistics of the model, with ``gram=True``.
         rule: Decides which pairs are redundant.
         options: How angles are measured, in which groups, and how survivors take over.
         loader: Yields ``(inputs, labels)`` or ``inputs``; with one, batch norms are recalibrated.

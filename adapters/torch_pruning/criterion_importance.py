@@ -58,7 +58,7 @@ class CriterionImportance(tp.importance.Importance):
         evidence: By name of the criterion's argument, what follows the model; all else stays as it was given.
 
     Attributes:
-        criterion_type: Of a subclass: the class of its criterion.
+        criterion_type: In a subclass, the class of its criterion.
     """
 
     criterion_type: ClassVar[type[Any] | None] = None
@@ -84,12 +84,12 @@ class CriterionImportance(tp.importance.Importance):
         importances can be built in the same way.
 
         Args:
-            model: The model that is going to be pruned.
+            model: The model to prune.
             example_inputs: As for torch-pruning.
-            loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
-            *arguments: Of the class, without the statistics.
-            calibration_options: Of :func:`nns_plugin.calibrate`.
-            **options: Of the class, without the statistics.
+            loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
+            *arguments: Arguments of the class, without the statistics.
+            calibration_options: Options of :func:`nns_plugin.calibrate`.
+            **options: Options of the class, without the statistics.
 
         Raises:
             CriterionError: If the class names no criterion, or an option is unknown.
@@ -163,7 +163,7 @@ class CriterionImportance(tp.importance.Importance):
         return separated if device.type == "mps" else separated.to(device)
 
     def follow(self, graph: tp.DependencyGraph, statistics: Statistics) -> None:
-        """Go on with statistics that the caller has kept in step with the graph's model."""
+        """Continue with statistics that the caller has kept in sync with the graph's model."""
         followed = self._evidence.get("statistics")
         if isinstance(followed, FollowedStatistics):
             followed.accept(graph, statistics)

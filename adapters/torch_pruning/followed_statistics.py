@@ -27,9 +27,9 @@ class Recalibration:
     """Collects statistics anew.
 
     Attributes:
-        loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
+        loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
         groups: The groups of the model as it was first.
-        options: Of :func:`nns_plugin.calibrate`.
+        options: Options of :func:`nns_plugin.calibrate`.
     """
 
     loader: Iterable[Any]

@@ -28,7 +28,7 @@ from nns_plugin.synapses.snapshot import WeightSnapshot
 
 
 class DistinctivenessImportance(CriterionImportance):
-    """Units that others can stand in for go first, as a torch-pruning importance.
+    """How distinct units are from the others, as a torch-pruning importance.
 
     Args:
         statistics: Collected with ``gram=True``; labels are not needed.
@@ -78,12 +78,12 @@ class DistinctivenessImportance(CriterionImportance):
         of each group costs. Both belong to the model as it is: for one step, not for iterative pruning.
 
         Args:
-            model: The model that is going to be pruned.
+            model: The model to prune.
             example_inputs: As for torch-pruning.
-            loader: Yields ``(inputs, labels)`` or ``inputs``; must yield anew each time it is iterated.
-            statistics: Of the model, with ``gram=True``; collected from the loader by default.
+            loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
+            statistics: Statistics of the model, with ``gram=True``; collected from the loader by default.
             ridge: See the class.
-            calibration_options: Of :func:`nns_plugin.calibrate`, where statistics are collected.
+            calibration_options: Options of :func:`nns_plugin.calibrate`, where statistics are collected.
         """
         if statistics is None:
             statistics = calibrate(
@@ -96,7 +96,7 @@ class DistinctivenessImportance(CriterionImportance):
 
 
 class MeanWeightImportance(CriterionImportance):
-    """Units whose incoming weights sum up to little go first, as a torch-pruning importance.
+    """Units' sums of incoming weights, as a torch-pruning importance.
 
     Args:
         weights: Sum of ``"magnitudes"`` or of ``"values"``.
@@ -115,7 +115,7 @@ class MeanWeightImportance(CriterionImportance):
 
 
 class SemanticImportance(CriterionImportance):
-    """Label-driven activity of units as a torch-pruning importance.
+    """How active units are on the labels to keep, as a torch-pruning importance.
 
     Args:
         statistics: Labelled statistics from :func:`nns_plugin.calibrate`.
@@ -158,13 +158,13 @@ class SemanticImportance(CriterionImportance):
 
 
 class WSFImportance(CriterionImportance):
-    """Units whose synapses training hardly moved go first, as a torch-pruning importance.
+    """How far training moved units' synapses, as a torch-pruning importance.
 
     The snapshot follows what torch-pruning removes; training in between does not matter.
 
     Args:
         snapshot: The model's weights before training, or at any earlier checkpoint.
-        reduction: Over the layers that write and read a unit: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
+        reduction: Over a unit's producers and consumers: ``"mean"``, ``"sum"``, ``"max"`` or ``"first"``.
 
     Raises:
         CriterionError: If the reduction is unknown.
@@ -191,11 +191,11 @@ class WSFImportance(CriterionImportance):
 
 
 class SwitcherImportance(CriterionImportance):
-    """Units with the lowest factors go first, as a torch-pruning importance.
+    """Units' scaling factors, as a torch-pruning importance.
 
     Args:
         factors: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model. They do not follow
-            removals: for iterative pruning, ask the switcher again, or a group with other units is an error.
+            removals: for iterative pruning, get new factors from the switcher; a group with other units is an error.
 
     Source:
         See :class:`nns_plugin.criteria.Switcher`.
@@ -226,5 +226,5 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo :func:`install`; does nothing where it was not called."""
+    """Undo :func:`install`; does nothing if it was not called."""
     remove_classes(tp.importance, IMPORTANCES)

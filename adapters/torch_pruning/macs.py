@@ -12,7 +12,7 @@ from nns_plugin.models.preserve import preserved
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
-    """Multiply-accumulate operations for one input, and parameters, as torch-pruning counts them.
+    """Count MACs for one input, and parameters, as torch-pruning counts them.
 
     Args:
         model: The model; left as it was found.

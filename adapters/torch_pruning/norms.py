@@ -1,4 +1,4 @@
-"""Norms over units: torch-pruning removes their channels wrongly, and here they are removed right.
+"""Norms over units, whose channels torch-pruning does not remove correctly: pruners that do.
 
 Measured with torch-pruning 1.6.1. A ``LayerNorm`` that loses more than a quarter of its channels may end up with the
 kept weights in another order. Of an ``nn.RMSNorm`` the weight is cut, as a parameter that belongs to no layer, but not
@@ -44,7 +44,7 @@ class NormPruner(tp.pruner.function.BasePruningFunc):
 
 
 def norm_pruners() -> dict[type[nn.Module], NormPruner]:
-    """What a pruner of torch-pruning needs as ``customized_pruners=`` to remove channels of norms right.
+    """Return ``customized_pruners=`` for torch-pruning's pruners that remove the channels of norms correctly.
 
     Example:
         >>> import torch, torch_pruning as tp
@@ -88,7 +88,7 @@ def unseen_norms(graph: tp.DependencyGraph) -> list[str]:
 
 
 def prune_group(host_group: tp.dependency.Group) -> None:
-    """Carry out the removal of a group; norms end up right, and parameters as trainable as they were."""
+    """Carry out the removal of a group; norms end up correct, and ``requires_grad`` is preserved."""
     model: nn.Module = host_group._DG.model
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     norms = []

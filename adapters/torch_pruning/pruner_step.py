@@ -32,13 +32,13 @@ def compensated_step(
 
     Args:
         pruner: Any high-level pruner of torch-pruning.
-        statistics: Of its model, collected with ``gram=True``.
+        statistics: Statistics of its model, collected with ``gram=True``.
         compensation: A method, or :class:`nns_plugin.Compensation` with further options. ``"least_squares"`` mixes
             the kept channels so that they replace the removed ones best, from the statistics alone. ``"refit"`` is
             layer-wise reconstruction: starting there, it walks the consumers in execution order and solves for the
             weights with which the pruned model best repeats the dense model's outputs on the loader's data.
             ``"mean"`` moves the removed channels' means into the biases, ``"none"`` changes no weight.
-        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time. Needed by ``"refit"`` and
+        loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``. Needed by ``"refit"`` and
             ``sequential=True``; with one, batch norms are recalibrated, and where a kernel spans several positions
             ``"least_squares"`` is used only if it beats plain removal on this data.
         progress: Whether to show progress bars.

@@ -53,9 +53,9 @@ def compensated_removal(
     Args:
         prunable: The model in the hands of a backend; changed in place.
         removals: The units that go.
-        statistics: Of the model as it is.
+        statistics: Statistics of the model as it is.
         how: How the kept units take over.
-        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time. Needed by ``"refit"`` and ``sequential``;
+        loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``. Needed by ``"refit"`` and ``sequential``;
             with one, batch norms are recalibrated, and where a kernel spans several positions the other methods are
             used only if they beat plain removal on this data.
         survivors: For ``"merge"``, by name of the consumer: which kept channel takes over from which. By default the

@@ -35,7 +35,7 @@ class GroupMixing:
     Attributes:
         dense: The dense model, whose channels are replaced.
         model: The narrowed model; its consumers are changed in place.
-        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
+        loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
         shifts: By name of each consumer that was mixed before, the shift ``[O]`` of the dense model's outputs.
     """
 
@@ -52,7 +52,7 @@ class GroupMixing:
         positions, this need not be best for the outputs: if the consumer's present weights err less, they stay.
 
         Args:
-            name: Of the consumer.
+            name: Name of the consumer.
             whole: Layout of its input in the dense model.
             narrow: Layout of its input in the narrowed model.
             norm: The batch norm that alone reads its output, if there is one.

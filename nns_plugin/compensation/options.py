@@ -19,12 +19,12 @@ class Compensation:
         method: ``"refit"`` (layer-wise reconstruction: each consumer in turn learns to repeat the dense model's
             outputs), ``"least_squares"`` (all kept channels together replace the removed ones), ``"merge"`` (one kept
             channel replaces each removed one), ``"mean"`` (biases take up the removed channels' means) or ``"none"``.
-        sequential: Of ``"refit"`` and ``"least_squares"``: whether to observe the model anew before each group.
+        sequential: For ``"refit"`` and ``"least_squares"``: whether to observe the model anew before each group.
         recalibrate_batch_norms: Whether to recalibrate batch norms after removal. ``"refit"`` gives the norms behind
             the layers that it refits the dense model's statistics in either case, and recalibrates the others only
             where it has to leave a consumer out.
-        ridge: Of ``"refit"``: pull towards the weights before it, relative to the inputs' energy.
-        max_unfolded: Of ``"refit"``: a consumer whose input unfolds to more rows keeps its least-squares weights.
+        ridge: For ``"refit"``: pull towards the weights before it, relative to the inputs' energy.
+        max_unfolded: For ``"refit"``: a consumer whose input unfolds to more rows keeps its least-squares weights.
     """
 
     method: Method = "refit"

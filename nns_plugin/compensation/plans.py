@@ -127,7 +127,7 @@ def worse_than_nothing(
     Args:
         model: The model, still whole.
         plans: By name of the consumer.
-        statistics: Of the model.
+        statistics: Statistics of the model.
         loader: Yields ``(inputs, labels)`` or ``inputs``.
     """
     changes = {}

@@ -35,7 +35,7 @@ class Refitting:
     Attributes:
         dense: The dense model, whose outputs are the targets.
         model: The pruned model; its consumers are changed in place.
-        loader: Yields ``(inputs, labels)`` or ``inputs``, anew each time.
+        loader: Re-iterable; yields ``(inputs, labels)`` or ``inputs``.
         ridge: Pull towards the weights before, relative to the inputs' energy.
     """
 
@@ -52,7 +52,7 @@ class Refitting:
         batch norm behind it gets the dense model's statistics back, because those are what the layer now produces.
 
         Args:
-            name: Of a linear or convolutional layer. The layers before it should be final.
+            name: Name of a linear or convolutional layer. The layers before it should be final.
             norm: The batch norm that alone reads its output, if there is one.
             kept: ``[k]`` int64, the outputs of the dense layer that it still has; ``None`` for all.
 

@@ -40,7 +40,7 @@ def survivors_of(
     """Survivors of every observed consumer.
 
     Args:
-        statistics: Of the model that is going to be pruned.
+        statistics: Statistics of the model that is going to be pruned.
         groups: The groups that were selected from.
         selections: By name of the group.
         merge: How survivors take over.

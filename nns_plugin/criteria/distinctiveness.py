@@ -62,11 +62,11 @@ def greedy_angles(degrees: Tensor, silent: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Distinctiveness:
-    """Units that others can stand in for go first.
+    """Criterion: how distinct a unit is from the others; units that others can stand in for go first.
 
     Attributes:
         statistics: Collected with ``gram=True``; labels are not needed.
-        model: The model, whose weights say what consumers do with the units.
+        model: The model, whose weights determine what consumers do with the units.
         mode: ``"pairwise"`` scores the angle to the nearest remaining unit, in degrees (Gedeon).
             ``"span"`` scores the cumulative output error of the consumers in greedy elimination, after optimal
             compensation by all remaining units and the constant, relative to each consumer's output energy.

@@ -17,7 +17,9 @@ Weights = Literal["magnitudes", "values"]
 
 @dataclass(frozen=True, eq=False)
 class MeanWeight:
-    """A unit's sum of incoming weights, relative to the mean over the units: less than 1 is below the mean.
+    """Criterion: a unit's sum of incoming weights, relative to the mean over the units.
+
+    A score less than 1 is below the mean.
 
     Attributes:
         model: The model whose weights are measured.

@@ -81,7 +81,7 @@ def contrast_to_rest(total: Tensor, square: Tensor, samples: Tensor, chosen: Ten
 
 @dataclass(frozen=True, eq=False)
 class Semantic:
-    """Label-driven activity of units.
+    """Criterion: how active a unit is on the labels to keep.
 
     The score of a unit is the maximum, over the labels of the set and over the unit's consumers, of its activity
     relative to the most active unit there. Keeping ``score >= zeta`` gives exactly the union of the

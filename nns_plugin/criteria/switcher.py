@@ -14,7 +14,7 @@ from nns_plugin.units import UnitGroup
 
 @dataclass(frozen=True, eq=False)
 class Switcher:
-    """The factor of each unit: 0 prunes, below 1 weakens, from 1 on strengthens.
+    """Criterion: the scaling factor of each unit; 0 prunes, below 1 weakens, from 1 on strengthens.
 
     Attributes:
         factors: What :class:`nns_plugin.switcher.network.SwitcherNetwork` gives for the model as it is now.

@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum", "max", "first"]
 
 @dataclass(frozen=True, eq=False)
 class WSF:
-    """How far training moved a unit's synapses: the sum of |w(t) - w(0)| in each layer, reduced over the layers.
+    """Criterion: how far training moved a unit's synapses, the sum of |w(t) - w(0)| per layer, reduced over layers.
 
     Attributes:
         model: The model as it is now.

@@ -30,7 +30,7 @@ class Judge:
 
     Args:
         dense: The dense model.
-        validation: Yields ``(inputs, labels)``, anew each time.
+        validation: Re-iterable; yields ``(inputs, labels)``.
         max_drop: The drop that must be shown, for which there must be enough inputs; ``None`` to estimate only.
         confidence: Share of the bootstrap resamples in which the bound on the drop holds.
         calibrated: Whether the output "other" was calibrated on the validation data. It is then calibrated again on

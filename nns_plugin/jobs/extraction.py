@@ -51,11 +51,11 @@ def extract_subnet(
     Args:
         model: Returns logits ``[N, labels]``; left as it was found.
         example_inputs: A tensor, or a tuple or mapping of tensors, that the model can run on.
-        loader: Yields ``(inputs, labels)``; anew each time.
+        loader: Re-iterable; yields ``(inputs, labels)``.
         options: What to extract, and how.
         validation: Yields ``(inputs, labels)`` for ``max_balanced_accuracy_drop``, a target for latency and
             ``calibrate_head``.
-        statistics: Of the model, labelled, and with ``gram=True`` where the criterion or compensation needs that;
+        statistics: Labelled statistics of the model, with ``gram=True`` where the criterion or compensation needs that;
             collected from the loader by default.
         snapshot: The model's weights before training, for the criterion ``"wsf"``.
         progress: Whether to show progress bars.
@@ -101,9 +101,9 @@ class Sources:
 
     Attributes:
         example_inputs: Inputs that the model can run on.
-        loader: Yields ``(inputs, labels)`` for calibration; anew each time.
+        loader: Re-iterable; yields ``(inputs, labels)`` for calibration.
         validation: Yields ``(inputs, labels)`` for decisions; those of the loader by default.
-        statistics: Of the dense model; collected from the loader by default.
+        statistics: Statistics of the dense model; collected from the loader by default.
         snapshot: The dense model's weights before training, for criteria that need them.
     """
 

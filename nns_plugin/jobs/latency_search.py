@@ -53,7 +53,7 @@ class Timing:
 
     Attributes:
         batch: Inputs per run.
-        opset: Of the exported models; the exporter's default if ``None``.
+        opset: ONNX opset of the exported models; the exporter's default if ``None``.
         latency: Options of the measurement.
     """
 

@@ -27,7 +27,7 @@ class Statistics:
         groups: The unit groups that the records were collected for.
         labels: Names of the labels, or ``None`` if the data had none.
         threshold: A position is active where it exceeds this.
-        fingerprint: Of the model's weights, see :func:`nns_plugin.models.fingerprint.fingerprint`.
+        fingerprint: Fingerprint of the model's weights, see :func:`nns_plugin.models.fingerprint.fingerprint`.
     """
 
     records: Mapping[Key, Record]

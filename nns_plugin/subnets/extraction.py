@@ -48,7 +48,7 @@ class Prepared:
         backend: What traced it.
         example_inputs: Inputs that it can run on.
         groups: Its unit groups.
-        statistics: Of the copy.
+        statistics: Statistics of the copy.
         labels: The kept labels, and the outputs so far.
         head: The layer that was shrunk; ``None`` if none was.
         opens: Whether the output "other" belongs to the head.

@@ -34,7 +34,7 @@ def integrate(
     example_inputs: Any = None,
     progress: bool = False,
 ) -> Subnet:
-    """One subnet for all labels of several: the union of their units, in any order.
+    """Combine several subnets into one for all their labels: the union of their units, in any order.
 
     The weights are the parent's: a weight between a unit of one subnet and a unit of another is in neither file.
     Compensation and head are computed again for the union, so that the result equals an extraction for the union of the
@@ -43,8 +43,8 @@ def integrate(
     Args:
         subnets: Subnets of one parent, extracted with the same criterion, compensation and kind of head.
         parent: Their parent; left as it is.
-        statistics: Of the parent, for compensation; collected from the loader by default.
-        loader: Yields ``(inputs, labels)``, anew each time. Needed by an open head, by ``refit``, and in place of
+        statistics: Statistics of the parent, for compensation; collected from the loader by default.
+        loader: Re-iterable; yields ``(inputs, labels)``. Needed by an open head, by ``refit``, and in place of
             statistics.
         validation: Yields ``(inputs, labels)``; needed by heads that were calibrated.
         budget: Maximum number of units to keep, over all pruned groups. The units that the criterion scores lowest for

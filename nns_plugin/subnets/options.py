@@ -49,8 +49,8 @@ class ExtractionOptions:
             ``"distinctiveness"``, else ``"none"``.
         sequential: See :class:`nns_plugin.compensation.options.Compensation`, as for the next three.
         recalibrate_batch_norms: Whether batch norms are recalibrated.
-        ridge: Of ``"refit"``.
-        max_unfolded: Of ``"refit"``.
+        ridge: For ``"refit"``.
+        max_unfolded: For ``"refit"``.
         angle: Selects units by the angles between their vectors.
         ratio: Share of units to remove, in [0, 1).
         zeta: Keep units that score at least this, in [0, 1].

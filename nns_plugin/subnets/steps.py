@@ -44,11 +44,11 @@ def prepare(
     Args:
         dense: The model; left as it was found.
         example_inputs: Inputs that it can run on.
-        loader: Yields ``(inputs, labels)``; anew each time. Not needed where statistics are given and the head does
+        loader: Re-iterable; yields ``(inputs, labels)``. Not needed where statistics are given and the head does
             not open.
         labels: The labels to keep.
         how: How to prepare the copy.
-        statistics: Of the dense model; collected from the loader by default.
+        statistics: Statistics of the dense model; collected from the loader by default.
         progress: Whether to show progress bars.
 
     Raises:
@@ -154,7 +154,7 @@ def calibrate_head(extraction: Extraction, validation: Iterable[Any], progress: 
 
     Args:
         extraction: An extraction; one without that output stays as it is.
-        validation: Yields ``(inputs, labels)``, anew each time.
+        validation: Re-iterable; yields ``(inputs, labels)``.
         progress: Whether to show progress bars.
     """
     if not extraction.opens or extraction.head is None:

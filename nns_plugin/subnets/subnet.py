@@ -94,7 +94,7 @@ class Subnet(SubnetContent):
         return model.eval()
 
     def mask(self, parent: nn.Module, example_inputs: Any = None) -> nn.Module:
-        """The parent with everything but the subnet at zero: the paper's form.
+        """The parent with everything but the subnet zeroed: the paper's form.
 
         Its outputs are those of the small model, except where units pass a norm over units (LayerNorm, GroupNorm,
         RMSNorm), because such a norm depends on how many there are. Both models run for comparison.

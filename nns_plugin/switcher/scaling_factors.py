@@ -31,14 +31,14 @@ class Counts:
 
 
 class ScalingFactors(Mapping[str, Tensor]):
-    """The factors by name of the switch, ``[size]`` each.
+    """Scaling factors ``[size]`` of each switch, by the switch's name.
 
     Args:
         switches: What gets the factors.
         factors: The factors of each switch, finite and not negative.
 
     Raises:
-        SwitchError: If factors are missing, negative, not finite, or of other lengths.
+        SwitchError: If factors are missing, negative, not finite, or of the wrong length.
     """
 
     def __init__(self, switches: Sequence[Switch], factors: Mapping[str, Tensor]) -> None:

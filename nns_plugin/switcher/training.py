@@ -89,7 +89,7 @@ def train_switched(
 
     Args:
         model: Trained in place: only its weights and buffers change. Separate training does not change it at all.
-        loader: Yields ``(inputs, targets)``, in every epoch anew.
+        loader: Re-iterable, once per epoch; yields ``(inputs, targets)``.
         loss: Computes a scalar from the model's outputs and the targets.
         switcher: Built for this model; trained in place.
         optimizer: Holds the model's parameters.

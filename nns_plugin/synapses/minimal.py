@@ -28,7 +28,7 @@ from nns_plugin.units import UnitGroup
 
 @dataclass(frozen=True, eq=False)
 class MinimalNetwork:
-    """The result of the search.
+    """The result of `minimal_network`.
 
     Attributes:
         masked: The last accepted network, as wide as the model, masked by ``torch.nn.utils.prune``.

@@ -16,7 +16,7 @@ MASKED = "_orig"
 
 
 class WeightSnapshot:
-    """The current weights of a model, to be taken before training or at any earlier checkpoint.
+    """A copy of a model's weights before training or at a checkpoint, to measure how far training moves them.
 
     For weights masked by ``torch.nn.utils.prune``, the value behind the mask counts.
 

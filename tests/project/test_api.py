@@ -1,6 +1,6 @@
 """The public surface: every name of the faces imports, docs/api.md lists it, and importing costs no host.
 
-``python tests/project/test_api.py`` writes the page anew.
+``python tests/project/test_api.py`` rewrites the page.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ FACES = {
     "nns_plugin.adapters.nni": "Pruners for NNI, and masked models made small. Needs the extra `nni`.",
     "nns_plugin.adapters.onnxruntime": "Export, measurement and the gate. Needs the extra `onnx`.",
 }
+HEAD = """# API
+
+Every public name, with the first line of its docstring; `help(name)` has the rest. Errors are in
+`nns_plugin.errors`, all of them below `NNSError`.
+
+"""
 HOSTS = (
     "torch_pruning",
     "nni",
@@ -37,17 +43,25 @@ HOSTS = (
 )
 
 
-def summary(name: str, value: object) -> str:
-    """First line of a docstring; constants and type aliases have none of their own."""
+def summary(face: str, name: str) -> str:
+    """First line of a docstring; that of a constant is the string after its assignment."""
+    module = importlib.import_module(face)
+    value = getattr(module, name)
+    if name == "__version__":
+        return "Version of the installed package."
     if inspect.isclass(value) or inspect.isfunction(value):
-        return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", (inspect.getdoc(value) or "").partition("\n")[0])
-    return f"`{value}`" if name != "__version__" else "Version of the installed package."
+        text = inspect.getdoc(value) or ""
+    else:
+        sources = (path.read_text(encoding="utf-8") for path in Path(inspect.getfile(module)).parent.glob("*.py"))
+        found = [re.search(rf'^{name}\b[^\n]*\n"""(.+?)"""', source, re.MULTILINE | re.DOTALL) for source in sources]
+        text = next((match[1] for match in found if match), "")
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text.partition("\n")[0]).replace("|", r"\|")
 
 
 def section(face: str) -> str:
     """The part of the page about one face."""
     module = importlib.import_module(face)
-    rows = [f"| `{name}` | {summary(name, getattr(module, name))} |" for name in sorted(module.__all__, key=str.lower)]
+    rows = [f"| `{name}` | {summary(face, name)} |" for name in sorted(module.__all__, key=str.lower)]
     return "\n".join([f"## {face}", "", FACES[face], "", "| name | |", "|---|---|", *rows, ""])
 
 
@@ -57,6 +71,7 @@ def test_the_page_lists_every_public_name(face: str) -> None:
     text = PAGE.read_text(encoding="utf-8")
     expected = section(face)
     assert expected in text, f"docs/api.md is not what {face} exports: run python {Path(__file__).name}"
+    assert text.startswith(HEAD)
     assert text.count("\n## ") == len(FACES)
 
 
@@ -65,7 +80,7 @@ def test_the_page_lists_every_public_name(face: str) -> None:
 def test_every_public_name_has_a_docstring(face: str) -> None:
     module = importlib.import_module(face)
     assert len(set(module.__all__)) == len(module.__all__)
-    missing = [name for name in module.__all__ if not summary(name, getattr(module, name))]
+    missing = [name for name in module.__all__ if not summary(face, name)]
     assert missing == []
 
 
@@ -99,5 +114,4 @@ def test_the_core_loads_no_host(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    head = "# API\n\nEvery public name, with the first line of its docstring; `help(name)` has the rest.\n\n"
-    PAGE.write_text(head + "\n".join(section(face) for face in FACES), encoding="utf-8")
+    PAGE.write_text(HEAD + "\n".join(section(face) for face in FACES), encoding="utf-8")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def integration_figure(accuracy: Sequence[Mapping[str, float]], dense: Mapping[str, float]) -> Figure:
-    """Balanced accuracy of each label as label subnets are integrated one by one.
+    """Plot the balanced accuracy of each label as label subnets are integrated one by one.
 
     Args:
         accuracy: For each number of integrated labels, starting at 1, the balanced accuracy of each.
@@ -45,7 +45,7 @@ def integration_figure(accuracy: Sequence[Mapping[str, float]], dense: Mapping[s
 
 
 def size_figure(curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, total: int) -> Figure:
-    """Balanced accuracy against kept units.
+    """Plot balanced accuracy against the number of kept units.
 
     Args:
         curves: By label or method, the kept units and the balanced accuracy of each subnet.

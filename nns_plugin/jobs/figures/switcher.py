@@ -22,7 +22,7 @@ RANGES = {"pruned": "0", "weakened": "below 1", "strengthened": "1 or more"}
 
 
 def scaling_figure(factors: Tensor, shape: tuple[int, int], title: str = "") -> Figure:
-    """Which pixels a switcher prunes (black), weakens (green) and strengthens (yellow).
+    """Plot which pixels a switcher prunes (black), weakens (green) and strengthens (yellow).
 
     Args:
         factors: ``[H * W]``, one per pixel.
@@ -52,7 +52,7 @@ def scaling_figure(factors: Tensor, shape: tuple[int, int], title: str = "") -> 
 
 
 def states_figure(epochs: Sequence[Mapping[str, Counts]]) -> Figure:
-    """How many factors prune, weaken and strengthen after each epoch: one panel per switch.
+    """Plot how many factors prune, weaken and strengthen after each epoch: one panel per switch.
 
     Args:
         epochs: The ``counts`` of each :class:`nns_plugin.switcher.training.Epoch`.

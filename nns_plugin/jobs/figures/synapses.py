@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def inputs_figure(paths: Mapping[str, Tensor], label_names: Sequence[str], shape: tuple[int, int]) -> Figure:
-    """Which pixels a sparse network uses, for all labels and for each, and with how many synapses.
+    """Plot which pixels a sparse network uses, for all labels and for each, and with how many synapses.
 
     Args:
         paths: From :func:`nns_plugin.synapses.paths.synapse_paths`; the first layer reads the pixels.
@@ -56,7 +56,7 @@ def inputs_figure(paths: Mapping[str, Tensor], label_names: Sequence[str], shape
 
 
 def paths_figure(paths: Mapping[str, Tensor], label_names: Sequence[str]) -> Figure:
-    """Which synapses lead from the inputs to each output: one panel per label, its paths in black, the others in grey.
+    """Plot which synapses lead from the inputs to each output: a panel per label, its paths black, the others grey.
 
     Args:
         paths: From :func:`nns_plugin.synapses.paths.synapse_paths`, for layers each of which reads the previous one.

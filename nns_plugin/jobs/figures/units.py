@@ -19,7 +19,7 @@ MAX_NUMBERED = 12  # labels up to which cells carry their numbers
 
 
 def activity_figure(activity: Tensor, label_names: Sequence[str], zeta: float, group: str = "") -> Figure:
-    """Relative activity of units on each label, before and after the threshold.
+    """Plot the relative activity of units on each label, before and after the threshold.
 
     Args:
         activity: ``[L, U]`` in [0, 1], from :func:`nns_plugin.criteria.semantic.relative_activity`.
@@ -53,7 +53,7 @@ def activity_figure(activity: Tensor, label_names: Sequence[str], zeta: float, g
 
 
 def overlap_figure(kept: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """How much the units of label subnets overlap.
+    """Plot how much the units of label subnets overlap.
 
     Args:
         kept: For each label, the kept units of its subnet, by group.

@@ -118,7 +118,7 @@ def broadcast_to_weight(module: nn.Module, values: Tensor, side: str, shape: Seq
         module: The module; determines the layout of its weight.
         values: ``[n]``, one for each position on the side.
         side: ``"out"`` or ``"in"``.
-        shape: Of the weight.
+        shape: Shape of the weight.
     """
     if len(shape) == 1:
         return values

@@ -1,4 +1,4 @@
-"""Kinds of layers and norms, and the weights and groups of a layer."""
+"""Kinds of layers and norms, and the weights and channel groups of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Consumers: the weights with which any kind of layer reads its input, as matrices over channels; and their biases."""
+"""Weights of any kind of layer as matrices over its input channels, one for each group of a grouped convolution."""
 
 from __future__ import annotations
 
