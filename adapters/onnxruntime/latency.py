@@ -115,10 +115,11 @@ class LatencyComparison:
     @property
     def conditions(self) -> str:
         """The conditions of the measurement, in words."""
+        threads, pairs = ("s" if count != 1 else "" for count in (self.threads, self.sessions))
         return (
-            f"{self.provider}, {self.threads} thread(s), spinning {'on' if self.spinning else 'off'}, inputs and "
+            f"{self.provider}, {self.threads} thread{threads}, spinning {'on' if self.spinning else 'off'}, inputs and "
             f"outputs {'bound' if self.io_binding else 'copied'}, {self.samples} samples each in {self.sessions} "
-            f"pair(s) of sessions, in turns{'' if self.warmup_stable else ', NOT all settled after warm-up'}"
+            f"pair{pairs} of sessions, interleaved{'' if self.warmup_stable else ', NOT all settled after warm-up'}"
         )
 
 

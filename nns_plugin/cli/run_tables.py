@@ -101,7 +101,7 @@ def _comparison(report: Report) -> Table:
 
 def _per_label(report: Report) -> Table:
     """Recall, false-positive rate, precision, balanced accuracy and AUROC of each label, dense above subnet."""
-    columns = ("inputs", "recall", "false pos.", "precision", "F1", "balanced acc.", "AUROC")
+    columns = ("inputs", "recall", "FPR", "precision", "F1", "bal. acc.", "AUROC")
     table = new_table("per label, %", ("label", "model"), columns)
     for place, label in enumerate(report.labels):
         for name, model in (("dense", report.baseline), ("subnet", report.subnet)):
@@ -112,7 +112,7 @@ def _per_label(report: Report) -> Table:
             first = name == "dense"
             table.add_row(escape(label) if first else "", name, *cells, end_section=not first)
     worst = escape(report.subnet.evaluation.worst_label)
-    table.caption = f"false pos.: share of all other inputs classified as the label; worst label of the subnet: {worst}"
+    table.caption = f"FPR: share of all other inputs classified as the label; worst label of the subnet: {worst}"
     return table
 
 

@@ -42,7 +42,7 @@ class Compensation:
         if self.method not in get_args(Method):
             raise PruningError(f"method is {self.method!r}; it must be one of {', '.join(get_args(Method))}")
         if self.sequential and self.method not in ("refit", "least_squares"):
-            raise PruningError(f"sequential=True goes with refit and least_squares, not with method {self.method!r}")
+            raise PruningError(f"sequential=True requires refit or least_squares, not method {self.method!r}")
         if loader is None and (self.method == "refit" or self.sequential):
             raise PruningError(f"method {self.method!r} with sequential={self.sequential} needs a loader; pass one")
         if isinstance(loader, Iterator):

@@ -169,11 +169,9 @@ class ExtractionOptions:
         if len(given) > 1 and not TOGETHER.issuperset(given):
             raise RecipeError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.confidence is not None and self.max_balanced_accuracy_drop is None:
-            raise RecipeError(
-                "confidence goes with max_balanced_accuracy_drop: it is the confidence level of its bound"
-            )
+            raise RecipeError("confidence requires max_balanced_accuracy_drop: it is the confidence level of its bound")
         if self.roundings is not None and not self.has_target:
-            raise RecipeError("roundings go with target_latency_ms and target_speedup; without these, give round_to")
+            raise RecipeError("roundings require target_latency_ms or target_speedup; without these, give round_to")
         if self.has_target and self.round_to != 1:
             raise RecipeError(f"round_to is {self.round_to}; with a target for latency give roundings: [1, 8, 16]")
         if self.angle is not None:
@@ -181,25 +179,25 @@ class ExtractionOptions:
         if self.framework == "nni":
             self._check_nni()
         elif self.config_list is not None:
-            raise RecipeError(f"config_list goes with framework nni, not with {self.framework}")
+            raise RecipeError(f"config_list requires framework nni, not {self.framework}")
         if self.labels is None and self.head in ("closed", "open"):
             raise RecipeError(f"head {self.head!r} needs labels; name some, or use head: keep")
         if self.calibrate_head and self.effective_head != "open":
-            raise RecipeError(f"calibrate_head goes with head open, not with {self.effective_head}")
+            raise RecipeError(f"calibrate_head requires head open, not {self.effective_head}")
         if self.sequential and self.effective_method not in ("refit", "least_squares"):
-            raise RecipeError(f"sequential goes with refit and least_squares, not with {self.effective_method}")
+            raise RecipeError(f"sequential requires refit or least_squares, not {self.effective_method}")
         if self.global_pruning and (self.zeta is not None or self.angle is not None):
-            raise RecipeError("global_pruning goes with ratio, not with zeta or angle")
+            raise RecipeError("global_pruning requires ratio, not zeta or angle")
 
     def _check_angle(self) -> None:
         if self.framework == "nni":
-            raise RecipeError("angle goes with framework torch_pruning, not with nni, whose masks have no survivors")
+            raise RecipeError("angle requires framework torch_pruning, not nni, whose masks have no survivors")
         if self.effective_criterion != "distinctiveness":
-            raise RecipeError(f"angle goes with criterion distinctiveness, not with {self.effective_criterion}")
+            raise RecipeError(f"angle requires criterion distinctiveness, not {self.effective_criterion}")
         if self.compensation not in (None, "merge"):
-            raise RecipeError(f"angle goes with compensation merge, not with {self.compensation}")
+            raise RecipeError(f"angle requires compensation merge, not {self.compensation}")
         if self.round_to != 1:
-            raise RecipeError("round_to goes with ratio and zeta, not with angle")
+            raise RecipeError("round_to requires ratio or zeta, not angle")
 
     def _check_nni(self) -> None:
         if self.effective_roundings != (1,) and self.has_target:

@@ -58,7 +58,7 @@ def test_run_prints_every_number_and_writes_every_file(
     for text in (
         "parameters", "MACs", "ONNX file", "p50 latency", "p90 latency", "mean balanced accuracy",
         "closed-set accuracy",
-        "open-set accuracy", "parity", "recall", "false pos.", "balanced acc.", "AUROC", "worst label",
+        "open-set accuracy", "parity", "recall", "FPR", "bal. acc.", "AUROC", "worst label",
     ):  # fmt: skip
         assert text in printed
     assert re.search(r"labels 1, 8 on 540 held-out inputs", printed)

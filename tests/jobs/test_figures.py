@@ -18,6 +18,7 @@ from nns_plugin.jobs.figures import (
     inputs_figure,
     integration_figure,
     jaccard,
+    latency_figure,
     new_figure,
     overlap_figure,
     paths_figure,
@@ -45,6 +46,18 @@ def lines(axis: Any) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+@pytest.mark.host("onnxruntime")
+def test_stalls_of_the_machine_do_not_squeeze_the_latency_distributions() -> None:
+    from nns_plugin.adapters.onnxruntime import LatencyComparison, latency_report
+
+    fast = np.linspace(0.1, 0.12, 195)
+    reports = [latency_report(name, np.append(fast * factor, [20.0] * 5)) for name, factor in (("a", 2), ("b", 1))]
+    compared = LatencyComparison(*reports, 2.0, 1.9, 2.1, "CPU", 1, False, False, 1, 200, 1, 0, True, 0)
+    (axis,) = latency_figure([compared]).axes
+    assert 0.24 <= axis.get_xlim()[1] < 1
+    assert "10 slower runs not shown" in axis.get_title()
+
+
 def test_activity_before_and_after_the_threshold() -> None:
     """Units are sorted by the label that they respond to most, the strongest first, silent ones last."""
     activity = torch.tensor([[0.2, 0.0, 1.0, 0.5], [1.0, 0.0, 0.3, 0.7]])
@@ -55,7 +68,7 @@ def test_activity_before_and_after_the_threshold() -> None:
     assert np.allclose(after.images[0].get_array(), [[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.7, 0.0]])
     assert [tick.get_text() for tick in before.get_yticklabels()] == ["ant", "bee"]
     assert texts(after) == ("unit, sorted by the label that it responds to most", "label")
-    assert "4 units of conv" in before.get_title()
+    assert "4 units of group conv" in before.get_title()
     assert "zeta = 0.40: 2 to 2 units per label" in after.get_title()
     with pytest.raises(CriterionError, match=r"expected \[3, units\]"):
         activity_figure(activity, ["a", "b", "c"], 0.4)

@@ -90,10 +90,10 @@ measure: {samples: 20, resamples: 0}
 def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
     for overrides, message in (
         ({"framework": "nni", "round_to": 8}, "NNI's masks cannot be rounded"),
-        ({"config_list": [{"op_types": ["Linear"], "sparse_ratio": 0.5}]}, "config_list goes with framework nni"),
+        ({"config_list": [{"op_types": ["Linear"], "sparse_ratio": 0.5}]}, "config_list requires framework nni"),
         (
             {"framework": "nni", "angle": {}, "criterion.name": "distinctiveness"},
-            "angle goes with framework",
+            "angle requires framework",
         ),
         ({"framework": "tensorflow"}, "field 'framework': found 'tensorflow'"),
         ({"framework": "nni", "config_list": []}, "field 'config_list'"),

@@ -70,14 +70,14 @@ def test_criterion_and_compensation_by_default(
     [
         ({"angle": {}, "ratio": 0.5}, "ratio and angle exclude each other"),
         ({"angle": {"similar": 170, "complementary": 20}}, "similar must be at most complementary"),
-        ({"angle": {}, "criterion": "semantic"}, "angle goes with criterion distinctiveness, not with semantic"),
-        ({"angle": {}, "compensation.method": "refit"}, "angle goes with compensation merge, not with refit"),
-        ({"angle": {}, "global_pruning": True, "round_to": 1}, "global_pruning goes with ratio"),
-        ({"angle": {}}, "round_to goes with ratio and zeta"),
-        ({"compensation.sequential": True}, "sequential goes with refit and least_squares, not with none"),
+        ({"angle": {}, "criterion": "semantic"}, "angle requires criterion distinctiveness, not semantic"),
+        ({"angle": {}, "compensation.method": "refit"}, "angle requires compensation merge, not refit"),
+        ({"angle": {}, "global_pruning": True, "round_to": 1}, "global_pruning requires ratio"),
+        ({"angle": {}}, "round_to requires ratio or zeta"),
+        ({"compensation.sequential": True}, "sequential requires refit or least_squares, not none"),
         ({"compensation.method": "magic"}, "field 'compensation.method': found 'magic'"),
-        ({"calibrate_head": True, "head": "closed"}, "calibrate_head goes with head open, not with closed"),
-        ({"confidence": 0.9}, "confidence goes with max_balanced_accuracy_drop"),
+        ({"calibrate_head": True, "head": "closed"}, "calibrate_head requires head open, not closed"),
+        ({"confidence": 0.9}, "confidence requires max_balanced_accuracy_drop"),
         ({"iterative": {}}, "iterative fine-tunes after each removal"),
         (
             {"iterative": {}, "fine_tune.epochs": 1, "max_balanced_accuracy_drop": 0.1},
@@ -138,7 +138,7 @@ def test_a_target_goes_with_a_budget_and_roundings_alone(tmp_path: Path) -> None
     for wrong, message in (
         ({"target_speedup": 2.0, "ratio": 0.5}, "ratio and target_speedup exclude each other"),
         ({"target_speedup": 2.0, "round_to": 8}, "round_to is 8; with a target for latency give roundings"),
-        ({"roundings": [8]}, "roundings go with target_latency_ms and target_speedup"),
+        ({"roundings": [8]}, "roundings require target_latency_ms or target_speedup"),
         ({"target_speedup": 0.0}, "'target_speedup': found 0.0"),
         ({"target_speedup": 2.0, "roundings": [0]}, "roundings"),
         ({"target_speedup": 2.0, "roundings": [8], "framework": "nni"}, "NNI's masks cannot be rounded"),
@@ -198,7 +198,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
     [
         ({"ratio": 0.5, "zeta": 0.4}, "ratio and zeta exclude each other"),
         ({"labels": None, "head": "closed"}, "head 'closed' needs labels"),
-        ({"ratio": None, "zeta": 0.4, "global_pruning": True}, "global_pruning goes with ratio"),
+        ({"ratio": None, "zeta": 0.4, "global_pruning": True}, "global_pruning requires ratio"),
     ],
 )
 def test_fields_that_contradict_each_other_each_other(tmp_path: Path, change: dict[str, Any], message: str) -> None:

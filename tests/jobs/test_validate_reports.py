@@ -131,7 +131,7 @@ def test_all_reports_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     properties = {of.get("name"): of.get("value") for of in suite.findall("properties/property")}
     assert properties["candidate.sha256"] == f"candidate.onnx {digest(candidate)}"
     assert properties["versions.numpy"] == np.__version__
-    conditions_text = "2 thread(s), spinning on, inputs and outputs bound, 30 samples each in 3 pair(s) of sessions"
+    conditions_text = "2 threads, spinning on, inputs and outputs bound, 30 samples each in 3 pairs of sessions"
     assert conditions_text in properties["latency.batch 3"]
 
     lines = read_markdown(tmp_path)

@@ -312,7 +312,7 @@ def test_statistics_of_other_weights_are_refused_and_nothing_is_removed() -> Non
     [
         ("magic", None, "method is 'magic'"),
         ("refit", None, "needs a loader"),
-        (Compensation("none", sequential=True), None, "goes with refit and least_squares"),
+        (Compensation("none", sequential=True), None, "requires refit or least_squares"),
         (Compensation("least_squares", sequential=True), None, "needs a loader"),
         ("refit", iter([]), "is an iterator"),
         (Compensation("mean", ridge=0.0), None, "ridge is 0.0"),

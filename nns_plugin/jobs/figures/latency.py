@@ -11,6 +11,7 @@ from nns_plugin.jobs.figures.canvas import new_figure, plain, require_content
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from nns_plugin.adapters.onnxruntime import LatencyComparison
 
@@ -25,7 +26,8 @@ def latency_figure(comparisons: Sequence[LatencyComparison]) -> Figure:
     figure, axes = new_figure(6.4, 0.6 + 2.6 * len(comparisons), len(comparisons))
     for axis, each in zip(axes[:, 0], comparisons, strict=True):
         times = [np.array(report.times_ms) for report in (each.baseline, each.candidate)]
-        edges = np.linspace(min(map(np.min, times)), max(np.percentile(of, 99) for of in times), 60)
+        least = min(map(np.min, times))
+        edges = np.linspace(least, max(1.01 * least, *map(_longest_shown, times)), 60)
         for of, report, (dash, colour) in zip(
             times, (each.baseline, each.candidate), (("--", "0.5"), ("-", "black")), strict=True
         ):
@@ -43,3 +45,9 @@ def latency_figure(comparisons: Sequence[LatencyComparison]) -> Figure:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return figure
+
+
+def _longest_shown(times: NDArray[np.float64]) -> float:
+    """Where the axis ends: at p99, or earlier where a few stalls would squeeze the distributions."""
+    low, high, p99 = np.percentile(times, [25, 75, 99])
+    return float(min(p99, high + 6 * (high - low)))

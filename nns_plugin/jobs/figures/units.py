@@ -37,7 +37,7 @@ def activity_figure(activity: Tensor, label_names: Sequence[str], zeta: float, g
     figure, axes = new_figure(10, 1.6 + 0.5 * len(label_names) + 0.6, 2)
     needed = np.where(values >= zeta, values, 0.0)
     counts = (values >= zeta).sum(1)
-    of_group = f" of {plain(group)}" if group else ""
+    of_group = f" of group {plain(group)}" if group else ""
     titles = (
         f"activity of the {values.shape[1]} units{of_group}, relative to the most active one",
         f"kept at zeta = {zeta:.2f}: {counts.min()} to {counts.max()} units per label",
