@@ -1,4 +1,4 @@
-"""Backends: what the core needs of a host that removes units, and how a host is found by name."""
+"""Backends: the protocol of hosts that remove units, and their lookup by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of config lists that NNI's own mask generation does not keep: global ranking, and limits of sparsity."""
+"""Rules of config lists that NNI's own mask generation breaks: global ranking, and limits of sparsity."""
 
 from __future__ import annotations
 

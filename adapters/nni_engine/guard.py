@@ -1,4 +1,4 @@
-"""A process that waits for its parent to end, and then ends what NNI has left running.
+"""A process that waits for its parent to end, and then ends the processes that NNI has left running.
 
 ``python -m nns_plugin.adapters.nni_engine.guard FOLDER``: NNI's managers are recognised by their folder of experiments;
 the parent holds the other end of standard input. It must not import NNI, which takes seconds.

@@ -1,4 +1,4 @@
-"""Accuracy of a candidate beside its baseline: what each label loses, and how sure that is."""
+"""Accuracy of a candidate beside its baseline: the drop of each label, and its confidence bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a candidate beside its baseline, and how."""
+"""Comparisons of a candidate with its baseline: their options, and everything measured."""
 
 from __future__ import annotations
 

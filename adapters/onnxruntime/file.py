@@ -1,4 +1,4 @@
-"""ONNX files: what a file declares, and what is wrong with one that cannot be used."""
+"""ONNX files: declared inputs, outputs and metadata, and why a file cannot be used."""
 
 from __future__ import annotations
 

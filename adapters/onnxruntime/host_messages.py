@@ -1,4 +1,4 @@
-"""What the exporter and ONNX Runtime print and raise: silenced, and condensed to one line."""
+"""Messages and errors of the exporter and ONNX Runtime: silenced, and condensed to one line."""
 
 from __future__ import annotations
 

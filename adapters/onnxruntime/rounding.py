@@ -1,4 +1,4 @@
-"""What rounding up channels would gain: layers of an ONNX file measured alone, as they are and rounded up.
+"""Gains from rounding up channels: layers of an ONNX file measured alone, as they are and rounded up.
 
 Kernels process channels in blocks of 8 or 16, so a layer with 21 channels can take longer than one with 24.
 """

@@ -55,7 +55,7 @@ class CriterionImportance(tp.importance.Importance):
 
     Args:
         criterion: The criterion.
-        evidence: By name of the criterion's argument, what follows the model; all else stays as it was given.
+        evidence: By name of the criterion's argument, the evidence that follows the model; all else stays as given.
 
     Attributes:
         criterion_type: In a subclass, the class of its criterion.

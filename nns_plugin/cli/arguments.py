@@ -1,4 +1,4 @@
-"""What commands share: the text of their options parsed, and warnings printed as notes."""
+"""Shared by all commands: parsing the text of options, and printing warnings as notes."""
 
 from __future__ import annotations
 

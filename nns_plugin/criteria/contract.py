@@ -97,7 +97,7 @@ def build(
     options: Mapping[str, Any],
     labels: Sequence[int | str] | None = None,
 ) -> Criterion:
-    """Build a criterion from what is known.
+    """Build a criterion from the available evidence.
 
     Args:
         criterion: The class.

@@ -1,4 +1,4 @@
-"""Ties between scores, separated by steps so small that no other order changes."""
+"""Ties between scores, broken by steps too small to change any other order."""
 
 from __future__ import annotations
 

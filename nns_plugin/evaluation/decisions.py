@@ -1,4 +1,4 @@
-"""What a model decides for each input, and the metrics of these decisions for a label set."""
+"""A model's decision for each input, and the metrics of these decisions for a label set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nns_plugin.evaluation.metrics import Array, accuracy, label_metrics, probab
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """What a model decides for N inputs, and what is true; L labels in the set.
+    """A model's decisions for N inputs, and the true labels; L labels in the set.
 
     Attributes:
         labels: Labels of the set.

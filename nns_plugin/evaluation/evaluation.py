@@ -1,4 +1,4 @@
-"""Evaluation of a classifier for a label set on held-out data, and what a subnet loses beside its dense model."""
+"""Evaluation of a classifier for a label set on held-out data, and a subnet's drop against its dense model."""
 
 from __future__ import annotations
 

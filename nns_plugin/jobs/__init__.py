@@ -1,4 +1,4 @@
-"""What the command line does, from Python; files about recipes, jobs, sweeps and validations need the extra ``cli``."""
+"""The jobs behind the command line, callable from Python; recipes, sweeps and validations need the extra ``cli``."""
 
 from nns_plugin.jobs.data import Datasets, digits
 from nns_plugin.jobs.extraction import extract_subnet

@@ -1,4 +1,4 @@
-"""The sections of a recipe: what a user may write, checked before anything runs."""
+"""The sections of a recipe and their fields, checked before anything runs."""
 
 from __future__ import annotations
 

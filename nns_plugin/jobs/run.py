@@ -1,4 +1,4 @@
-"""The main job: extract what some labels need from a classifier, remove the rest, and prove it."""
+"""The main job: extract the part of a classifier that some labels need, and prove it."""
 
 from __future__ import annotations
 

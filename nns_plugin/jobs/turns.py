@@ -1,4 +1,4 @@
-"""What a recipe may ask for besides one extraction: iterative pruning, and masks on single weights."""
+"""Beyond a single extraction: iterative pruning, and masks on single weights, as a recipe asks for."""
 
 from __future__ import annotations
 

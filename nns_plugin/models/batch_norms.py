@@ -1,4 +1,4 @@
-"""BN recalibration: after removal, the running statistics of batch norms still describe the model before it."""
+"""BN recalibration: new running statistics after removal, since the old ones describe the model before it."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def first_inputs(loader: Iterable[Any], model: nn.Module | None = None) -> Any:
 
 
 def parse_batch(item: Any, number: int, name: str = "loader") -> Batch:
-    """Check what a loader yielded and take it apart.
+    """Check what a loader yielded, and split it into inputs and labels.
 
     Args:
         item: ``inputs``, ``[inputs]`` or ``(inputs, labels)``, where ``inputs`` is a tensor, or a tuple or mapping

@@ -1,4 +1,4 @@
-"""What a subnet consists of, and what its file holds."""
+"""The contents of a subnet and of its file."""
 
 from __future__ import annotations
 

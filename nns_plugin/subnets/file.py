@@ -210,7 +210,7 @@ def _unpacked(packed: Tensor, total: int) -> Tensor:
 def _trial(
     ratio: Any, parameters: Any, accuracy: Any, bound: Any, within: Any, round_to: Any = 1, *latency: Any
 ) -> Trial:
-    """A row of the trials; of a search for a budget it may end before what is about latency."""
+    """A row of the trials; in an accuracy search it may lack the fields about latency, which come last."""
     milliseconds, speedup, low, fast = latency or (None, None, None, None)
     return Trial(
         _number(ratio),

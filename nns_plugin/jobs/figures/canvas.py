@@ -1,4 +1,4 @@
-"""What all figures share: an empty figure, line styles that are readable in grey, and names without mathematics."""
+"""Shared by all figures: an empty figure, line styles that are readable in grey, and names without mathematics."""
 
 from __future__ import annotations
 

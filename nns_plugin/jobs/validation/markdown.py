@@ -12,7 +12,7 @@ from nns_plugin.jobs.validation.tables import TextTable, facts, measurements, ve
 
 
 def markdown(found: Validation, figure: str | None = None) -> str:
-    """A summary: the verdict, the measurements, and what they were taken on.
+    """A summary: the verdict, the measurements, and their conditions.
 
     Args:
         found: The validation.

@@ -1,4 +1,4 @@
-"""What a validation is asked for: thresholds, data, how to measure, and where to write reports."""
+"""Options of a validation: thresholds, data, how to measure, and where to write reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReportPaths:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """How to compare a candidate with its baseline, and what it must reach.
+    """How to compare a candidate with its baseline, and the thresholds that it must meet.
 
     Attributes:
         gate: The thresholds.

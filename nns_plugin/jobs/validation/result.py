@@ -1,4 +1,4 @@
-"""What a validation returns."""
+"""The result of a validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a validation reports, as tables of text: the terminal and the Markdown summary show the same rows."""
+"""The results of a validation as tables of text: the terminal and the Markdown summary show the same rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measurements(found: Validation) -> Iterator[TextTable]:
 
 
 def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
-    """What was compared, and what it was measured on and with, by name."""
+    """The files compared, and the conditions of the measurement, by name."""
     for name, file in (("baseline", comparison.baseline), ("candidate", comparison.candidate)):
         yield f"{name}.sha256", ", ".join(f"{which} {digest}" for which, digest in file.sha256.items())
         yield f"{name}.opset", str(file.opset)
