@@ -68,7 +68,8 @@ class PrunableGraph:
         norm = outputs[0].module
         if norm.running_mean is None or len(outputs[0].inputs) != 1:
             return None
-        return next(name for name, module in self.model.named_modules() if module is norm)
+        names: dict[nn.Module, str] = {module: name for name, module in self.model.named_modules()}
+        return names[norm]
 
 
 def planned_removals(pruner: tp.pruner.BasePruner) -> list[HostRemoval]:
