@@ -53,7 +53,8 @@ def batches(
     check_loader(loader, name)
     device = None if model is None else device_of(model)
     empty = True
-    for number, item in enumerate(tqdm(loader, desc=title, disable=not progress, leave=False)):
+    once = iter(loader)  # tqdm asks for two iterators: workers start, and a generator of a seed is drawn from, twice
+    for number, item in enumerate(tqdm(once, desc=title, total=_length(loader), disable=not progress, leave=False)):
         batch = parse_batch(item, number, name)
         if batch.size:
             empty = False
@@ -61,6 +62,14 @@ def batches(
     if empty:
         again = ", anew each time: it is an iterator, which yields once" if isinstance(loader, Iterator) else ""
         raise CalibrationError(f"the {name} yielded no inputs; it must yield at least one batch{again}")
+
+
+def _length(loader: Any) -> int | None:
+    """The number of batches, if the loader tells."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def check_loader(loader: Any, name: str = "loader") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from nns_plugin.errors import CalibrationError
 from nns_plugin.models.batches import batches, first_inputs
@@ -39,6 +40,17 @@ def test_a_loader_without_inputs_is_an_error(loader: list[Any]) -> None:
         list(batches(loader, name="test loader"))
     with pytest.raises(CalibrationError, match="the loader yielded no inputs"):
         first_inputs(loader)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_loader_is_asked_for_one_iterator(progress: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.Generator().manual_seed(0)
+    for _ in DataLoader(TensorDataset(X), batch_size=2, shuffle=True, generator=expected):
+        pass
+    loader = DataLoader(TensorDataset(X), batch_size=2, shuffle=True, generator=generator)
+    assert len(list(batches(loader, progress=progress))) == 3
+    assert torch.equal(generator.get_state(), expected.get_state())
 
 
 def test_an_iterator_that_is_used_up_is_named() -> None:
