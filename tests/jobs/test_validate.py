@@ -41,7 +41,6 @@ pytestmark = pytest.mark.host("onnxruntime")
 
 PROVIDERS = onnxruntime.get_available_providers()
 SWAPPED = WEIGHTS[:, [1, 0, 2]]
-NO_BEE = (0.0, -1e3, 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -276,109 +275,6 @@ def test_a_file_without_nodes_after_optimisation_has_its_provider(tmp_path: Path
 
 
 # Thresholds -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file, others with the same or other outputs, one that is much slower, and data with labels."""
-    folder = tmp_path_factory.mktemp("files")
-    wide = np.zeros((4, 1024), np.float32)
-    wide[:, :3] = WEIGHTS
-    nodes = [node("MatMul", "x w", "0"), *(node("MatMul", f"{place} eye", f"{place + 1}") for place in range(4))]
-    return {
-        "good": linear(folder / "good.onnx", labels=NAMES),
-        "bad": linear(folder / "bad.onnx", -WEIGHTS, labels=NAMES),
-        "no bee": shifted(folder / "no_bee.onnx", NO_BEE, labels=NAMES),
-        "NaN": shifted(folder / "nan.onnx", [0, np.nan, 0], labels=NAMES),
-        "slow": save(
-            folder / "slow.onnx",
-            [value("x", "n", 4)],
-            [value("y", "n", 3)],
-            [*nodes, node("MatMul", "4 last", "y")],
-            {"w": wide, "eye": np.eye(1024, dtype=np.float32), "last": np.eye(1024, 3, dtype=np.float32)},
-            labels=NAMES,
-        ),
-        "data": data(folder / "data.npz"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("baseline", "candidate", "threshold", "code"),
-    [
-        ("good", "good", "--min-speedup 0.001", 0),
-        ("good", "good", "--min-speedup 1000", 5),
-        ("slow", "good", "--min-speedup 2", 0),
-        ("good", "slow", "--min-speedup 0.5", 5),
-        ("good", "good", "--max-p90-ms 60000 --samples 100", 0),
-        ("good", "good", "--max-p90-ms 0.000001 --samples 100", 5),
-        ("good", "slow", "--rtol 1e-3", 0),
-        ("good", "bad", "--rtol 1000000000", 0),
-        ("good", "bad", "--atol 1000000000", 0),
-        ("good", "bad", "--min-top1-agreement 0", 0),
-        ("good", "good", "--max-accuracy-drop 0 --max-label-drop 0", 0),
-        ("good", "bad", "--max-accuracy-drop 0.1", 4),
-        ("good", "bad", "--max-accuracy-drop 1 --max-label-drop 1", 0),
-        ("bad", "good", "--max-accuracy-drop 0 --max-label-drop 0", 0),
-        ("good", "no bee", "--max-label-drop 0.1", 4),
-        ("good", "NaN", "--max-label-drop 1", 4),
-    ],
-)
-def test_each_threshold_passes_and_fails(
-    baseline: str,
-    candidate: str,
-    threshold: str,
-    code: int,
-    files: dict[str, Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = ("--data", files["data"]) if "drop" in threshold else ()
-    assert validate(files[baseline], files[candidate], *given, *threshold.split()) == code
-    lines = complaints(capsys)
-    assert len(lines) == (code != 0)
-    assert all({4: "accuracy", 5: "latency"}[code] + " FAILED: " in line for line in lines)
-
-
-def test_without_thresholds_nothing_can_fail(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    for candidate in ("bad", "NaN"):
-        assert validate(files["good"], files[candidate], "--data", files["data"]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        assert "PASS" in captured.out
-        assert "FAIL" not in captured.out
-
-
-def test_a_label_that_is_lost_is_named(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate(files["good"], files["no bee"], "--data", files["data"], "--max-label-drop", "0.1") == 4
-    text = "label 'bee' falls by 50.00 points, by at most 50.00 at 95 %; 10 are allowed"
-    assert complaint(capsys) == f"nns: accuracy FAILED: {text}"
-
-
-def test_outputs_that_are_not_finite_have_no_accuracy(
-    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert validate(files["good"], files["NaN"], "--data", files["data"], "--max-accuracy-drop", "1") == 4
-    assert "the candidate returns outputs that are not finite for 60 of 60 inputs" in complaint(capsys)
-
-
-@pytest.mark.parametrize(
-    ("thresholds", "code", "subjects"),
-    [
-        ("--min-speedup 1000 --max-accuracy-drop 0.1", 4, "accuracy latency"),
-        ("--min-speedup 1000 --rtol 1e-3", 3, "parity latency"),
-        ("--max-label-drop 0.1 --min-top1-agreement 1", 3, "parity accuracy"),
-        ("--min-speedup 1000 --max-label-drop 0.1 --rtol 0", 3, "parity accuracy latency"),
-        ("--min-speedup 1000 --max-p90-ms 1e-9 --samples 100 --batch 1,2", 5, "latency latency latency latency"),
-    ],
-)
-def test_of_several_failures_the_most_serious_gives_the_code(
-    thresholds: str, code: int, subjects: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ("--data", files["data"]) if "drop" in thresholds else ()
-    assert validate(files["good"], files["no bee"], *given, *thresholds.split()) == code
-    assert [line.split()[1] for line in complaints(capsys)] == subjects.split()
-
-
-# Providers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in PROVIDERS, reason="this build of ONNX Runtime has CUDA")
