@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
@@ -98,7 +99,15 @@ class CriterionImportance(tp.importance.Importance):
         if cls.criterion_type is None:
             raise CriterionError(f"{cls.__name__} names no criterion; set criterion_type, or pass it a criterion")
         needs = needs_of(cls.criterion_type)
-        if "statistics" not in needs.requires:
+        observes = "statistics" in needs.requires
+        try:
+            inspect.signature(cls).bind(*[None] * observes, *arguments, **options)
+        except TypeError as error:
+            raise CriterionError(
+                f"{cls.__name__}.from_loader: {error}; it takes the options of the class, and those of calibrate as "
+                "calibration_options"
+            ) from error
+        if not observes:
             return cls(*arguments, **options)
         settings = {"gram": needs.gram, **(calibration_options or {})}
         recalibration = Recalibration(loader, unit_groups(model, example_inputs), settings)

@@ -29,8 +29,11 @@ class TracedGraph(tp.DependencyGraph):
         self, ignored_layers: Sequence[nn.Module], root_module_types: Sequence[type[nn.Module]]
     ) -> list[tp.dependency.Group]:
         """All full groups, built once for each state of the model."""
-        key = str(self._pruning_history), frozenset(ignored_layers), frozenset(root_module_types)
+        # Others may remove units, too, such as NNI: the history lists torch-pruning's removals alone.
+        state = str(self._pruning_history), tuple(parameter.shape for parameter in self.model.parameters())
+        key = state, frozenset(ignored_layers), frozenset(root_module_types)
         if key not in self._known_groups:
+            self._known_groups = {known: groups for known, groups in self._known_groups.items() if known[0] == state}
             found = super().get_all_groups(list(ignored_layers), list(root_module_types))
             self._known_groups[key] = list(found)
         return self._known_groups[key]

@@ -116,9 +116,8 @@ def minimal_network(
     def compacted() -> Compact:
         return compact(search.model, example_inputs, ignored_layers=options.ignored_layers, backend=backend)
 
-    with (
-        warnings.catch_warnings()
-    ):  # fail early if compaction is impossible; what it has to keep is reported at the end
+    # Fail early if compaction is impossible; what it has to keep is reported at the end.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compacted()
     path = None if options.checkpoint is None else Path(options.checkpoint)

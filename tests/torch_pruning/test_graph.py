@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +49,17 @@ def test_groups_are_those_written_by_hand(name: str, batch: int) -> None:
     assert len(left_out) == len(case.warns), left_out
     for message, pattern in zip(left_out, case.warns, strict=True):
         assert re.search(f"left out: {pattern}", message), message
+
+
+def test_a_graph_remembers_its_groups_until_units_are_removed() -> None:
+    case = zoo.CASES["mlp"]
+    graph = build_graph(case.make(), case.inputs(2))
+    known = weakref.ref(graph.get_all_groups([], [nn.Linear])[0])
+    assert graph.get_all_groups([], [nn.Linear])[0] is known()
+    remove_units(graph, graph_groups(graph)[0], torch.tensor([0]))
+    graph.get_all_groups([], [nn.Linear])
+    gc.collect()
+    assert known() is None
 
 
 # --- what torch-pruning gets wrong, in silence or loudly --------------------------------------------------------------

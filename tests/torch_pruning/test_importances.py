@@ -25,6 +25,7 @@ from scored import by_hand, kept_units, lowest, setting  # noqa: E402
 from nns_plugin.adapters import torch_pruning  # noqa: E402
 from nns_plugin.adapters.torch_pruning import (  # noqa: E402
     CriterionImportance,
+    MeanWeightImportance,
     SemanticImportance,
     count_macs,
     install,
@@ -185,6 +186,11 @@ def test_bad_arguments() -> None:
         SemanticImportance(statistics, [0], "median")  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="nothing in this model can be pruned"):
         SemanticImportance.from_loader(nn.Linear(6, 3), inputs, loader, [0])
+    for cls, options in ((SemanticImportance, {"threshold": 0.5}), (MeanWeightImportance, {"labels": [0]})):
+        with pytest.raises(
+            CriterionError, match=f"{cls.__name__}.from_loader: .*'{next(iter(options))}'.* as calibration"
+        ):
+            cls.from_loader(model, inputs, 0, **options)  # type: ignore[arg-type]
 
 
 class Constant:
