@@ -54,7 +54,7 @@ def batches(
     device = None if model is None else device_of(model)
     empty = True
     once = iter(loader)  # tqdm asks for two iterators: workers start, and a generator of a seed is drawn from, twice
-    for number, item in enumerate(tqdm(once, desc=title, total=_length(loader), disable=not progress, leave=False)):
+    for number, item in enumerate(tqdm(once, desc=title, total=batch_count(loader), disable=not progress, leave=False)):
         batch = parse_batch(item, number, name)
         if batch.size:
             empty = False
@@ -64,8 +64,8 @@ def batches(
         raise CalibrationError(f"the {name} yielded no inputs; it must yield at least one batch{again}")
 
 
-def _length(loader: Any) -> int | None:
-    """The number of batches, if the loader tells."""
+def batch_count(loader: Any) -> int | None:
+    """The number of batches; ``None`` if the loader does not know it."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

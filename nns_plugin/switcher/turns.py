@@ -12,6 +12,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from nns_plugin.errors import TrainingError
+from nns_plugin.models.batches import batch_count
 from nns_plugin.models.inputs import device_of, tensors_of, to_device
 from nns_plugin.models.preserve import preserved_modes
 from nns_plugin.switcher.network import SwitcherNetwork
@@ -57,7 +58,7 @@ class Turns:
     def epoch(self, done: int, loader: Iterable[Any], bar: tqdm[Any]) -> float:
         """Train on one pass over the data, after ``done`` epochs; return the mean loss."""
         total, count, step = 0.0, 0, 0
-        length = _length(loader)
+        length = batch_count(loader)
         for number, (inputs, targets, size) in enumerate(_batches(loader, self.device), 1):
             if step == 0:
                 self._raise_budget(done + (min(1.0, (number - 1) / length) if length else 0.0))
@@ -227,14 +228,6 @@ class Turns:
         if any(gradient is not None for gradient in found):
             self.scaler.step(optimizer)
             self._stepped = True
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    """Return the number of batches; ``None`` if the loader does not know it."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _batches(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any, int]]:
